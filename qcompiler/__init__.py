@@ -1,0 +1,42 @@
+"""A quantization compiler for ONNX: from an exported graph to int8 and int4 execution on ONNX Runtime.
+
+    compiled = qcompiler.compile("model.onnx", "smoothquant", calibration="text.txt", tokenizer="tokenizer.json")
+    compiled.save("out")
+    session = qcompiler.load_session("out")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcompiler.calibrate import Hook
+    from qcompiler.compiler import Compiled, compile
+    from qcompiler.diff import diff
+    from qcompiler.errors import QCompilerError
+    from qcompiler.recipe import Recipe
+    from qcompiler.rewrite import Pass
+    from qcompiler.runtime import load_session
+    from qcompiler.statistics import Statistic
+
+# Names are looked up when first used, so that `import qcompiler` (and `qcompiler --help`) loads no library.
+_PUBLIC = {
+    "Compiled": "compiler",
+    "Hook": "calibrate",
+    "Pass": "rewrite",
+    "QCompilerError": "errors",
+    "Recipe": "recipe",
+    "Statistic": "statistics",
+    "compile": "compiler",
+    "diff": "diff",
+    "load_session": "runtime",
+}
+
+__all__ = ["Compiled", "Hook", "Pass", "QCompilerError", "Recipe", "Statistic", "compile", "diff", "load_session"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'qcompiler' has no attribute {name!r}")
+    return getattr(import_module(f"qcompiler.{_PUBLIC[name]}"), name)

@@ -1,0 +1,47 @@
+"""Every error that qcompiler raises on purpose.
+
+    QCompilerError              what the user can mend; the command line prints it as one sentence and exits with 2
+    ├── ModelError              the model cannot be read, or holds what qcompiler does not support
+    ├── DataError               calibration or evaluation data is missing, misshapen or not finite
+    ├── RecipeError             a recipe, a pass option or a name pattern is wrong
+    │   └── SchemeError         a number format, granularity or their combination is wrong
+    ├── TargetError             the target has no kernel for what the recipe asks
+    ├── OutputError             the output cannot be written, or would overwrite something
+    └── PassError               a pass broke the model: the defect is ours, and a reproducer says how to show it
+
+A message is one sentence that names where, what and what to do.
+"""
+
+from __future__ import annotations
+
+
+class QCompilerError(Exception):
+    """Base of all errors that a person can act on."""
+
+
+class ModelError(QCompilerError):
+    """The model cannot be read, or holds something that qcompiler does not support."""
+
+
+class DataError(QCompilerError):
+    """Calibration or evaluation data is missing, misshapen or not finite."""
+
+
+class RecipeError(QCompilerError):
+    """A recipe, an option of a pass, or a name pattern is wrong."""
+
+
+class SchemeError(RecipeError):
+    """A number format, a granularity, or their combination is wrong."""
+
+
+class TargetError(QCompilerError):
+    """The target has no kernel for what the recipe asks."""
+
+
+class OutputError(QCompilerError):
+    """The output cannot be written, or would overwrite something."""
+
+
+class PassError(QCompilerError):
+    """A pass broke the model; this is a defect of the pass, not of the user's input."""

@@ -1,0 +1,40 @@
+"""Constants that are larger than memory together: computed when they are written, and let go at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import onnx_ir as ir
+
+Result = TypeVar("Result")
+
+
+def read(tensor: ir.TensorProtocol, compute: Callable[[np.ndarray], Result]) -> Result:
+    """`compute(array)`, then the pages of a memory-mapped tensor are given back. The result must be no view of the array."""
+    result = compute(tensor.numpy())
+    if isinstance(tensor, ir.ExternalTensor):
+        try:
+            tensor.release()
+        except BufferError:
+            # Somebody else is reading the same mapping; the pages belong to the file and can be reclaimed anyway.
+            return result
+    return result
+
+
+def derived(
+    source: ir.TensorProtocol, compute: Callable[[np.ndarray], np.ndarray], dtype: ir.DataType, shape: tuple[int, ...], name: str
+) -> ir.TensorProtocol:  # fmt: skip
+    """A constant computed from another one each time it is asked for, so that it never has to stay in memory.
+
+    `compute` must be pure: the tensor is evaluated once for the output file and once more by whoever looks at it.
+    Small ones (up to 1 MiB) are computed at once.
+    """
+    if np.prod(shape) * dtype.itemsize <= 1 << 20:
+        return ir.Tensor(np.ascontiguousarray(read(source, compute)), dtype=dtype, shape=ir.Shape(shape), name=name)
+
+    def evaluate() -> ir.TensorProtocol:
+        return ir.Tensor(np.ascontiguousarray(read(source, compute)), dtype=dtype, shape=ir.Shape(shape), name=name)
+
+    return ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), cache=False, name=name)
