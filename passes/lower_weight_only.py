@@ -1,0 +1,149 @@
+"""Runs weight-only quantized linear layers as ONNX Runtime's MatMulNBits, which reads the codes as they are stored.
+
+**Before**  y = x · DequantizeLinear(Q_w, s)          **After**  y = MatMulNBits(x, Q_w, s)
+
+The operator takes unsigned codes [N, K / block, block] with zero point 128 and one scale for each block, so the scale of
+an output channel is repeated for each of its blocks. Without it ONNX Runtime would dequantize the whole weight on every
+run. A tied embedding gathers from the same array, which is stored once. A bias stays an Add.
+
+``accuracy_level`` 4 lets the CPU kernel round the activation to 8 bits block by block, which is what makes it fast; 0
+keeps the activation in float.
+
+Skipped: layers whose codes have not 8 bits, or whose zero point is not the middle.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+from pydantic.dataclasses import dataclass as options
+
+from qcompiler.graph import (
+    Names,
+    add_constant,
+    array,
+    constant,
+    inherit,
+    insert_after,
+    insert_before,
+    new_node,
+    node_graph,
+    remove_unused_constant,
+    replace_output,
+)
+from qcompiler.match import Linear, find_sites
+from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.statistics import StatisticsStore
+from qcompiler.tensors import derived
+
+KERNEL = "MatMulNBits"
+
+
+@options(frozen=True, config=OPTIONS)
+class LowerWeightOnly(Pass):
+    name: ClassVar[str] = "lower-weight-only"
+    kind: ClassVar[Kind] = "lowering"
+
+    block_size: Literal[16, 32, 64, 128, 256] = 128
+    """Input features that share a scale in the operator."""
+    accuracy_level: Literal[0, 1, 4] = 4
+    """4: activations rounded to 8 bits in blocks (fast on CPUs); 0 or 1: float32 activations."""
+
+    def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
+        changes = Changes()
+        names = Names(model.graph)
+        model.graph.opset_imports.setdefault("com.microsoft", 1)
+        packed: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        for site in self.selected(find_sites(model).linears):
+            if site.dequantize is None or _reads_codes(site):
+                continue
+            obstacle = _obstacle(site)
+            if obstacle is not None:
+                changes.skipped.append(Skipped(site.name, obstacle))
+                continue
+            if site.weight not in packed:
+                packed[site.weight] = self._pack(site, names)
+            self._lower(site, *packed[site.weight], names)
+            changes.changed.append(Changed(site.name, kernel=KERNEL))
+        return changes
+
+    def _pack(self, site: Linear, names: Names) -> tuple[ir.Value, ir.Value]:
+        """Codes [N, blocks, block] and scales [N, blocks] of a constant, shared by its embedding where it has one."""
+        assert site.dequantize is not None and site.dequantize.inputs[1] is not None
+        graph, base, block = node_graph(site.node), str(site.weight.name), self.block_size
+        n, k, transposed = site.out_features, site.in_features, site.transposed
+        blocks = -(-k // block)
+
+        def arrange(data: np.ndarray) -> np.ndarray:
+            codes = data if data.dtype == np.uint8 else (data.astype(np.int16) + 128).astype(np.uint8)
+            rows = codes if transposed else codes.T
+            full = np.full((n, blocks * block), 128, np.uint8)  # what is added to the last block stands for zero
+            full[:, :k] = rows
+            return full.reshape(n, blocks, block)
+
+        tensor = constant(site.weight)
+        assert tensor is not None
+        name = names.fresh(f"{base}.blocks")
+        codes = add_constant(graph, name, derived(tensor, arrange, ir.DataType.UINT8, (n, blocks, block), name))
+        per_channel = np.broadcast_to(array(site.dequantize.inputs[1]).reshape(-1, 1), (n, 1))
+        scales = add_constant(graph, names.fresh(f"{base}.block_scales"), np.repeat(per_channel, blocks, axis=1))
+        if site.transposed and k % block == 0 and site.weight.dtype == ir.DataType.UINT8:
+            _gather_from_blocks(site.weight, codes, k, names, self.name)
+        return codes, scales
+
+    def _lower(self, site: Linear, codes: ir.Value, scales: ir.Value, names: Names) -> None:
+        product = site.node.outputs[0]
+        kernel = new_node(
+            KERNEL, [site.input, codes, scales], names.fresh(f"{site.name}.weight_only"), domain="com.microsoft", like=product,
+            attributes={"K": site.in_features, "N": site.out_features, "bits": 8, "block_size": self.block_size,
+                        "accuracy_level": self.accuracy_level},
+        )  # fmt: skip
+        new, result = [kernel], kernel.outputs[0]
+        if site.bias is not None and site.bias_node is None:  # Gemm's own bias
+            add = new_node("Add", [result, site.bias], names.fresh(f"{site.name}.bias_added"), like=product)
+            new, result = [kernel, add], add.outputs[0]
+        inherit(new, site.node, self.name)
+        insert_before(site.node, new)
+        weight = site.weight
+        replace_output(site.node, result)
+        remove_unused_constant(weight)
+        kernel.name = site.name
+
+
+def _reads_codes(site: Linear) -> bool:
+    """Whether the activation is quantized, too: then the layer is another pass's business."""
+    producer = site.input.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+def _obstacle(site: Linear) -> str | None:
+    assert site.dequantize is not None
+    if site.weight.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
+        return f"its weight has {site.weight.dtype} codes, and this lowering knows 8 bits"
+    if site.dequantize.attributes.get_int("block_size", 0):
+        return "its weight has blocked scales, and this lowering knows one for each output channel"
+    zero_point = site.dequantize.inputs[2] if len(site.dequantize.inputs) > 2 else None
+    middle = 128 if site.weight.dtype == ir.DataType.UINT8 else 0
+    if zero_point is not None and np.any(array(zero_point) != middle):
+        return "its weight is asymmetric, and this lowering knows symmetric weights"
+    return None
+
+
+def _gather_from_blocks(weight: ir.Value, codes: ir.Value, features: int, names: Names, pass_name: str) -> None:
+    """Embeddings that gather rows of the codes gather them from the operator's array instead, and flatten the blocks."""
+    for use in list(weight.uses()):
+        gather = use.node
+        if gather.op_type != "Gather" or use.idx != 0:
+            continue
+        rows = gather.outputs[0]
+        ids = gather.inputs[1]
+        assert ids is not None and ids.shape is not None
+        graph = node_graph(gather)
+        shape = add_constant(graph, names.fresh(f"{gather.name}.flat"), np.array([0] * len(ids.shape) + [features], np.int64))
+        blocks = new_node("Gather", [codes, ids], names.fresh(f"{gather.name}.blocks"), dtype=codes.dtype)
+        flat = new_node("Reshape", [blocks.outputs[0], shape], names.fresh(f"{gather.name}.rows"), like=rows)
+        inherit([blocks, flat], gather, pass_name)
+        insert_after(gather, [blocks, flat])
+        replace_output(gather, flat.outputs[0])

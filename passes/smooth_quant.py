@@ -1,0 +1,244 @@
+"""Moves activation outliers into the weights that read them, without changing the function.
+
+**Before**  x = n ⊙ g (+ b),  y_i = x W_i        **After**  x' = n ⊙ (g / s) (+ b / s),  y_i = x' (s ⊙ W_i)
+
+A few channels of a transformer's activations are 10 to 100 times larger than the others. One scale for the whole tensor
+then leaves the small channels a handful of levels. Dividing channel j of x by s_j and multiplying row j of every weight
+that reads x by s_j evens them out; x W is the same, and the weights, quantized per output channel, hardly notice.
+
+Source: Xiao et al. 2023, "SmoothQuant", equation 4: s_j = max|x_j|^α / max|W_j|^(1-α). The division goes into the gain
+(and bias) of the norm that writes x, so it costs nothing at run time. With ``alpha: auto`` each group takes the α of the
+grid 0, 0.05 … 1 (and no smoothing at all) with the smallest expected error of the int8 product, computed from the measured
+ranges and second moments; the model is not run again.
+
+Skipped: values that no foldable norm writes (unless ``insert_mul: true``, which puts an explicit Mul there), values that
+something else than linear layers reads, too, and weights that are tied to an embedding (scaling would untie them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+from pydantic import Field
+from pydantic.dataclasses import dataclass as options
+
+from qcompiler.graph import Names, add_constant, add_provenance, array, constant, inherit, insert_before, new_node, set_constant
+from qcompiler.match import Linear, NormGroup, find_linear_groups
+from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
+from qcompiler.statistics import ChannelMoments, ChannelRange, StatisticsStore
+from qcompiler.tensors import derived, read
+
+GRID = tuple(np.arange(0, 21) / 20)
+
+
+@options(frozen=True, config=OPTIONS)
+class SmoothQuant(Pass):
+    name: ClassVar[str] = "smooth-quant"
+    kind: ClassVar[Kind] = "exact"
+
+    alpha: Literal["auto"] | float = "auto"
+    """How much of the difficulty goes to the weights: 0 … 1, or `auto` to choose it per group."""
+    insert_mul: bool = False
+    """Put an explicit Mul where no norm can take the division (costs one elementwise pass per group at run time)."""
+    activation_bits: int = Field(default=8, ge=2, le=16)
+    """Bits of the activations that `auto` expects."""
+    weight_bits: int = Field(default=8, ge=2, le=16)
+    """Bits of the weights that `auto` expects."""
+
+    def taps(self, model: ir.Model) -> Sequence[Tap]:
+        wanted = [group for group in find_linear_groups(model) if self._obstacle(group) is None]
+        return [Tap(str(g.output.name), s) for g in wanted for s in (ChannelRange(), ChannelMoments())]
+
+    def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
+        changes = Changes()
+        names = Names(model.graph)
+        for group in find_linear_groups(model):
+            if not any(self.selects(linear) for linear in group.linears):
+                continue
+            obstacle = self._obstacle(group)
+            if obstacle is not None:
+                changes.skipped.extend(Skipped(linear.name, obstacle) for linear in group.linears)
+                continue
+            value = str(group.output.name)
+            lo, hi = (side.astype(np.float64) for side in statistics.get(value, ChannelRange()).result())
+            squares = statistics.get(value, ChannelMoments()).result()
+            weights = [_Weight(linear) for linear in group.linears]
+            alpha, scale = self._choose(lo, hi, squares, weights)
+            if not _folds(group, scale):
+                reason = "the rescaled gain or weight does not fit its float type"
+                changes.skipped.extend(Skipped(linear.name, reason) for linear in group.linears)
+                continue
+            if alpha is None:
+                detail = "left as it is: no smoothing has the smallest expected error"
+                changes.changed.extend(Changed(linear.name, detail=detail) for linear in group.linears)
+                continue
+            if group.gains:
+                _fold(group, scale, names, self.name)
+                changes.rescaled[value] = scale
+            else:
+                _insert_mul(group, scale, names, self.name)
+            for linear in group.linears:
+                _scale_weight(linear, scale, names)
+                add_provenance(linear.node, self.name)
+            where = f"into {group.module_path}" if group.gains else "by a Mul"
+            before, after = np.max(np.maximum(-lo, hi)), np.max(np.maximum(-lo, hi) / scale)
+            detail = f"alpha {alpha:.2f}, input absmax {before:.3g} → {after:.3g}, folded {where}"
+            changes.changed.extend(Changed(linear.name, detail=detail) for linear in group.linears)
+        return changes
+
+    def _obstacle(self, group: NormGroup) -> str | None:
+        """Why this group cannot be smoothed, or None."""
+        if not all(self.selects(linear) for linear in group.linears):
+            return "another layer that reads the same value is excluded"
+        if any(linear.dequantize is not None for linear in group.linears):
+            return "its weight is quantized already: smooth-quant comes before quantize-weights"
+        if any(len(_readers(linear)) > 1 for linear in group.linears):
+            return "its weight is shared (tied) with another node, and scaling it would store it twice"
+        if self.insert_mul:
+            return None
+        if not group.gains:
+            return "no norm writes its input, so the scales cannot be folded (insert_mul: true multiplies explicitly)"
+        if group.others:
+            kinds = ", ".join(sorted({node.op_type for node in group.others}))
+            return f"its input is read by {kinds}, too (insert_mul: true multiplies explicitly)"
+        return None
+
+    def _choose(
+        self, lo: np.ndarray, hi: np.ndarray, squares: np.ndarray, weights: Sequence[_Weight]
+    ) -> tuple[float | None, np.ndarray]:
+        """The chosen α and scales [K]; α is None where leaving the group alone is expected to be best."""
+        magnitude = np.maximum(-lo, hi)
+        peak = np.max([weight.row_peak for weight in weights], axis=0)
+        if self.alpha != "auto":
+            return float(self.alpha), _scales(magnitude, peak, float(self.alpha))
+        candidates = [(float(alpha), _scales(magnitude, peak, float(alpha))) for alpha in GRID]
+        errors = [self._expected_error(lo, hi, squares, weights, scale) for _, scale in candidates]
+        best = int(np.argmin(errors))
+        if self._expected_error(lo, hi, squares, weights, np.ones_like(peak)) <= errors[best]:
+            return None, np.ones_like(peak)
+        return candidates[best]
+
+    def _expected_error(
+        self, lo: np.ndarray, hi: np.ndarray, squares: np.ndarray, weights: Sequence[_Weight], scale: np.ndarray
+    ) -> float:
+        """Σ over the layers of E‖y - ŷ‖² / E‖y‖², taking rounding errors as independent and uniform (variance step²/12).
+
+        The activation's error meets the scaled weight, Δx²/12 Σ_j s_j² ‖W_j‖², and the weight's error meets the scaled
+        activation, Σ_j E[x_j²]/s_j² Σ_n Δw_n²/12 with Δw_n = 2 max_j |s_j W_jn| / (2^b - 1).
+        """
+        span = max(np.max(hi / scale), 0.0) - min(np.min(lo / scale), 0.0)
+        activation_step = span / (2**self.activation_bits - 1)
+        total = 0.0
+        for weight in weights:
+            from_activation = activation_step**2 / 12 * float(np.sum(scale**2 * weight.row_energy))
+            steps = 2 * weight.column_peak(scale) / (2**self.weight_bits - 1)
+            from_weight = float(np.sum(squares / scale**2)) * float(np.sum(steps**2)) / 12
+            energy = float(np.sum(squares * weight.row_energy))
+            total += (from_activation + from_weight) / energy if energy > 0 else 0.0
+        return total
+
+
+class _Weight:
+    """What the search needs of a weight [K, N], read a slice at a time so that no float64 copy of it is ever made."""
+
+    def __init__(self, linear: Linear) -> None:
+        self.tensor = constant(linear.weight)
+        self.transposed = linear.transposed
+        self.row_peak, self.row_energy = self._per_row()
+
+    def _per_row(self) -> tuple[np.ndarray, np.ndarray]:
+        def compute(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            rows = data.T if self.transposed else data
+            peak, energy = np.zeros(rows.shape[0]), np.zeros(rows.shape[0])
+            for start in range(0, rows.shape[1], 512):
+                part = rows[:, start : start + 512].astype(np.float32)
+                np.maximum(peak, np.abs(part).max(axis=1), out=peak)
+                energy += np.square(part, dtype=np.float64).sum(axis=1)
+            return peak, energy
+
+        assert self.tensor is not None  # a Linear's weight is a constant
+        return read(self.tensor, compute)
+
+    def column_peak(self, scale: np.ndarray) -> np.ndarray:
+        """max_j |s_j W_jn| for every output channel n."""
+
+        def compute(data: np.ndarray) -> np.ndarray:
+            rows = data.T if self.transposed else data
+            factors = scale.astype(np.float32)[:, None]
+            parts = (np.abs(rows[:, i : i + 512].astype(np.float32) * factors) for i in range(0, rows.shape[1], 512))
+            return np.concatenate([part.max(axis=0) for part in parts])
+
+        assert self.tensor is not None
+        return read(self.tensor, compute)
+
+
+def _scales(magnitude: np.ndarray, peak: np.ndarray, alpha: float) -> np.ndarray:
+    """Equation 4; channels that are never active, or that no weight reads, keep 1."""
+    alive = (magnitude > 0) & (peak > 0)
+    safe_magnitude, safe_peak = np.where(alive, magnitude, 1.0), np.where(alive, peak, 1.0)
+    return np.where(alive, safe_magnitude**alpha / safe_peak ** (1 - alpha), 1.0)
+
+
+def _readers(linear: Linear) -> list[ir.Node]:
+    """The nodes that read the layer's constant."""
+    return [use.node for use in linear.weight.uses()]
+
+
+def _folds(group: NormGroup, scale: np.ndarray) -> bool:
+    """Whether all rescaled constants stay finite and non-zero in their own type (float16 has little room)."""
+    for node, index in group.gains:
+        value = node.inputs[index]
+        if value is not None:
+            gain = array(value)
+            rescaled = (gain.reshape(-1).astype(np.float64) / scale).astype(gain.dtype)
+            if not np.all(np.isfinite(rescaled.astype(np.float32))):
+                return False
+    for linear in group.linears:
+        tensor = constant(linear.weight)
+        if tensor is not None and tensor.dtype == ir.DataType.FLOAT16:
+            peaks = _Weight(linear).row_peak * scale
+            if np.max(peaks) > np.finfo(np.float16).max:
+                return False
+    return True
+
+
+def _fold(group: NormGroup, scale: np.ndarray, names: Names, pass_name: str) -> None:
+    for node, index in group.gains:
+        value = node.inputs[index]
+        if value is None:
+            continue
+        gain = array(value)
+        divided = (gain.astype(np.float64) / scale.reshape((1,) * (gain.ndim - 1) + (-1,))).astype(gain.dtype)
+        set_constant(node, index, divided, names)
+        add_provenance(node, pass_name)
+
+
+def _insert_mul(group: NormGroup, scale: np.ndarray, names: Names, pass_name: str) -> None:
+    source, first = group.output, group.linears[0].node
+    graph = first.graph
+    assert isinstance(graph, ir.Graph)
+    dtype = source.dtype or ir.DataType.FLOAT
+    reciprocal = add_constant(graph, names.fresh(f"{source.name}.smoothing"), (1 / scale).astype(dtype.numpy()))
+    mul = new_node("Mul", [source, reciprocal], names.fresh(f"{source.name}.smoothed"), like=source)
+    inherit([mul], first, pass_name)
+    insert_before(first, [mul])
+    for linear in group.linears:
+        linear.node.replace_input_with(0, mul.outputs[0])
+
+
+def _scale_weight(linear: Linear, scale: np.ndarray, names: Names) -> None:
+    """Multiply row j of W by s_j, lazily: the scaled matrix exists only while somebody reads it."""
+    source = constant(linear.weight)
+    assert source is not None
+    reader = linear.transpose or linear.node
+    index = 0 if linear.transpose is not None else 1
+    factors = scale.astype(np.float32)[None, :] if linear.transposed else scale.astype(np.float32)[:, None]
+
+    def compute(data: np.ndarray) -> np.ndarray:
+        return (data.astype(np.float32) * factors).astype(data.dtype)
+
+    shape = tuple(int(size) for size in source.shape.numpy())
+    set_constant(reader, index, derived(source, compute, source.dtype, shape, str(linear.weight.name)), names)
