@@ -1,0 +1,418 @@
+"""The arithmetic of quantization: choose a scale, quantize, dequantize. The one place where rounding is defined.
+
+    code = saturate(round(x / scale) + zero_point)        x̂ = (code - zero_point) · scale
+
+`quantize` and `dequantize` agree with ONNX Runtime's QuantizeLinear and DequantizeLinear on the CPU in every bit:
+
+- `x / scale` is a float32 division (float16 input is widened first), rounded half to even. From opset 23 on,
+  QuantizeLinear divides float16 by float16 *in* float16: `precision=np.float16` does the same.
+- Infinities and values out of range saturate. NaN becomes the lowest code of an integer format and stays NaN in fp8.
+- `x̂` is float32. With float16 scales DequantizeLinear answers in float16: `dequantize(…).astype(np.float16)`.
+
+Formats that QuantizeLinear does not have: 3-bit integers are 4-bit ones with fewer codes; int32 (biases) divides in
+float64, because float32 cannot hold its codes; nf4 takes the nearest entry of `NF4_TABLE`, binary takes the sign.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from qcompiler.errors import DataError, SchemeError
+from qcompiler.scheme import (
+    Granularity,
+    NumberFormat,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Scheme,
+    find_format,
+)
+
+Array = npt.NDArray[Any]
+Search = Literal["minmax", "mse"]
+
+# The 16 quantiles of a normal distribution, scaled to [-1, 1], zero among them
+# (QLoRA, Dettmers et al. 2023, appendix E).
+NF4_TABLE: npt.NDArray[np.float32] = np.array(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ],
+    dtype=np.float32,
+)
+_NF4_BOUNDARIES = (NF4_TABLE[1:] + NF4_TABLE[:-1]) / 2
+
+# Elements that are worked on at once: 2 MiB of float32, so that the dozen temporaries stay in the cache.
+_SLICE_ELEMENTS = 1 << 19
+
+# The MSE search tries ranges of 100 % … 20 % in steps of 5 %, then ± 4 % around the best in steps of 1 %.
+_COARSE_STEPS = -0.05 * np.arange(1, 17)
+_FINE_STEPS = 0.01 * np.array([-4, -3, -2, -1, 1, 2, 3, 4])
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized tensor, laid out as DequantizeLinear wants it.
+
+    `codes` has the tensor's shape, one element a code. `scale` has shape [] (per tensor, `axis` None), [channels] (per
+    channel, along `axis`), or the tensor's shape with `axis` divided into blocks of `block_size`, the last one perhaps
+    shorter. `zero_point` has the shape of `scale` and the dtype of `codes`; None stands for 0.
+    """
+
+    codes: Array
+    scale: Array
+    zero_point: Array | None
+    axis: int | None
+    block_size: int | None
+    format: str
+
+    def dequantize(self) -> npt.NDArray[np.float32]:
+        """The float32 tensor that the codes stand for."""
+        return dequantize(self.codes, self.scale, self.zero_point, self.axis, self.block_size, format=self.format)
+
+
+def scale_and_zero_point(
+    lo: npt.ArrayLike, hi: npt.ArrayLike, scheme: Scheme, scale_dtype: npt.DTypeLike = np.float32
+) -> tuple[Array, Array | None]:
+    """The scale and zero point with which `scheme` covers the range lo … hi, element by element over any shape.
+
+    The range is widened to hold 0, which is always exactly representable. A range of nothing but 0 has scale 1. A scale
+    is never 0 or infinite: it is kept between the smallest and the largest number of `scale_dtype` (the smallest
+    *normal* one of float32 and bfloat16, as processors may flush what is below; the smallest subnormal of float16).
+    The scale is rounded to `scale_dtype` here, before anything is quantized with it. The zero point is None where the
+    scheme has none (symmetric signed, float formats). Raises `DataError` where the range is not finite or upside down.
+    """
+    lows, highs = np.asarray(lo, np.float64), np.asarray(hi, np.float64)
+    if not (np.isfinite(lows).all() and np.isfinite(highs).all()):
+        raise DataError("the range to quantize is not finite: measure it on data without NaN and infinity.")
+    if (lows > highs).any():
+        raise DataError("the lower end of the range to quantize is above its upper end.")
+    lows, highs = np.minimum(lows, 0), np.maximum(highs, 0)
+    number_format = scheme.number_format
+    if scheme.symmetric:
+        scale = _storable(np.maximum(-lows, highs) / number_format.symmetric_divisor, scale_dtype)
+        if number_format.middle == 0:
+            return scale, None
+        return scale, np.full(scale.shape, number_format.middle, number_format.dtype)
+    scale = _storable((highs - lows) / (number_format.qmax - number_format.qmin), scale_dtype)
+    zero_point = np.rint(number_format.qmin - lows / scale.astype(np.float64))
+    zero_point = np.asarray(np.clip(zero_point, number_format.qmin, number_format.qmax))
+    return scale, zero_point.astype(number_format.dtype)
+
+
+def quantize(
+    x: Array,
+    scale: Array,
+    zero_point: Array | None,
+    format: str,
+    axis: int | None = None,
+    block_size: int | None = None,
+    *,
+    precision: npt.DTypeLike = np.float32,
+) -> Array:
+    """The codes of `x`, shape of `x`, dtype `FORMATS[format].dtype`: QuantizeLinear, see the module's docstring.
+
+    `scale` is laid out as in `Quantized`. `precision` is the type that `x / scale` is computed in. Raises `DataError`
+    where the shapes of `x` and `scale` do not go together.
+    """
+    x = np.asarray(x)
+    view, scale, zero_point = _aligned(x, scale, zero_point, axis, block_size)
+    number_format = find_format(format)
+    work = partial(_encode, number_format=number_format, precision=precision)
+    return _in_slices(work, view, scale, zero_point, number_format.dtype).reshape(x.shape)
+
+
+def dequantize(
+    codes: Array,
+    scale: Array,
+    zero_point: Array | None,
+    axis: int | None = None,
+    block_size: int | None = None,
+    *,
+    format: str | None = None,
+) -> npt.NDArray[np.float32]:
+    """The float32 values of `codes`: DequantizeLinear. `format` is needed for nf4 only, whose codes are indices."""
+    codes = np.asarray(codes)
+    view, scale, zero_point = _aligned(codes, scale, zero_point, axis, block_size)
+    return _in_slices(partial(_decode, format=format), view, scale, zero_point, np.dtype(np.float32)).reshape(
+        codes.shape
+    )
+
+
+def quantize_weight(
+    weight: Array,
+    scheme: Scheme,
+    *,
+    channel_axis: int,
+    search: Search = "minmax",
+    scale_dtype: npt.DTypeLike = np.float32,
+    name: str = "the weight",
+) -> Quantized:
+    """Round a weight to the nearest codes of `scheme`.
+
+    The weight is float16, bfloat16, float32 or float64, of any rank from 1; `channel_axis` is the axis of its output
+    channels (0 for Conv's OIHW and Gemm's transposed B, 1 for MatMul's B). Groups and blocks need a matrix and run
+    along its other axis. A block's scale is repeated for each of its rows, so that a blocked DequantizeLinear can say
+    it.
+
+    `search="minmax"` covers the whole range; `"mse"` shrinks it, per scale, to where the squared error is least, by a
+    search over a grid. Binary has a best scale in closed form, mean |w| (Rastegari et al. 2016, eq. 6), and needs none.
+    The work is done in slices of channels: what is needed besides weight and result stays below 64 MB for a matrix of
+    4096 × 11008. Raises `DataError` for NaN, infinity or an empty weight, `SchemeError` where the scheme does not fit.
+    """
+    weight = np.asarray(weight)
+    channel_axis = _check_weight(weight, scheme, channel_axis, search, name)
+    granularity = scheme.granularity
+    by_channel = np.moveaxis(weight, channel_axis, 0)
+    parts = _slices(by_channel.shape, granularity.rows if isinstance(granularity, PerBlock) else 1)
+
+    def read(part: slice) -> npt.NDArray[np.float32]:
+        """The channels of one slice as rows, in float32."""
+        rows = by_channel[part].astype(np.float32, order="C").reshape(by_channel[part].shape[0], -1)
+        if not np.isfinite(rows).all():
+            raise DataError(f"{name} contains NaN or infinity: repair it before it is quantized.")
+        return rows
+
+    # A tensor's scale is chosen on all slices together, any other on the slice that its channels are in.
+    together = [parts] if isinstance(granularity, PerTensor) else [[part] for part in parts]
+    chosen = [_choose([partial(read, part) for part in group], scheme, search, scale_dtype) for group in together]
+    scale = np.concatenate([found for found, _ in chosen])
+    zero_points = [found for _, found in chosen if found is not None]
+    zero_point = np.concatenate(zero_points) if zero_points else None
+
+    scale, zero_point = _both(partial(_laid_out, granularity, channel_axis), scale, zero_point)
+    axis = {PerTensor: None, PerChannel: channel_axis}.get(type(granularity), 1 - channel_axis)
+    block_size = _block_size(granularity)
+    codes = quantize(weight, scale, zero_point, scheme.format, axis, block_size)
+    return Quantized(codes, scale, zero_point, axis, block_size, scheme.format)
+
+
+def _in_slices(
+    work: Callable[[Array, Array, Array | None], Array],
+    x: Array,
+    scale: Array,
+    zero_point: Array | None,
+    dtype: np.dtype[Any],
+) -> Array:
+    """work(x, scale, zero_point), done in slices of the first axis, so that its temporaries stay small."""
+    if x.ndim == 0 or x.size <= _SLICE_ELEMENTS:
+        return np.asarray(work(x, scale, zero_point))
+    out = np.empty(x.shape, dtype)
+    scale, zero_point = _both(lambda p: np.broadcast_to(p, x.shape), scale, zero_point)
+    for part in _slices(x.shape):
+        out[part] = work(x[part], *_both(lambda p, part=part: p[part], scale, zero_point))  # type: ignore[misc]
+    return out
+
+
+def _encode(
+    x: Array,
+    scale: Array,
+    zero_point: Array | None,
+    number_format: NumberFormat,
+    precision: npt.DTypeLike = np.float32,
+) -> Array:
+    """The codes of x; scale and zero point broadcast against it."""
+    wide = np.float64 if number_format.name == "int32" else precision
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
+        ratio: Array = np.divide(x.astype(wide, copy=False), scale.astype(wide, copy=False))
+    if ratio.dtype == np.float16:
+        ratio = ratio.astype(np.float32)
+    dtype: np.dtype[Any] = number_format.dtype
+    if number_format.kind == "sign":
+        return np.where(ratio < 0, -1, 1).astype(dtype)
+    if number_format.kind == "codebook":
+        return np.searchsorted(_NF4_BOUNDARIES, ratio).astype(dtype)
+    if number_format.kind == "float":
+        clipped: Array = np.clip(ratio, number_format.qmin, number_format.qmax)
+        return clipped.astype(dtype)
+    offset = ratio.dtype.type(0) if zero_point is None else zero_point.astype(ratio.dtype)
+    np.rint(ratio, out=ratio)
+    # fmax and fmin take the bound where maximum and minimum would pass a NaN on.
+    np.fmax(ratio, number_format.qmin - offset, out=ratio)
+    np.fmin(ratio, number_format.qmax - offset, out=ratio)
+    ratio += offset
+    return ratio.astype(dtype)
+
+
+def _decode(codes: Array, scale: Array, zero_point: Array | None, format: str | None) -> npt.NDArray[np.float32]:
+    values = NF4_TABLE[codes] if format == "nf4" else codes.astype(np.float32)
+    if zero_point is not None:
+        values -= zero_point.astype(np.float32)
+    with np.errstate(over="ignore", under="ignore"):
+        values *= scale.astype(np.float32)
+    return values
+
+
+def _both(change: Callable[[Array], Array], scale: Array, zero_point: Array | None) -> tuple[Array, Array | None]:
+    return change(scale), None if zero_point is None else change(zero_point)
+
+
+def _aligned(
+    x: Array, scale: Array, zero_point: Array | None, axis: int | None, block_size: int | None
+) -> tuple[Array, Array, Array | None]:
+    """x, scale and zero point reshaped so that they broadcast; nothing is copied where all blocks are whole."""
+    scale, zero_point = _both(np.asarray, scale, zero_point)
+    if zero_point is not None and zero_point.shape != scale.shape:
+        raise DataError(f"the zero point's shape {zero_point.shape} is not the scale's, {scale.shape}.")
+    if axis is None:
+        if scale.size != 1:
+            raise DataError(f"a scale of shape {scale.shape} needs an axis to lie along.")
+        return x, *_both(lambda p: p.reshape(()), scale, zero_point)
+    if not -x.ndim <= axis < x.ndim:
+        raise DataError(f"axis {axis} is outside of a tensor of shape {x.shape}.")
+    axis %= x.ndim
+    before, length, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+    if block_size is None:
+        if scale.shape != (length,):
+            raise DataError(f"scales of shape {scale.shape} do not go with axis {axis} of a tensor of shape {x.shape}.")
+        return x, *_both(lambda p: p.reshape(-1, *[1] * len(after)), scale, zero_point)
+    blocks = -(-length // block_size)
+    if scale.shape != (*before, blocks, *after):
+        raise DataError(
+            f"scales of shape {scale.shape} do not go with blocks of {block_size} along axis {axis} "
+            f"of a tensor of shape {x.shape}."
+        )
+    if length == blocks * block_size:
+        split = x.reshape(*before, blocks, block_size, *after)
+        return split, *_both(lambda p: np.expand_dims(p, axis + 1), scale, zero_point)
+    block_of = np.arange(length) // block_size
+    return x, *_both(lambda p: np.take(p, block_of, axis), scale, zero_point)
+
+
+def _storable(scale: npt.NDArray[np.float64], dtype: npt.DTypeLike) -> Array:
+    """`scale` rounded to `dtype`, never 0 or infinite; where the range is empty, 1."""
+    info = ml_dtypes.finfo(dtype)
+    least = info.smallest_subnormal if np.dtype(dtype) == np.float16 else info.smallest_normal
+    bounded = np.clip(scale, float(least), float(info.max))
+    return np.asarray(np.where(scale == 0, 1.0, bounded)).astype(dtype)
+
+
+def _check_weight(weight: Array, scheme: Scheme, channel_axis: int, search: str, name: str) -> int:
+    """The channel axis, counted from 0; raises where weight and scheme do not go together."""
+    if search not in ("minmax", "mse"):
+        raise SchemeError(f"search {search!r} is unknown: choose minmax or mse.")
+    if scheme.dynamic or isinstance(scheme.granularity, PerToken):
+        raise SchemeError(f"{name} cannot be quantized as {scheme}: a weight's scales are static.")
+    if not (weight.dtype.kind == "f" or weight.dtype == ml_dtypes.bfloat16):
+        raise DataError(f"{name} has dtype {weight.dtype}: only floating-point weights can be quantized.")
+    if weight.ndim == 0 or weight.size == 0:
+        raise DataError(f"{name} of shape {weight.shape} has no channels to quantize.")
+    if not -weight.ndim <= channel_axis < weight.ndim:
+        raise DataError(f"{name} of shape {weight.shape} has no channel axis {channel_axis}.")
+    if isinstance(scheme.granularity, PerGroup | PerBlock) and weight.ndim != 2:
+        raise SchemeError(f"{name} has rank {weight.ndim}, and {scheme.granularity} needs a matrix: choose channel.")
+    return channel_axis % weight.ndim
+
+
+def _slices(shape: tuple[int, ...], multiple: int = 1) -> list[slice]:
+    """Slices of axis 0 of about `_SLICE_ELEMENTS` elements each; their starts are multiples of `multiple`."""
+    step = max(1, _SLICE_ELEMENTS * shape[0] // math.prod(shape))
+    step = -(-step // multiple) * multiple
+    return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+
+
+def _block_size(granularity: Granularity) -> int | None:
+    if isinstance(granularity, PerGroup):
+        return granularity.size
+    return granularity.columns if isinstance(granularity, PerBlock) else None
+
+
+def _laid_out(granularity: Granularity, channel_axis: int, parameter: Array) -> Array:
+    """From parameters [channels, blocks] to the layout of DequantizeLinear."""
+    if isinstance(granularity, PerTensor):
+        return parameter.reshape(())
+    if isinstance(granularity, PerChannel):
+        return parameter.reshape(-1)
+    return np.ascontiguousarray(parameter if channel_axis == 0 else parameter.T)
+
+
+def _cells(rows: Array, granularity: Granularity) -> Array:
+    """rows [channels, inputs] → [channels or tiles, blocks, elements that share a scale], padded with 0.
+
+    Padding changes neither a range, which holds 0 anyway, nor an error, as 0 is exact.
+    """
+    channels, inputs = rows.shape
+    if isinstance(granularity, PerTensor):
+        return rows.reshape(1, 1, -1)
+    if isinstance(granularity, PerChannel):
+        return rows.reshape(channels, 1, inputs)
+    tile_rows = granularity.rows if isinstance(granularity, PerBlock) else 1
+    columns = _block_size(granularity) or inputs
+    padded = np.pad(rows, ((0, -channels % tile_rows), (0, -inputs % columns)))
+    tiles = padded.reshape(padded.shape[0] // tile_rows, tile_rows, padded.shape[1] // columns, columns)
+    return tiles.swapaxes(1, 2).reshape(tiles.shape[0], tiles.shape[2], tile_rows * columns)
+
+
+def _choose(
+    reads: Sequence[Callable[[], Array]], scheme: Scheme, search: Search, scale_dtype: npt.DTypeLike
+) -> tuple[Array, Array | None]:
+    """Scale and zero point [channels, blocks] (per tensor [1, 1]) for rows that are read piece by piece."""
+    granularity, number_format = scheme.granularity, scheme.number_format
+    kept = _cells(reads[0](), granularity) if len(reads) == 1 else None
+
+    def pieces() -> Iterator[Array]:
+        return iter([kept]) if kept is not None else (_cells(read(), granularity) for read in reads)
+
+    if number_format.kind == "sign":
+        mean = _mean_magnitude(reads, granularity)
+        lo, hi = -mean, mean
+    else:
+        ranges = [(cells.min(-1), cells.max(-1)) for cells in pieces()]
+        lo = np.minimum(np.min([low for low, _ in ranges], axis=0), 0.0)
+        hi = np.maximum(np.max([high for _, high in ranges], axis=0), 0.0)
+
+    def error(lo: Array, hi: Array) -> Array:
+        scale, zero_point = _both(_last_axis, *scale_and_zero_point(lo, hi, scheme, scale_dtype))
+        total = np.zeros(lo.shape)
+        for cells in pieces():
+            codes = _encode(cells, scale, zero_point, number_format)
+            difference = _decode(codes, scale, zero_point, scheme.format)
+            difference -= cells
+            total += np.einsum("rgn,rgn->rg", difference, difference)
+        return total
+
+    if search == "mse" and number_format.kind != "sign":
+        lo, hi = _least_error_range(lo, hi, error)
+    chosen = scale_and_zero_point(lo, hi, scheme, scale_dtype)
+    if not isinstance(granularity, PerBlock):
+        return chosen
+    channels = reads[0]().shape[0]  # one slice: only a tensor's scale is chosen on several
+    return _both(lambda p: np.repeat(p, granularity.rows, axis=0)[:channels], *chosen)
+
+
+def _last_axis(parameter: Array) -> Array:
+    return parameter[..., None]
+
+
+def _mean_magnitude(reads: Sequence[Callable[[], Array]], granularity: Granularity) -> Array:
+    """mean |w| [channels or tiles, blocks], the padding not counted."""
+    total, count = np.zeros((1, 1)), np.zeros((1, 1))
+    for read in reads:
+        rows = read()
+        total = total + np.abs(_cells(rows, granularity)).sum(-1, dtype=np.float64)
+        count = count + _cells(np.ones_like(rows), granularity).sum(-1, dtype=np.float64)
+    return total / count
+
+
+def _least_error_range(lo: Array, hi: Array, error: Callable[[Array, Array], Array]) -> tuple[Array, Array]:
+    """lo and hi, shrunk by the ratio of a grid that gives the least error, for each element by itself."""
+    ratio, least = np.ones(lo.shape), error(lo, hi)
+    for steps in (_COARSE_STEPS, _FINE_STEPS):
+        centre = ratio
+        for step in steps:
+            candidate = np.minimum(centre + step, 1.0)
+            found = error(lo * candidate, hi * candidate)
+            ratio, least = np.where(found < least, candidate, ratio), np.minimum(found, least)
+    return lo * ratio, hi * ratio
