@@ -1,0 +1,217 @@
+"""Statistics of channels: ranges, magnitudes and moments, which survive a rescaling of their value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompiler.errors import DataError, SchemeError
+from qcompiler.statistics.statistic import Array, Range, Statistic, finite
+
+# Rows of X that SecondMoment multiplies at once, and the columns of its result that it updates at once: they bound the
+# temporary product to 1024 × channels.
+_ROWS_AT_ONCE = 4096
+_COLUMNS_AT_ONCE = 1024
+
+
+@dataclass(eq=False)
+class ChannelRange(Statistic):
+    """Least and largest value of each channel along `axis` → (lo [C], hi [C]), float32; `tensor_range()` → `Range`."""
+
+    axis: int = -1
+    lo: Array | None = field(default=None, init=False)
+    hi: Array | None = field(default=None, init=False)
+
+    def update(self, batch: Array) -> None:
+        values = finite(batch)
+        others = _other_axes(values, self.axis, self.key)
+        if values.size:
+            self._widen(values.min(others), values.max(others))
+
+    def merge(self, other: Self) -> None:
+        if other.lo is not None and other.hi is not None:
+            self._widen(other.lo, other.hi)
+
+    def _widen(self, lo: Array, hi: Array) -> None:
+        if self.lo is None or self.hi is None:
+            self.lo, self.hi = lo, hi
+            return
+        _check_channels(self.key, self.lo.size, lo.size)
+        self.lo, self.hi = np.minimum(self.lo, lo), np.maximum(self.hi, hi)
+
+    def result(self) -> tuple[Array, Array]:
+        if self.lo is None or self.hi is None:
+            raise self.no_data()
+        return self.lo, self.hi
+
+    def tensor_range(self) -> Range:
+        lo, hi = self.result()
+        return Range(float(lo.min()), float(hi.max()))
+
+    def rescaled(self, divisor: Array) -> Self | None:
+        if self.axis != -1:
+            return None
+        lo, hi = self.result()
+        ends = np.stack([lo, hi]) / _checked_divisor(divisor, lo.size, self.key)
+        rescaled = self.fresh()
+        rescaled.lo, rescaled.hi = ends.min(0), ends.max(0)
+        return rescaled
+
+
+@dataclass(eq=False)
+class ChannelAbsMax(Statistic):
+    """Largest magnitude of each channel along `axis` → [C], float32: what SmoothQuant's scales are made of."""
+
+    axis: int = -1
+    absmax: Array | None = field(default=None, init=False)
+
+    def update(self, batch: Array) -> None:
+        values = finite(batch)
+        others = _other_axes(values, self.axis, self.key)
+        if values.size:
+            self._widen(np.maximum(values.max(others), -values.min(others)))
+
+    def merge(self, other: Self) -> None:
+        if other.absmax is not None:
+            self._widen(other.absmax)
+
+    def _widen(self, absmax: Array) -> None:
+        if self.absmax is None:
+            self.absmax = absmax
+            return
+        _check_channels(self.key, self.absmax.size, absmax.size)
+        self.absmax = np.maximum(self.absmax, absmax)
+
+    def result(self) -> Array:
+        if self.absmax is None:
+            raise self.no_data()
+        return self.absmax
+
+    def rescaled(self, divisor: Array) -> Self | None:
+        if self.axis != -1:
+            return None
+        absmax = self.result()
+        rescaled = self.fresh()
+        rescaled.absmax = absmax / np.abs(_checked_divisor(divisor, absmax.size, self.key))
+        return rescaled
+
+
+@dataclass(eq=False)
+class ChannelMoments(Statistic):
+    """Mean square E[x²] of each channel along the last axis → [C], float64; `count` is the number of rows."""
+
+    total: Array | None = field(default=None, init=False)
+    count: int = field(default=0, init=False)
+
+    def update(self, batch: Array) -> None:
+        for rows in _row_chunks(batch, self.key):
+            self._add(np.square(rows, dtype=np.float64).sum(0), rows.shape[0])
+
+    def merge(self, other: Self) -> None:
+        if other.total is not None:
+            self._add(other.total, other.count)
+
+    def _add(self, total: Array, count: int) -> None:
+        if self.total is not None:
+            _check_channels(self.key, self.total.size, total.size)
+            total = self.total + total
+        self.total, self.count = total, self.count + count
+
+    def result(self) -> Array:
+        if self.total is None:
+            raise self.no_data()
+        return self.total / self.count
+
+    def rescaled(self, divisor: Array) -> Self | None:
+        if self.total is None:
+            raise self.no_data()
+        rescaled = self.fresh()
+        rescaled.total = self.total / np.square(_checked_divisor(divisor, self.total.size, self.key))
+        rescaled.count = self.count
+        return rescaled
+
+
+@dataclass(eq=False)
+class SecondMoment(Statistic):
+    """XᵀX / count of the rows X along the last axis → [C, C]; `count` is the number of rows.
+
+    GPTQ's Hessian is twice this (Frantar et al. 2022, eq. 3). Products and sums are in `precision`, float32 or float64;
+    memory is C² of it, and 1024 · C more while a batch is added.
+    """
+
+    precision: str = "float32"
+    total: Array | None = field(default=None, init=False)
+    count: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("float32", "float64"):
+            raise SchemeError(f"SecondMoment takes precision float32 or float64, not {self.precision!r}.")
+
+    def update(self, batch: Array) -> None:
+        for rows in _row_chunks(batch, self.key):
+            X = rows.astype(self.precision, copy=False)
+            channels = X.shape[1]
+            if self.total is None:
+                self.total = np.zeros((channels, channels), self.precision)
+            _check_channels(self.key, self.total.shape[0], channels)
+            for start in range(0, channels, _COLUMNS_AT_ONCE):
+                stop = start + _COLUMNS_AT_ONCE
+                self.total[start:stop] += X[:, start:stop].T @ X
+            self.count += X.shape[0]
+
+    def merge(self, other: Self) -> None:
+        if other.total is None:
+            return
+        if self.total is None:
+            self.total = np.zeros_like(other.total)
+        _check_channels(self.key, self.total.shape[0], other.total.shape[0])
+        self.total += other.total
+        self.count += other.count
+
+    def result(self) -> Array:
+        if self.total is None:
+            raise self.no_data()
+        mean: Array = self.total / self.total.dtype.type(self.count)
+        return mean
+
+    def rescaled(self, divisor: Array) -> Self | None:
+        if self.total is None:
+            raise self.no_data()
+        d = _checked_divisor(divisor, self.total.shape[0], self.key).astype(self.precision)
+        rescaled = self.fresh()
+        rescaled.total, rescaled.count = self.total / d / d[:, None], self.count
+        return rescaled
+
+
+def _other_axes(values: Array, axis: int, key: str) -> tuple[int, ...]:
+    if not -values.ndim <= axis < values.ndim:
+        raise DataError(f"a batch of shape {values.shape} has no axis {axis}, which {key} measures along.")
+    return tuple(i for i in range(values.ndim) if i != axis % values.ndim)
+
+
+def _row_chunks(batch: Array, key: str) -> Iterator[npt.NDArray[np.float32]]:
+    """The batch as rows [n, channels], some thousands at a time."""
+    values = finite(batch)
+    _other_axes(values, -1, key)
+    if values.size == 0:
+        return
+    rows = values.reshape(-1, values.shape[-1])
+    for start in range(0, rows.shape[0], _ROWS_AT_ONCE):
+        yield rows[start : start + _ROWS_AT_ONCE]
+
+
+def _check_channels(key: str, before: int, now: int) -> None:
+    if before != now:
+        raise DataError(f"a batch has {now} channels where earlier ones had {before}, which {key} cannot join.")
+
+
+def _checked_divisor(divisor: Array, channels: int, key: str) -> npt.NDArray[np.float64]:
+    """The divisor of each channel; a single one stands for all."""
+    divisor = np.asarray(divisor, np.float64)
+    if divisor.size not in (1, channels) or not np.isfinite(divisor).all() or (divisor == 0).any():
+        raise DataError(f"{key} is rescaled by {channels} finite divisors that are not 0, one for each channel.")
+    return np.broadcast_to(divisor.reshape(-1), (channels,)).astype(np.float64)
