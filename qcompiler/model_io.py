@@ -1,0 +1,297 @@
+"""Models on disk: load memory-mapped, save whole or not at all, and open in ONNX Runtime without copying weights."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx
+import onnx_ir as ir
+
+from qcompiler.errors import ModelError, OutputError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
+OLDEST_OPSET, NEWEST_OPSET = 13, 25
+KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
+
+INLINE_MODEL = 1 << 20  # bytes of constants up to which a model is one file
+INLINE_TENSOR = 1 << 10  # bytes up to which a constant stays in the .onnx file of a larger model
+INLINE_SESSION = 512 << 20  # bytes of new constants that a session may be handed in memory (protobuf's limit is 2 GiB)
+SCANNED_MODEL = 64 << 20  # larger .onnx files of a source folder hold their weights and refer to no others
+
+# Weights and caches that an exporter's folder may hold beside the model; the output has its own weights.
+NOT_COPIED = frozenset(
+    {".onnx", ".onnx_data", ".data", ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".lock"}
+)
+
+
+# ---------------------------------------------------------------------------------------------------- load
+
+
+def find_model(path: str | Path) -> Path:
+    """The .onnx file that a path means: the file itself, or a folder's model.onnx or only .onnx file."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise ModelError(f"the model {path} does not exist; give a .onnx file or a folder that holds one")
+    found = sorted(path.glob("*.onnx"))
+    if (path / MODEL_FILE) in found:
+        return path / MODEL_FILE
+    if not found:
+        raise ModelError(f"the folder {path} holds no .onnx file; give the folder that the exporter wrote")
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise ModelError(f"the folder {path} holds {len(found)} models ({names}); name one of the files")
+    return found[0]
+
+
+def load(path: str | Path) -> ir.Model:
+    """Read a model; external weights stay in their files, memory-mapped when they are used.
+
+    Every reason why the model cannot be worked on later is a ModelError here: a missing or damaged file, missing,
+    short or linked-away external data, an opset or operator that ONNX Runtime would not run.
+    """
+    file = find_model(path)
+    try:
+        # IR of a half-read file would be an arbitrary model, so any failure is the file's.
+        model = ir.load(file, format="protobuf")
+    except OSError as error:
+        raise ModelError(f"the model {file} cannot be read: {error.strerror or error}") from error
+    except Exception as error:
+        raise ModelError(f"{file} is no ONNX model, or is cut off ({_first_line(error)}); export it again") from error
+    _check_versions(model, file)
+    for tensor in _external_tensors(model):
+        _check_external(tensor, file.parent)
+    _check_nodes(model, file)
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+
+
+def _check_versions(model: ir.Model, file: Path) -> None:
+    if len(model.graph) == 0:
+        raise ModelError(f"{file} holds an empty graph, or is no ONNX model; export it again")
+    if model.ir_version > onnx.IR_VERSION:
+        raise ModelError(f"{file} has IR version {model.ir_version}, but {onnx.IR_VERSION} is the newest that is known")
+    opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
+    if opset is not None and not OLDEST_OPSET <= opset <= NEWEST_OPSET:
+        raise ModelError(f"{file} has opset {opset}; export it again with opset {OLDEST_OPSET} to {NEWEST_OPSET}")
+
+
+def _check_nodes(model: ir.Model, file: Path) -> None:
+    opset = model.opset_imports.get("", NEWEST_OPSET)
+    for node in model.graph.all_nodes():
+        where = f"the node {node.name!r} ({node.op_type}) of {file}"
+        if node.domain not in KNOWN_DOMAINS and node.op_identifier() not in model.functions:
+            raise ModelError(
+                f"{where} belongs to the domain {node.domain!r}, which ONNX Runtime does not know, "
+                "and the model has no function of that name; export it without custom operators"
+            )
+        if node.domain == "" and onnx.defs.has(node.op_type, opset):
+            needed = onnx.defs.get_schema(node.op_type, opset).min_input
+            if len(node.inputs) < needed:
+                raise ModelError(f"{where} has {len(node.inputs)} inputs but needs {needed}; export it again")
+        for value in node.inputs:
+            if value is None or value.producer() is not None or value.is_graph_input() or value.is_initializer():
+                continue
+            raise ModelError(f"{where} reads {value.name!r}, which nothing writes; export it again")
+
+
+def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                yield attribute.value
+
+
+def _check_external(tensor: ir.ExternalTensor, folder: Path) -> None:
+    """Raise unless the bytes of a tensor are there to be mapped; reads only the file's entry."""
+    path = folder / tensor.location
+    where = f"the weights {tensor.name!r} should be in {path}"
+    if Path(tensor.location).is_absolute() or ".." in Path(tensor.location).parts:
+        raise ModelError(f"{where}, which is outside of the model's folder; move them beside the model")
+    if not path.is_file():
+        raise ModelError(f"{where}, which does not exist; put the file beside the model")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ModelError(
+            f"{where}, but that is a link to {path.resolve()} outside of the model's folder, which ONNX Runtime "
+            f"refuses; copy the folder with `cp -rL {folder} COPY` and give the copy"
+        )
+    status = path.stat()
+    if status.st_nlink > 1:
+        raise ModelError(f"{where}, but that file has several hard links, which is refused; give a copy of the folder")
+    begin, length = tensor.offset or 0, tensor.length if tensor.length is not None else tensor.nbytes
+    if length != tensor.nbytes:
+        raise ModelError(f"{where} with {length} bytes, but their shape needs {tensor.nbytes}; export the model again")
+    if begin + length > status.st_size:
+        raise ModelError(
+            f"{where} up to byte {begin + length}, but the file ends at {status.st_size}; copy or export it again"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- save
+
+
+def save(
+    model: ir.Model,
+    folder: str | Path,
+    *,
+    source_folder: str | Path | None = None,
+    overwrite: bool = False,
+    extra_files: Mapping[str, bytes | str] | None = None,
+) -> None:
+    """Write `model.onnx`, `model.onnx.data` where the constants are large, and other files, into a folder.
+
+    The folder appears whole or not at all: it is built beside its place and moved there at the end. Tensors are
+    written one by one. The files at the top of `source_folder` (tokenizer, configuration) are copied, except for
+    models, weights and hidden files; `extra_files` (name → content) come last and win. The model is left as it was.
+    OutputError if the place is taken, is the source itself, or cannot be written.
+    """
+    folder = Path(folder)
+    _check_not_source(model, folder, source_folder)
+    check_free(folder, overwrite)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    except OSError as error:
+        raise _output_error(folder, error) from error
+    try:
+        partial.chmod(0o755)  # mkdtemp gives 0o700
+        _write_model(model, partial)
+        if source_folder is not None:
+            _copy_others(Path(source_folder), partial)
+        for name, content in (extra_files or {}).items():
+            (partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        _move(partial, folder)
+    except OSError as error:
+        raise _output_error(folder, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _output_error(folder: Path, error: OSError) -> OutputError:
+    if error.errno == errno.ENOSPC:
+        return OutputError(f"the disk is full: {folder} was not written; free some space or choose another place")
+    return OutputError(f"{folder} cannot be written: {error.strerror or error}")
+
+
+def _check_not_source(model: ir.Model, folder: Path, source_folder: str | Path | None) -> None:
+    place = folder.resolve()
+    sources = {Path(tensor.base_dir).resolve() for tensor in _external_tensors(model)}
+    if source_folder is not None:
+        sources.add(Path(source_folder).resolve())
+    if place in sources or any(source.is_relative_to(place) for source in sources):
+        raise OutputError(f"{folder} holds the model that is being compiled; choose another output folder")
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raise OutputError where an output folder could not be written, so that nobody computes for an hour first."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise OutputError(f"{folder} is no folder; choose another output folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"{folder} exists already; choose another output folder, or overwrite it with --overwrite")
+    names = {file.name for file in folder.iterdir()}
+    if MODEL_FILE not in names or not (names & {"recipe.yaml", "report.json"} or names <= {MODEL_FILE, DATA_FILE}):
+        raise OutputError(f"{folder} is no earlier output, so it is not overwritten; choose another output folder")
+
+
+def _write_model(model: ir.Model, folder: Path) -> None:
+    constants = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    total = sum(tensor.nbytes for tensor in constants if tensor is not None)
+    limit = INLINE_TENSOR if total > INLINE_MODEL else INLINE_MODEL
+    ir.save(model, folder / MODEL_FILE, format="protobuf", external_data=DATA_FILE, size_threshold_bytes=limit)
+    data = folder / DATA_FILE
+    if data.exists() and data.stat().st_size == 0:
+        data.unlink()
+
+
+def _copy_others(source: Path, folder: Path) -> None:
+    data = set(_data_locations(source))
+    for file in source.iterdir():
+        if not file.is_file() or file.name.startswith(".") or file.suffix in NOT_COPIED or file.name in data:
+            continue
+        shutil.copyfile(file, folder / file.name)
+
+
+def _data_locations(source: Path) -> Iterator[str]:
+    """The external data files of all models of a folder, whatever they are called."""
+    for file in source.glob("*.onnx"):
+        if file.stat().st_size > SCANNED_MODEL:
+            continue
+        proto = onnx.load(file, load_external_data=False)
+        for tensor in proto.graph.initializer:
+            yield from (entry.value for entry in tensor.external_data if entry.key == "location")
+
+
+def _move(partial: Path, folder: Path) -> None:
+    """Put the finished folder into its place; an earlier output goes only once the new one is there."""
+    if not folder.exists() or not any(folder.iterdir()):
+        partial.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
+    folder.rename(old)
+    try:
+        partial.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old)
+
+
+# ---------------------------------------------------------------------------------------------------- sessions
+
+
+def session(
+    model: ir.Model,
+    options: onnxruntime.SessionOptions | None = None,
+    providers: tuple[str, ...] = ("CPUExecutionProvider",),
+) -> onnxruntime.InferenceSession:
+    """Open a model, as it is in memory, in ONNX Runtime.
+
+    External weights that lie in one folder are read there by ONNX Runtime itself and never enter Python. Constants
+    made in memory travel inside the model up to `INLINE_SESSION` bytes; beyond that, or where the external weights
+    lie in several folders, everything is written to a temporary folder that is gone when this returns.
+    `options` are used as they are, plus the weights folder. ModelError if ONNX Runtime refuses the model.
+    """
+    import onnxruntime as ort
+
+    if options is None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+    folders = {str(Path(tensor.base_dir).resolve()) for tensor in _external_tensors(model)}
+    try:
+        if len(folders) > 1 or _bytes_in_memory(model) > INLINE_SESSION:
+            with tempfile.TemporaryDirectory(prefix="qcompiler-session-") as folder:
+                _write_model(model, Path(folder))
+                return ort.InferenceSession(Path(folder) / MODEL_FILE, options, providers=list(providers))
+        for folder in folders:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=list(providers))
+    except OSError as error:
+        raise OutputError(f"a temporary copy of the model cannot be written: {error.strerror or error}") from error
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        raise ModelError(f"ONNX Runtime refuses the model: {_first_line(error)}") from error
+
+
+def _bytes_in_memory(model: ir.Model) -> int:
+    tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    return sum(t.nbytes for t in tensors if t is not None and not isinstance(t, ir.ExternalTensor))
