@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qcompiler.calibrate import Hook
     from qcompiler.compiler import Compiled, compile
-    from qcompiler.diff import diff
+    from qcompiler.model_diff import diff
     from qcompiler.errors import QCompilerError
     from qcompiler.recipe import Recipe
     from qcompiler.rewrite import Pass
@@ -29,7 +29,7 @@ _PUBLIC = {
     "Recipe": "recipe",
     "Statistic": "statistics",
     "compile": "compiler",
-    "diff": "diff",
+    "diff": "model_diff",  # not diff.py: a submodule of that name would hide the function
     "load_session": "runtime",
 }
 

@@ -1,0 +1,199 @@
+"""The report as data, and its JSON form (`report.json`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+Status = Literal["quantized", "excluded", "skipped"]
+
+
+@dataclass(frozen=True)
+class GateKind:
+    """What a gate measures: an entry of `Report.outputs`, and on which side of the limit is good."""
+
+    metric: str
+    better: Literal["higher", "lower"]
+    unit: str
+    text: str
+
+
+GATES: dict[str, GateKind] = {
+    "output_sqnr_db": GateKind("sqnr_db", "higher", "dB", "signal-to-noise ratio of the outputs"),
+    "cosine": GateKind("cosine", "higher", "", "cosine similarity of the outputs"),
+    "kl": GateKind("kl", "lower", "nats", "Kullback-Leibler divergence from the float model, per token"),
+    "top1": GateKind("top1", "higher", "", "share of tokens where the most likely one is the same"),
+    "perplexity_ratio": GateKind("perplexity_ratio", "lower", "", "perplexity over that of the float model"),
+}
+"""Measures that a recipe can set limits for. The worst output counts."""
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What became of one quantizable site."""
+
+    name: str
+    module_path: str
+    op: str
+    status: Status
+    block: str = ""
+    reason: str = ""
+    """Why it is excluded or skipped."""
+    scheme: str = ""
+    pass_name: str = ""
+    """The pass that quantized (or skipped) it; ``pass`` in JSON."""
+    kernel: str = ""
+    """The operator that runs it in ONNX Runtime's optimized graph."""
+    sqnr_db: float | None = None
+    """Signal-to-noise ratio of the site's output against the float model in dB; None where it was not measured."""
+    details: dict[str, str] = field(default_factory=dict)
+    """What other passes noted about the site, by pass."""
+
+
+@dataclass(frozen=True)
+class PassSkip:
+    """A site that a pass left as it was; the site itself may still be quantized by another pass."""
+
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """One run of a pass."""
+
+    name: str
+    seconds: float
+    peak_rss: int
+    """Peak resident memory of the process up to the end of the pass, in bytes."""
+    changed: int
+    """Number of sites."""
+    skipped: tuple[PassSkip, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the constants. A constant that several nodes share counts once."""
+
+    float_bytes: int
+    """The whole model before."""
+    bytes: int
+    """The whole model after."""
+    quantized_float_bytes: int
+    """What was quantized, before."""
+    quantized_bytes: int
+    """The same after, with scales and zero points."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A limit, what was measured, and whether it holds; a limit on something that was not measured does not hold."""
+
+    name: str
+    limit: float
+    value: float | None
+    held: bool
+
+
+@dataclass
+class Report:
+    """Everything that one compilation did. `to_json` and `from_json` are inverse to each other."""
+
+    recipe: str
+    target: str
+    sites: list[SiteReport]
+    sizes: Sizes
+    passes: list[PassReport] = field(default_factory=list)
+    outputs: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Error of each output against the float model on held-out samples, by measure: sqnr_db, kl, top1, …"""
+    gates: list[Gate] = field(default_factory=list)
+    strict: bool = False
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+    """Distribution to version."""
+    hashes: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of what went in (model, calibration data, recipe), by name."""
+    warnings: list[str] = field(default_factory=list)
+
+    def with_status(self, status: Status) -> list[SiteReport]:
+        return [site for site in self.sites if site.status == status]
+
+    @property
+    def failures(self) -> list[str]:
+        """Why the exit code is 1: gates that do not hold, and under `strict` skipped sites; empty when all is well."""
+        broken = [describe(gate) for gate in self.gates if not gate.held]
+        skipped = len(self.with_status("skipped"))
+        if self.strict and skipped:
+            broken.append(f"{skipped} {'layer was' if skipped == 1 else 'layers were'} skipped (--strict)")
+        return broken
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.failures else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data. Infinite numbers (the signal-to-noise ratio of equal outputs) become the string ``inf``."""
+        data = dataclasses.asdict(self)
+        for site in data["sites"]:
+            site["pass"] = site.pop("pass_name")
+        plain: dict[str, Any] = finite({**data, "exit_code": self.exit_code, "failures": self.failures})
+        return plain
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> Report:
+        data = json.loads(text)
+        for derived in ("exit_code", "failures"):
+            data.pop(derived, None)
+        for site in data["sites"]:
+            site["pass_name"] = site.pop("pass")
+        return TypeAdapter(Report).validate_python(data)
+
+
+def check_gates(limits: Mapping[str, float], outputs: Mapping[str, Mapping[str, float]]) -> list[Gate]:
+    """Compare each limit with the worst output. The names of the limits are keys of `GATES`."""
+    gates = []
+    for name, limit in limits.items():
+        kind = GATES[name]
+        values = [measures[kind.metric] for measures in outputs.values() if kind.metric in measures]
+        # NaN compares false with everything, so a broken output never passes for the best one.
+        broken = [value for value in values if math.isnan(value)]
+        worst = broken[0] if broken else _worst(values, kind)
+        held = worst is not None and (worst >= limit if kind.better == "higher" else worst <= limit)
+        gates.append(Gate(name, limit, worst, held))
+    return gates
+
+
+def describe(gate: Gate) -> str:
+    """A gate as one clause: ``kl 0.013 is not ≤ 0.01 nats``."""
+    kind = GATES[gate.name]
+    sign = "≥" if kind.better == "higher" else "≤"
+    limit = f"{sign} {gate.limit:g} {kind.unit}".rstrip()
+    if gate.value is None:
+        return f"{gate.name} was not measured, so {limit} does not hold"
+    return f"{gate.name} {gate.value:.4g} is {'' if gate.held else 'not '}{limit}"
+
+
+def _worst(values: list[float], kind: GateKind) -> float | None:
+    if not values:
+        return None
+    return min(values) if kind.better == "higher" else max(values)
+
+
+def finite(value: Any) -> Any:
+    """Plain data as JSON can hold it, without infinity and NaN: they become the strings ``inf``, ``-inf``, ``nan``."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

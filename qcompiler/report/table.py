@@ -1,0 +1,223 @@
+"""The report as a person reads it after `compile`: verdict first, then sizes, errors, layers, what to look at."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from qcompiler.report.report import Report, SiteReport, Status, describe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+MEASURES = {
+    "sqnr_db": ("SQNR", "{:.1f} dB"),
+    "cosine": ("cosine", "{:.6f}"),
+    "max_abs_error": ("largest error", "{:.3g}"),
+    "kl": ("KL divergence", "{:.3g}"),
+    "top1": ("same top-1", "{:.1%}"),
+    "perplexity": ("perplexity", "{:.3f}"),
+    "perplexity_ratio": ("perplexity ratio", "{:.4f}"),
+}
+MOST_KINDS = 10  # rows of the table of layers
+MOST_OUTPUTS = 3
+MOST_REASONS = 3
+LONGEST_LINE = 180  # characters of a reason or warning; report.json has all of it
+MOST_SCHEMES = 2
+WORST = 5
+STATUSES: tuple[Status, ...] = ("quantized", "excluded", "skipped")
+
+
+def render(report: Report, console: Console) -> None:
+    """Print the results, at most some 35 lines at a width of 100."""
+    console.print(_verdict(report))
+    console.print(_sizes(report))
+    if report.outputs:
+        console.print()
+        console.print(_outputs(report))
+    console.print()
+    console.print(_layers(report))
+    _print_lines(console, "schemes", _schemes(report))
+    worst = sorted((site for site in report.sites if site.sqnr_db is not None), key=lambda site: site.sqnr_db or 0.0)
+    if worst:
+        console.print()
+        console.print(_worst(worst[:WORST]))
+    _print_lines(console, "left out", _reasons(report))
+    _print_lines(console, "gates", [_mark(gate.held) + describe(gate) for gate in report.gates])
+    _print_lines(console, "warnings", report.warnings[:MOST_REASONS])
+
+
+def evaluation_rows(figures: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The figures of `evaluate` as rows of text."""
+    names = {
+        "samples": ("samples", "{}"),
+        "tokens": ("tokens predicted", "{}"),
+        "nll": ("negative log-likelihood", "{:.4f} nats a token"),
+        "reference_perplexity": ("perplexity of the reference", "{:.3f}"),
+        **MEASURES,
+    }
+    return [(names[name][0], names[name][1].format(value)) for name, value in figures.items()]
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000: 6.21 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _verdict(report: Report) -> Text:
+    from rich.text import Text
+
+    done, all_sites = len(report.with_status("quantized")), len(report.sites)
+    excluded, skipped = len(report.with_status("excluded")), len(report.with_status("skipped"))
+    rest = [f"{count} {word}" for count, word in ((excluded, "excluded"), (skipped, "skipped")) if count]
+    counts = f"{done} of {all_sites} layers quantized" + (f" ({', '.join(rest)})" if rest else "")
+    made = f"{report.recipe} for {report.target}, {report.seconds:.0f} s: {counts}"
+    if report.failures:
+        return Text(f"✗ {made}; {'; '.join(report.failures)}", style="bold red")
+    return Text(f"✓ {made}", style="bold green")
+
+
+def _sizes(report: Report) -> str:
+    sizes = report.sizes
+    line = (
+        f"  model {size(sizes.float_bytes)} → [bold]{size(sizes.bytes)}[/bold]{_ratio(sizes.bytes, sizes.float_bytes)}"
+    )
+    if sizes.quantized_float_bytes:
+        ratio = _ratio(sizes.quantized_bytes, sizes.quantized_float_bytes)
+        line += f"   quantized weights {size(sizes.quantized_float_bytes)} → {size(sizes.quantized_bytes)}{ratio}"
+    return line
+
+
+def _ratio(after: int, before: int) -> str:
+    return f" ({after / before:.3f} ×)" if before else ""
+
+
+def _outputs(report: Report) -> Table:
+    present = {name for measures in report.outputs.values() for name in measures}
+    # Where the output is a distribution over tokens, its own measures say more than those of any array.
+    general = {"cosine", "max_abs_error"} if "kl" in present else set()
+    columns = [name for name in MEASURES if name in present - general]
+    table = _table("output against float", *(MEASURES[name][0] for name in columns))
+    shown = list(report.outputs.items())[:MOST_OUTPUTS]
+    for output, measures in shown:
+        cells = [MEASURES[name][1].format(measures[name]) if name in measures else "" for name in columns]
+        table.add_row(_plain(output), *cells)
+    if len(report.outputs) > len(shown):
+        table.add_row(f"… and {len(report.outputs) - len(shown)} more", *("" for _ in columns))
+    return table
+
+
+def _layers(report: Report) -> Table:
+    groups: dict[str, list[SiteReport]] = defaultdict(list)
+    for site in report.sites:
+        groups[_kind(site)].append(site)
+    if len(groups) > MOST_KINDS:  # no repeating blocks: the operators say more than a hundred names
+        groups.clear()
+        for site in report.sites:
+            groups[site.op].append(site)
+    present = [status for status in STATUSES if status == "quantized" or report.with_status(status)]
+    table = _table("layers", *present, "worst SQNR", "kernel", text_columns=1)
+    for kind, sites in groups.items():
+        count = Counter(site.status for site in sites)
+        errors = [site.sqnr_db for site in sites if site.sqnr_db is not None]
+        table.add_row(
+            _plain(kind),
+            *(str(count[status]) if count[status] else "·" for status in present),
+            f"{min(errors):.1f} dB" if errors else "·",
+            _commonest(site.kernel for site in sites),
+        )
+    return table
+
+
+def _schemes(report: Report) -> list[str]:
+    counted = Counter(site.scheme for site in report.with_status("quantized"))
+    lines = [f"{count} × {scheme}" for scheme, count in counted.most_common(MOST_SCHEMES)]
+    rest = len(counted) - len(lines)
+    return [*lines, f"… and {rest} more"] if rest else lines
+
+
+def _kind(site: SiteReport) -> str:
+    """What the site is within its block, so that the same layer of all blocks is one row."""
+    path = site.module_path or site.name
+    if site.block and path.startswith(site.block + "."):
+        path = path.removeprefix(site.block + ".")
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
+
+
+def _commonest(texts: Iterable[str]) -> str:
+    counted = Counter(text for text in texts if text)
+    if not counted:
+        return "·"
+    first = counted.most_common(1)[0][0]
+    return _plain(first) + (f" (+{len(counted) - 1})" if len(counted) > 1 else "")
+
+
+def _worst(sites: list[SiteReport]) -> Table:
+    table = _table("largest errors", "SQNR", "kernel", text_columns=1)
+    for site in sites:
+        table.add_row(_plain(site.module_path or site.name), f"{site.sqnr_db:.1f} dB", _plain(site.kernel) or "·")
+    return table
+
+
+def _reasons(report: Report) -> list[str]:
+    """Who left out how many sites and why, the commonest first; a site that one pass leaves may be another's work."""
+    paths = {site.name: site.module_path or site.name for site in report.sites}
+    skipped = report.with_status("skipped")
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for site in skipped:
+        found["skipped", site.reason].append(paths[site.name])
+    known = {site.name for site in skipped}
+    for run in report.passes:
+        for skip in run.skipped:
+            if skip.site not in known:
+                found[f"without {run.name}", skip.reason].append(paths.get(skip.site, skip.site))
+    lines = []
+    for (how, reason), sites in sorted(found.items(), key=lambda item: -len(item[1])):
+        shown = ", ".join(sites[:2]) + (", …" if len(sites) > 2 else "")
+        lines.append(f"{len(sites)} {how}: {reason} [{shown}]")
+    if len(lines) > MOST_REASONS:
+        lines = [*lines[:MOST_REASONS], f"… and {len(lines) - MOST_REASONS} more reasons in report.json"]
+    return lines
+
+
+def _print_lines(console: Console, title: str, lines: list[str]) -> None:
+    if not lines:
+        return
+    from rich.padding import Padding
+
+    console.print()
+    console.print(f"  [bold]{title}[/bold]")
+    for line in lines:
+        text = line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + "…"
+        console.print(Padding(_plain(text), (0, 0, 0, 4)), highlight=False)
+
+
+def _mark(held: bool) -> str:
+    return "✓ " if held else "✗ "
+
+
+def _table(first: str, *columns: str, text_columns: int = 0) -> Table:
+    """A table without frame; the last `text_columns` columns are text, those between are numbers."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=True, padding=(0, 1), header_style="bold", title_justify="left")
+    table.add_column(first, overflow="ellipsis", no_wrap=True, min_width=20)
+    numbers = len(columns) - text_columns
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index < numbers else "left", overflow="ellipsis", no_wrap=True)
+    return table
+
+
+def _plain(text: str) -> str:
+    """Names of layers may hold brackets, which rich would take for its markup."""
+    from rich.markup import escape
+
+    return escape(text)

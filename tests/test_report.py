@@ -1,0 +1,160 @@
+"""The report: JSON there and back, gates, and a table that stays short and tells the worst first."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from qcompiler.report import Gate, PassReport, PassSkip, Report, SiteReport, Sizes, check_gates, render
+from qcompiler.report.table import size
+
+
+def example(layers: int = 3, **changes: object) -> Report:
+    sites = [
+        SiteReport(
+            name=f"node_{index}_{kind}",
+            module_path=f"model.layers.{index}.{kind}",
+            block=f"model.layers.{index}",
+            op="MatMul",
+            status="quantized",
+            scheme="uint8 per-channel symmetric",
+            pass_name="quantize-weights",
+            kernel="MatMulIntegerToFloat",
+            sqnr_db=30.0 + index,
+            details={"smooth-quant": "alpha 0.50"},
+        )
+        for index in range(layers)
+        for kind in ("self_attn.q_proj", "mlp.down_proj")
+    ]
+    sites.append(SiteReport("head", "lm_head", "MatMul", "excluded", reason="the recipe leaves it out"))
+    values: dict = {
+        "recipe": "smoothquant",
+        "target": "ort-cpu",
+        "sites": sites,
+        "sizes": Sizes(4_000_000, 1_100_000, 3_800_000, 960_000),
+        "passes": [
+            PassReport("smooth-quant", 0.5, 10**9, 4, (PassSkip("node_0_mlp.down_proj", "no norm writes its input"),))
+        ],
+        "outputs": {"logits": {"sqnr_db": 31.5, "kl": 0.0021, "top1": 0.987, "perplexity_ratio": 1.004}},
+        "gates": [Gate("kl", 0.01, 0.0021, True)],
+        "seconds": 12.0,
+    }
+    return Report(**{**values, **changes})
+
+
+def printed(report: Report, width: int = 100) -> str:
+    stream = io.StringIO()
+    render(report, Console(file=stream, width=width, color_system=None))
+    return stream.getvalue()
+
+
+def test_json_round_trip() -> None:
+    report = example()
+    assert Report.from_json(report.to_json()) == report
+
+
+def test_json_has_the_promised_keys() -> None:
+    data = json.loads(example().to_json())
+    promised = {"sites", "sizes", "outputs", "passes", "target", "versions", "hashes", "gates"}
+    assert promised <= set(data)
+    site = {"name", "module_path", "op", "status", "reason", "scheme", "pass", "kernel", "sqnr_db"}
+    assert site <= set(data["sites"][0])
+    assert data["exit_code"] == 0
+
+
+def test_infinite_and_missing_numbers_survive_json() -> None:
+    exact = [SiteReport("a", "a", "MatMul", "quantized", sqnr_db=math.inf), SiteReport("b", "b", "MatMul", "quantized")]
+    report = example(sites=exact, outputs={"y": {"sqnr_db": math.inf}}, gates=[])
+    assert "Infinity" not in report.to_json()
+    again = Report.from_json(report.to_json())
+    assert again.sites == exact
+    assert again.outputs["y"]["sqnr_db"] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "values", "worst", "held"),
+    [
+        ("output_sqnr_db", 20.0, [{"sqnr_db": 30.0}, {"sqnr_db": 19.0}], 19.0, False),
+        ("output_sqnr_db", 19.0, [{"sqnr_db": 30.0}, {"sqnr_db": 19.0}], 19.0, True),
+        ("kl", 0.01, [{"kl": 0.002}, {"sqnr_db": 1.0}], 0.002, True),
+        ("kl", 0.01, [{"kl": 0.02}, {"kl": 0.001}], 0.02, False),
+        ("top1", 0.98, [{"top1": 0.97}], 0.97, False),
+        ("perplexity_ratio", 1.01, [{"perplexity_ratio": 1.01}], 1.01, True),
+        ("perplexity_ratio", 1.01, [], None, False),
+    ],
+)
+def test_gates_take_the_worst_output(name: str, limit: float, values: list, worst: float | None, held: bool) -> None:
+    outputs = {f"out{index}": measures for index, measures in enumerate(values)}
+    assert check_gates({name: limit}, outputs) == [Gate(name, limit, worst, held)]
+
+
+def test_nan_never_holds() -> None:
+    for name, metric in (("kl", "kl"), ("output_sqnr_db", "sqnr_db")):
+        for order in ([math.nan, 30.0], [30.0, math.nan]):
+            outputs = {f"out{index}": {metric: value} for index, value in enumerate(order)}
+            (gate,) = check_gates({name: 25.0}, outputs)
+            assert not gate.held
+
+
+def test_exit_code() -> None:
+    assert example().exit_code == 0
+    assert example(gates=[Gate("kl", 0.001, 0.0021, False)]).exit_code == 1
+    skipped = [SiteReport("a", "a", "Conv", "skipped", reason="its groups differ")]
+    assert example(sites=skipped).exit_code == 0
+    assert example(sites=skipped, strict=True).failures == ["1 layer was skipped (--strict)"]
+
+
+def test_the_verdict_comes_first() -> None:
+    assert (
+        printed(example())
+        .splitlines()[0]
+        .startswith("✓ smoothquant for ort-cpu, 12 s: 6 of 7 layers quantized (1 excluded)")
+    )
+    failed = printed(example(gates=[Gate("kl", 0.001, 0.0021, False)]), width=200).splitlines()[0]
+    assert failed.startswith("✗ ")
+    assert "kl 0.0021 is not ≤ 0.001 nats" in failed
+
+
+def test_the_table_says_what_matters() -> None:
+    text = printed(example())
+    assert "4 MB → 1.1 MB (0.275 ×)" in text
+    assert "self_attn.q_proj" in text
+    assert "98.7%" in text
+    assert "MatMulIntegerToFloat" in text
+    assert "1 without smooth-quant: no norm writes its input [model.layers.0.mlp.down_proj]" in text
+    worst = text[text.index("largest error") :]
+    assert worst.index("30.0 dB") < worst.index("31.0 dB"), "the worst layer comes first"
+    assert "✓ kl 0.0021 is ≤ 0.01 nats" in text
+
+
+def test_the_table_stays_short_and_narrow() -> None:
+    many = [
+        SiteReport(
+            f"n{i}", f"tower.{'very_long_name_' * 4}{i}[0]", "Conv", "skipped", reason=f"reason {i}", sqnr_db=1.0
+        )
+        for i in range(200)
+    ]
+    outputs = {f"out{i}": {"sqnr_db": 1.0} for i in range(50)}
+    text = printed(example(sites=many, outputs=outputs, warnings=["w" * 300] * 9))
+    assert len(text.splitlines()) <= 40
+    assert len(printed(example(layers=100)).splitlines()) <= 30
+    assert all(len(line.rstrip()) <= 100 for line in text.splitlines()[1:])
+    assert "… and 198 more reasons in report.json" in text
+
+
+def test_names_with_brackets_are_no_markup() -> None:
+    sites = [SiteReport("a", "block[bold]0[/bold]", "MatMul", "skipped", reason="[red]because[/red]", sqnr_db=3.0)]
+    text = printed(example(sites=sites))
+    assert "block[bold]0[/bold]" in text
+    assert "[red]because[/red]" in text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (6_214_000, "6.21 MB"), (4e9, "4 GB")]
+)
+def test_sizes_for_people(count: float, text: str) -> None:
+    assert size(count) == text
