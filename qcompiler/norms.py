@@ -28,8 +28,10 @@ _NORMS: dict[tuple[str, str], tuple[int, ...]] = {
 def group_linears(linears: Iterable[Linear]) -> tuple[NormGroup, ...]:
     """The linear layers by the value that they read, with the gains that scale it (`match.find_linear_groups`)."""
     readers: dict[ir.Value, list[Linear]] = {}
+    writers: dict[ir.Value, Linear] = {}
     for linear in linears:
         readers.setdefault(linear.input, []).append(linear)
+        writers[linear.output] = linear
     groups = []
     for value, members in readers.items():
         source = _source(value, members[0].in_features)
@@ -41,6 +43,7 @@ def group_linears(linears: Iterable[Linear]) -> tuple[NormGroup, ...]:
         group = NormGroup(
             node=node, name=node.name or "", module_path=path, block=block_of(path), output=value,
             gains=source.gains, linears=tuple(members), others=others + source.others,
+            factor=None if source.gains else _factor(value, writers, members[0].in_features),
         )  # fmt: skip
         groups.append(group)
     return tuple(groups)
@@ -67,6 +70,22 @@ def _source(value: ir.Value, features: int) -> _Source:
         value = node.inputs[0]
         others.extend(reader for reader in _readers(value) if reader is not node)
     return _Source()
+
+
+def _factor(value: ir.Value, writers: dict[ir.Value, Linear], features: int) -> Linear | None:
+    """The linear layer that is one side of a product of two computed values, and read by nobody else."""
+    node = value.producer()
+    if node is None or node.domain or node.op_type != "Mul" or value.is_graph_output():
+        return None
+    for operand in (node.inputs[1], node.inputs[0]):
+        while operand is not None and len(operand.uses()) == 1 and not operand.is_graph_output():
+            if (linear := writers.get(operand)) is not None:
+                return linear if linear.out_features == features else None
+            producer = operand.producer()
+            if producer is None or not _passes_on(producer, features):
+                break
+            operand = producer.inputs[0]
+    return None
 
 
 def _readers(value: ir.Value) -> list[ir.Node]:

@@ -128,6 +128,9 @@ class NormGroup(Site):
     linears: tuple[Linear, ...]
     others: tuple[ir.Node, ...]
     """Readers of the value that are no linear layers; while there are any, nothing can be folded."""
+    factor: Linear | None = None
+    """The linear layer whose output alone the value is a product of, x = a ⊙ (v W + b): a gated MLP's up_proj. Dividing
+    the columns of W, and b, divides `output`. Only where there are no gains."""
 
 
 @dataclass(frozen=True)
