@@ -1,0 +1,174 @@
+"""Perplexity and divergence are those of the definitions, on models with and without a cache."""
+
+import json
+import math
+from itertools import pairwise
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from qcompiler import load_session
+from qcompiler.errors import DataError, ModelError
+from qcompiler.evaluate import evaluate
+from qcompiler.runtime import DISABLED_OPTIMIZERS, SESSION_OPTIONS, one_line, session_options_of
+from qcompiler.samples import open_samples
+
+VOCABULARY = 9
+
+
+def saved(folder, noise=0.0, vocabulary=VOCABULARY, past=False, metadata=None):
+    """A bigram model: logits[t] depend on ids[t] alone. With `past` it also has a cache, which it hands on longer."""
+    cache = ', float[b, 1, p, 2] "past_key_values.0.key"' if past else ""
+    present = ', float[b, 1, total, 2] "present.0.key"' if past else ""
+    model = ir.from_onnx_text(
+        f"""<ir_version: 10, opset_import: ["" : 21]>
+        lm (int64[b, s] input_ids{cache}) => (float[b, s, v] logits{present})
+        <float[{vocabulary}, {vocabulary}] table = {{{", ".join("0" for _ in range(vocabulary**2))}}}>
+        {{
+            logits = Gather (table, input_ids)
+            {'"present.0.key" = Identity ("past_key_values.0.key")' if past else ""}
+        }}"""
+    )
+    table = np.random.default_rng(0).standard_normal((vocabulary, vocabulary)).astype(np.float32)
+    table += noise * np.random.default_rng(1).standard_normal(table.shape).astype(np.float32)
+    model.graph.initializers["table"].const_value = ir.tensor(table, name="table")
+    model.metadata_props.update(metadata or {})
+    folder.mkdir(exist_ok=True)
+    ir.save(model, folder / "model.onnx")
+    return folder, table
+
+
+@pytest.fixture
+def text(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ids = np.random.default_rng(3).integers(0, VOCABULARY, 25)
+    (tmp_path / "t.txt").write_text(" ".join(f"w{i}" for i in ids))
+    return tmp_path / "t.txt", ids
+
+
+def log_probabilities(table):
+    p = np.exp(table.astype(np.float64))
+    return np.log(p / p.sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("past", [False, True])
+def test_perplexity_over_windows_of_the_whole_text(tmp_path, text, past):
+    file, ids = text
+    folder, table = saved(tmp_path / "m", past=past)
+    found = evaluate(folder, str(file), tokenizer=tmp_path, sequence_length=10)
+    windows = [ids[0:10], ids[10:20], ids[20:25]]
+    nll = [-log_probabilities(table)[a, b] for w in windows for a, b in pairwise(w)]
+    assert (found.samples, found.tokens) == (3, 22)
+    assert found.nll == pytest.approx(np.mean(nll), rel=1e-6)
+    assert found.perplexity == pytest.approx(math.exp(np.mean(nll)), rel=1e-6)
+    assert found.to_dict().keys() == {"samples", "tokens", "nll", "perplexity"}
+    assert evaluate(folder / "model.onnx", str(file), tokenizer=tmp_path, sequence_length=10, limit=1).tokens == 9
+
+
+def test_against_a_reference(tmp_path, text):
+    file, ids = text
+    reference, p = saved(tmp_path / "float")
+    candidate, q = saved(tmp_path / "int8", noise=0.3, past=True)
+    found = evaluate(candidate, str(file), reference=reference, tokenizer=tmp_path, sequence_length=10)
+    one, other = log_probabilities(p)[ids], log_probabilities(q)[ids]
+    assert found.kl == pytest.approx((np.exp(one) * (one - other)).sum(-1).mean(), rel=1e-5)
+    assert found.top1 == pytest.approx((one.argmax(-1) == other.argmax(-1)).mean())
+    x, y = p[ids].ravel().astype(np.float64), q[ids].ravel().astype(np.float64)
+    assert found.cosine == pytest.approx(x @ y / np.linalg.norm(x) / np.linalg.norm(y), rel=1e-6)
+    assert found.sqnr_db == pytest.approx(10 * np.log10((x @ x) / ((x - y) @ (x - y))), rel=1e-5)
+    assert found.perplexity_ratio == pytest.approx(found.perplexity / found.reference_perplexity)
+    same = evaluate(reference, str(file), reference=reference, tokenizer=tmp_path, sequence_length=10)
+    assert (same.kl, same.top1, same.perplexity_ratio, same.sqnr_db) == (0, 1, 1, math.inf)
+
+
+def test_samples_that_are_opened_already_and_the_tokenizer_beside_the_model(tmp_path, text):
+    file, _ = text
+    folder, _ = saved(tmp_path / "m")
+    (tmp_path / "tokenizer.json").rename(folder / "tokenizer.json")
+    found = evaluate(folder, str(file), sequence_length=10)
+    samples = open_samples(
+        str(file),
+        model=ir.load(folder / "model.onnx"),
+        tokenizer=folder,
+        sequence_length=10,
+        contiguous=True,
+        limit=None,
+    )
+    assert evaluate(folder, samples) == found
+
+
+def test_what_cannot_be_evaluated(tmp_path, text):
+    file, _ = text
+    folder, _ = saved(tmp_path / "m")
+    other, _ = saved(tmp_path / "wide", vocabulary=VOCABULARY + 1)
+    with pytest.raises(ModelError, match="the models have different vocabularies"):
+        evaluate(folder, str(file), reference=other, tokenizer=tmp_path)
+    (tmp_path / "short.jsonl").write_text(json.dumps({"input_ids": [1]}))
+    with pytest.raises(DataError, match="has no sample of two tokens or more"):
+        evaluate(folder, str(tmp_path / "short.jsonl"))
+    (tmp_path / "wrong.jsonl").write_text(json.dumps({"input_ids": [VOCABULARY]}))
+    with pytest.raises(DataError, match="the token id 9, and the model's vocabulary has 9"):
+        evaluate(folder, str(tmp_path / "wrong.jsonl"))
+    with pytest.raises(ModelError, match="does not exist"):
+        evaluate(tmp_path / "absent", str(file))
+    model = ir.load(folder / "model.onnx")
+    for node in model.graph:
+        node.outputs[0].name = "scores"
+    model.graph.outputs[0].shape = None
+    ir.save(model, folder / "model.onnx")
+    with pytest.raises(ModelError, match="no output is called 'logits'; its outputs are scores"):
+        evaluate(folder, str(file), tokenizer=tmp_path)
+
+
+def test_a_session_takes_the_options_that_the_model_records(tmp_path):
+    metadata = {
+        SESSION_OPTIONS: json.dumps({"session.qdqisint8allowed": "1"}),
+        DISABLED_OPTIMIZERS: json.dumps(["MatMulNBitsFusion"]),
+    }
+    folder, _ = saved(tmp_path / "m", metadata=metadata)
+    recorded = session_options_of(ir.load(folder / "model.onnx"))
+    assert recorded.config_entries == {"session.qdqisint8allowed": "1"}
+    assert recorded.disabled_optimizers == ("MatMulNBitsFusion",)
+    session = load_session(folder, threads=1)
+    options = session.get_session_options()
+    assert options.get_session_config_entry("session.qdqisint8allowed") == "1"
+    assert options.intra_op_num_threads == 1
+    assert session.get_providers() == ["CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "providers", "message"),
+    [
+        ({SESSION_OPTIONS: "{"}, None, "is not JSON"),
+        ({DISABLED_OPTIMIZERS: "{}"}, None, "where a list is due"),
+        ({}, ["NoSuchProvider"], "this onnxruntime has no NoSuchProvider"),
+    ],
+)
+def test_a_session_that_cannot_be_opened(tmp_path, metadata, providers, message):
+    folder, _ = saved(tmp_path / "m", metadata=metadata)
+    with pytest.raises(ModelError, match=message):
+        load_session(folder, providers=providers)
+
+
+def test_a_model_that_onnxruntime_refuses(tmp_path):
+    folder, _ = saved(tmp_path / "m")
+    model = ir.load(folder / "model.onnx")
+    model.graph.inputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    ir.save(model, folder / "model.onnx")
+    with pytest.raises(ModelError, match=r"onnxruntime cannot open .*Type Error") as caught:
+        load_session(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_errors_of_onnxruntime_become_one_clause():
+    raw = (
+        "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running MatMul node. Name:'a/b' "
+        "Status Message: /onnxruntime_src/onnxruntime/core/providers/cpu/math/matmul_helper.h:144 "
+        "onnxruntime::common::Status onnxruntime::MatMulComputeHelper::Compute(const onnxruntime::TensorShape&, bool) "
+        "MatMul dimension mismatch\n"
+    )
+    assert one_line(RuntimeError(raw)) == "node 'a/b' (MatMul) failed: MatMul dimension mismatch"
