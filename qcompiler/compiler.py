@@ -1,0 +1,98 @@
+"""The straight line from a model to its quantized form; every other module is one word of it.
+
+    load ─ canonicalize ─ [ for each pass: measure ─ apply ─ verify ─ dump ] ─ portable ─ [ lowering ] ─ verify ─ report
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qcompiler import inputs, model_io, pipeline
+from qcompiler.calibrate import Calibrator, Hook, load_statistics, model_hash, save_statistics
+from qcompiler.hooks import Dump, Reproducer, Verify
+from qcompiler.inputs import Data
+from qcompiler.recipe import Recipe
+from qcompiler.report import Report, build, check_gates
+from qcompiler.statistics import StatisticsStore
+from qcompiler.verify import compare
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled model in memory; `save` writes the folder that ONNX Runtime runs."""
+
+    model: ir.Model
+    report: Report
+    recipe: Recipe
+    source: Path | None
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write model, recipe and report to `folder`, whole or not at all. Raises OutputError."""
+        files = {"recipe.yaml": self.recipe.to_yaml(), "report.json": self.report.to_json()}
+        model_io.save(self.model, Path(folder), source_folder=self.source, overwrite=overwrite, extra_files=files)
+
+
+def compile(
+    model: str | Path | ir.Model, recipe: str | Path | Recipe, *, calibration: Data | None = None,
+    target: str | None = None, tokenizer: str | Path | None = None, samples: int | None = None,
+    sequence_length: int | None = None, statistics: str | Path | None = None, options: Sequence[str] = (),
+    exclude: Sequence[str] = (), strict: bool = False, memory_limit: int | None = None,
+    dump_dir: str | Path | None = None, hooks: Sequence[Hook] = (), progress: bool = False,
+) -> Compiled:  # fmt: skip
+    """Quantize a model by a recipe for a target; the parameters are those of ``qcompiler compile --help``.
+
+    An `ir.Model` that is given stays as it was. Raises QCompilerError (see `qcompiler.errors`).
+    """
+    start = time.perf_counter()
+    plan = inputs.plan(recipe, target, options, exclude)
+    graph, source = inputs.load(model)
+    inputs.check_plan(plan, graph)
+    hashes, store, measured_on, held_out = {"model": model_hash(graph)}, StatisticsStore(), None, None
+    if calibration is not None:
+        measured_on, held_out = inputs.samples(calibration, graph, plan.recipe, tokenizer, samples, sequence_length)
+        hashes["calibration"] = measured_on.hash()
+    if statistics is not None:
+        store = load_statistics(Path(statistics), hashes["model"])
+    calibrator = Calibrator(measured_on, memory_limit=memory_limit, progress=progress, hooks=hooks) if measured_on else None
+
+    reference, facts, before = graph.clone(), build.inventory(graph), build.constant_bytes(graph)
+    observers: list[pipeline.Observer] = [Verify(held_out, memory_limit)]
+    if dump_dir is not None:
+        observers.append(Dump(Path(dump_dir)))
+    observers.append(Reproducer(Path(dump_dir or "."), plan.recipe))
+    runs = pipeline.run(graph, plan.passes, store, calibrator, observers)
+    runs += pipeline.run(graph, plan.lowering, store, calibrator, observers)
+    inputs.finish(graph, plan.recipe)
+
+    comparison = None
+    if held_out is not None:
+        values = {item.output: item.output for item in facts}
+        comparison = compare(reference, graph, held_out, values=values, memory_limit=memory_limit, progress=progress)
+    report = build.report(plan.recipe, facts, runs, comparison, before, build.constant_bytes(graph), hashes)
+    report.gates, report.strict = check_gates(plan.recipe.gates, report.outputs), strict
+    report.seconds = round(time.perf_counter() - start, 2)
+    return Compiled(graph, report, plan.recipe, source)
+
+
+def calibrate(
+    model: str | Path | ir.Model, recipe: str | Path | Recipe, *, calibration: Data, output: str | Path,
+    target: str | None = None, tokenizer: str | Path | None = None, samples: int | None = None,
+    sequence_length: int | None = None, options: Sequence[str] = (), exclude: Sequence[str] = (),
+    memory_limit: int | None = None, progress: bool = False,
+) -> int:  # fmt: skip
+    """Measure what the recipe's passes ask for and write it to `output`; returns the number of statistics."""
+    plan = inputs.plan(recipe, target, options, exclude)
+    graph, _ = inputs.load(model)
+    inputs.check_plan(plan, graph)
+    measured_on, _ = inputs.samples(calibration, graph, plan.recipe, tokenizer, samples, sequence_length)
+    store = StatisticsStore()
+    taps = [tap for step in plan.passes for tap in step.taps(graph)]
+    calibrator = Calibrator(measured_on, memory_limit=memory_limit, progress=progress)
+    pipeline.measure(graph, taps, store, calibrator, plan.passes)
+    save_statistics(Path(output), store, model_hash(graph), measured_on.hash())
+    return len(store)

@@ -1,0 +1,105 @@
+"""Turns what a caller gives into what the compiler works on: a resolved recipe with its passes, a graph, samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from qcompiler import model_io
+from qcompiler.canonicalize import canonicalize
+from qcompiler.errors import DataError
+from qcompiler.match import check_patterns, find_sites
+from qcompiler.recipe import Recipe
+from qcompiler.rewrite import Pass
+from qcompiler.samples import Samples, from_python, open_samples
+from qcompiler.targets import Target
+
+Data = str | Samples | Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A recipe with nothing left open, and its passes."""
+
+    recipe: Recipe
+    passes: Sequence[Pass]
+    lowering: Sequence[Pass]
+
+
+def plan(recipe: str | Path | Recipe, target: str | None, options: Sequence[str], exclude: Sequence[str]) -> Plan:
+    """Resolve a recipe for a target. Raises RecipeError, TargetError."""
+    given = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    given = given.model_copy(update={"exclude": (*given.exclude, *exclude)})
+    resolved = given.for_target(target).with_options(options).resolved()
+    passes = [_leave_out(step, resolved.exclude) for step in resolved.build()]
+    Target.load(resolved.target).check(passes)
+    return Plan(resolved, passes, resolved.build_lowering())
+
+
+def load(model: str | Path | ir.Model) -> tuple[ir.Model, Path | None]:
+    """The canonicalized graph, ours to change, and the folder it came from. Raises ModelError."""
+    source = None if isinstance(model, ir.Model) else model_io.find_model(model).parent
+    graph = model.clone() if isinstance(model, ir.Model) else model_io.load(model)
+    canonicalize(graph)
+    return graph, source
+
+
+def check_plan(plan: Plan, graph: ir.Model) -> None:
+    """Every pattern of the recipe names at least one site. Raises RecipeError."""
+    patterns = [*plan.recipe.exclude]
+    for step in plan.passes:
+        patterns += [*step.targets, *step.ignore]
+    check_patterns(patterns, find_sites(graph))
+
+
+def samples(
+    data: Data,
+    graph: ir.Model,
+    recipe: Recipe,
+    tokenizer: str | Path | None,
+    count: int | None,
+    sequence_length: int | None,
+) -> tuple[Samples, Samples | None]:
+    """(samples to calibrate on, samples to compare on): the last of the data are held out. Raises DataError."""
+    calibration = recipe.calibration
+    limit = (count or calibration.samples) + calibration.held_out
+    if isinstance(data, str):
+        found = open_samples(
+            data, model=graph, tokenizer=Path(tokenizer) if tokenizer else None, limit=limit,
+            sequence_length=sequence_length or calibration.sequence_length,
+        )  # fmt: skip
+    else:
+        found = data if isinstance(data, Samples) else from_python(data, model=graph, limit=limit)
+    total = found.count if found.count is not None else sum(1 for _ in found)
+    held_out = min(calibration.held_out, total // 2)
+    if total < 1:
+        raise DataError(f"{found.description} holds no samples")
+    return found.part(0, total - held_out), found.part(total - held_out, total) if held_out else None
+
+
+def finish(graph: ir.Model, recipe: Recipe) -> None:
+    """Note in the model's metadata how it was made and what a session needs to run it as meant."""
+    target = Target.load(recipe.target)
+    graph.metadata_props["qcompiler.recipe"] = recipe.to_yaml()
+    graph.metadata_props["qcompiler.target"] = target.name
+    graph.metadata_props["qcompiler.session_options"] = json.dumps(dict(target.session_options))
+    graph.metadata_props["qcompiler.disabled_optimizers"] = json.dumps(list(target.disabled_optimizers))
+    graph.producer_name, graph.producer_version = "qcompiler", _version()
+
+
+def _leave_out(step: Pass, patterns: Sequence[str]) -> Pass:
+    return dataclasses.replace(step, ignore=(*step.ignore, *patterns)) if patterns else step
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("onnx-qcompiler")
+    except PackageNotFoundError:
+        return "source"
