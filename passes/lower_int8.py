@@ -2,16 +2,18 @@
 
 **Before**  y = DQ(Q(x)) · DQ(Q_w) (+ b)        **After**  y = MatMulIntegerToFloat(Q(x), Q_w, s_x, s_w, z_x, z_w, b)
 
-The kernel multiplies 8-bit integers, and scales the 32-bit sums and adds the bias on the way out. The bias is an input of
-the kernel because the activation has a single scale; with one scale for each row ONNX Runtime would multiply the bias by
-it. Layers that share a value share its QuantizeLinear. A weight stored [N, K] for this layer alone is stored transposed;
-one that an embedding shares keeps its layout and is turned when the session is made.
+The kernel multiplies 8-bit integers, and scales the 32-bit sums and adds the bias on the way out. The bias is an input
+of the kernel because the activation has a single scale; with one scale for each row ONNX Runtime would multiply the
+bias by it. Layers that share a value share its QuantizeLinear. A weight stored [N, K] for this layer alone is stored
+transposed; one that an embedding shares keeps its layout and is turned when the session is made.
 
 Both operands are unsigned: activations because int8 activations have no fast kernel on x86, weights because on x86 CPUs
 without VNNI the uint8 × int8 kernel adds pairs of products in 16 bits, which saturate without a word. Signed codes are
 shifted by 128, zero point included.
 
-Skipped: layers whose scales are blocked, and activations of more than 8 bits; they stay as they are, in standard operators.
+Skipped: layers whose codes or activations have not 8 bits; they stay as they are, in standard operators. Layers whose
+scales are blocked are skipped, too, and read the float activation again: ONNX Runtime would fuse blocked scales and a
+quantized activation into a kernel that fails, or that multiplies by the wrong scales.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from qcompiler.graph import (
     insert_before,
     new_node,
     node_graph,
+    remove_node_if_unused,
     replace_output,
 )
 from qcompiler.match import Linear, find_sites
@@ -59,6 +62,8 @@ class LowerInt8(Pass):
             obstacle = _obstacle(site, pair)
             if obstacle is not None:
                 changes.skipped.append(Skipped(site.name, obstacle))
+                if _is_blocked(site.dequantize):
+                    _read_float(site, pair)
                 continue
             _lower(site, pair, shared, names, self.name)
             changes.changed.append(Changed(site.name, kernel=KERNEL))
@@ -86,9 +91,26 @@ def _obstacle(site: Linear, pair: tuple[ir.Node, ir.Node]) -> str | None:
         return "its activation has no constant scale for the whole tensor"
     if site.weight.dtype not in EIGHT_BITS:
         return f"its weight has {site.weight.dtype} codes, and the integer kernel takes 8 bits"
-    if site.dequantize.attributes.get_int("block_size", 0):
-        return "its weight has blocked scales, and the integer kernel takes one for each output channel"
+    if _is_blocked(site.dequantize):
+        return "its weight has blocked scales, which the integer kernel does not take, so its activation stays float"
+    weight_scale = site.dequantize.inputs[1]
+    if constant(weight_scale) is None:
+        return "the scales of its weight are computed, and the integer kernel's are constants"
+    axis = site.dequantize.attributes.get_int("axis", 1)
+    if array(weight_scale).size > 1 and axis % 2 != site.channel_axis:  # type: ignore[arg-type]
+        return "its weight has scales along the inputs, and the integer kernel takes one for each output channel"
     return None
+
+
+def _is_blocked(dequantize: ir.Node) -> bool:
+    return dequantize.attributes.get_int("block_size", 0) > 0
+
+
+def _read_float(site: Linear, pair: tuple[ir.Node, ir.Node]) -> None:
+    """Take the pair away from the layer: ONNX Runtime would fuse it with blocked scales into a kernel that fails."""
+    quantize, dequantize = pair
+    site.node.replace_input_with(0, quantize.inputs[0])
+    remove_node_if_unused(dequantize)
 
 
 class _Shared:
@@ -97,23 +119,25 @@ class _Shared:
     def __init__(self, names: Names, pass_name: str) -> None:
         self.names, self.pass_name = names, pass_name
         self._activations: dict[ir.Node, tuple[ir.Value, ir.Value, ir.Value]] = {}
-        self._weights: dict[ir.Value, ir.Value] = {}
+        self._weights: dict[tuple[ir.Value, bool], ir.Value] = {}
 
     def activation(self, quantize: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """(codes, scale, zero point) of a QuantizeLinear, codes unsigned and scale float32, as the kernel takes them."""
+        """(codes, scale, zero point) of a QuantizeLinear as the kernel takes them: unsigned codes, float32 scale."""
         if quantize not in self._activations:
             codes, scale, zero_point = quantize.outputs[0], quantize.inputs[1], _zero_point(quantize)
             graph, base = node_graph(quantize), str(codes.name)
             assert scale is not None
-            single = np.float32(array(scale).reshape(()))
+            single = array(scale).reshape(()).astype(np.float32)
             if scale.dtype == ir.DataType.FLOAT and array(scale).ndim == 0:
                 float_scale = scale
             else:
                 float_scale = add_constant(graph, self.names.fresh(f"{scale.name}.float"), single)
             unsigned = add_constant(graph, self.names.fresh(f"{base}.zero_point"), _unsigned(zero_point.reshape(())))
             if codes.dtype == ir.DataType.INT8:
-                again = new_node("QuantizeLinear", [quantize.inputs[0], scale, unsigned],
-                                 self.names.fresh(f"{base}.unsigned"), dtype=ir.DataType.UINT8, shape=codes.shape)  # fmt: skip
+                again = new_node(
+                    "QuantizeLinear", [quantize.inputs[0], scale, unsigned], self.names.fresh(f"{base}.unsigned"),
+                    dtype=ir.DataType.UINT8, shape=codes.shape,
+                )  # fmt: skip
                 inherit([again], quantize, self.pass_name)
                 insert_before(quantize, [again])
                 codes = again.outputs[0]
@@ -122,7 +146,8 @@ class _Shared:
 
     def weight(self, site: Linear) -> ir.Value:
         """The codes as [K, N], unsigned."""
-        if site.weight not in self._weights:
+        key = site.weight, site.transposed  # two layers can read one square constant in both directions
+        if key not in self._weights:
             graph, base = node_graph(site.node), str(site.weight.name)
             codes = site.weight
             alone = len(codes.uses()) == 1
@@ -141,13 +166,15 @@ class _Shared:
                 name = self.names.fresh(f"{base}.unsigned" if signed else f"{base}.transposed")
                 codes = add_constant(graph, name, derived(tensor, arrange, ir.DataType.UINT8, shape, name))
             if site.transposed and not turn_now:
-                turn = new_node("Transpose", [codes], self.names.fresh(f"{base}.as_k_n"), dtype=ir.DataType.UINT8,
-                                shape=ir.Shape((site.in_features, site.out_features)), attributes={"perm": [1, 0]})  # fmt: skip
+                turn = new_node(
+                    "Transpose", [codes], self.names.fresh(f"{base}.as_k_n"), attributes={"perm": [1, 0]},
+                    dtype=ir.DataType.UINT8, shape=ir.Shape((site.in_features, site.out_features)),
+                )  # fmt: skip
                 inherit([turn], site.node, self.pass_name)
                 insert_before(site.dequantize or site.node, [turn])
                 codes = turn.outputs[0]
-            self._weights[site.weight] = codes
-        return self._weights[site.weight]
+            self._weights[key] = codes
+        return self._weights[key]
 
 
 def _lower(site: Linear, pair: tuple[ir.Node, ir.Node], shared: _Shared, names: Names, pass_name: str) -> None:
@@ -157,7 +184,9 @@ def _lower(site: Linear, pair: tuple[ir.Node, ir.Node], shared: _Shared, names: 
     weight = shared.weight(site)
     weight_scale = site.dequantize.inputs[1]
     assert weight_scale is not None
-    scales = add_constant(graph, names.fresh(f"{base}.weight_scale"), array(weight_scale).astype(np.float32).reshape(-1))
+    scales = add_constant(
+        graph, names.fresh(f"{base}.weight_scale"), array(weight_scale).astype(np.float32).reshape(-1)
+    )
     middle = _unsigned(_zero_point(site.dequantize)).reshape(-1)
     uniform = middle[:1].reshape(()) if np.all(middle == middle[0]) else middle
     weight_zero_point = add_constant(graph, names.fresh(f"{base}.weight_zero_point"), uniform)
@@ -167,10 +196,15 @@ def _lower(site: Linear, pair: tuple[ir.Node, ir.Node], shared: _Shared, names: 
         inputs.append(add_constant(graph, names.fresh(f"{base}.bias"), bias))
 
     output = site.output
-    kernel = new_node(KERNEL, inputs, names.fresh(f"{base}.int8"), domain="com.microsoft", dtype=ir.DataType.FLOAT, shape=output.shape)
+    # Shape inference stops at operators of ONNX Runtime, so the output's type may be unknown; the weight's is not.
+    dtype = site.dequantize.outputs[0].dtype or weight_scale.dtype
+    kernel = new_node(
+        KERNEL, inputs, names.fresh(f"{base}.int8"), domain="com.microsoft", dtype=ir.DataType.FLOAT, shape=output.shape
+    )
     new, result = [kernel], kernel.outputs[0]
-    if output.dtype not in (None, ir.DataType.FLOAT):
-        cast = new_node("Cast", [result], names.fresh(f"{base}.cast"), like=output, attributes={"to": int(output.dtype)})  # type: ignore[arg-type]
+    if dtype is not None and dtype != ir.DataType.FLOAT:
+        cast = new_node("Cast", [result], names.fresh(f"{base}.cast"), dtype=dtype, shape=output.shape,
+                        attributes={"to": int(dtype)})  # fmt: skip
         new, result = [kernel, cast], cast.outputs[0]
     inherit(new, site.node, pass_name)
     last = site.bias_node or site.node
@@ -184,7 +218,8 @@ def _zero_point(node: ir.Node) -> np.ndarray:
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         return array(node.inputs[2])
     codes = node.outputs[0] if node.op_type == "QuantizeLinear" else node.inputs[0]
-    assert codes is not None and codes.dtype is not None
+    assert codes is not None
+    assert codes.dtype is not None
     return np.zeros((), codes.dtype.numpy())
 
 

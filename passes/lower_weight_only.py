@@ -2,9 +2,9 @@
 
 **Before**  y = x · DequantizeLinear(Q_w, s)          **After**  y = MatMulNBits(x, Q_w, s)
 
-The operator takes unsigned codes [N, K / block, block] with zero point 128 and one scale for each block, so the scale of
-an output channel is repeated for each of its blocks. Without it ONNX Runtime would dequantize the whole weight on every
-run. A tied embedding gathers from the same array, which is stored once. A bias stays an Add.
+The operator takes unsigned codes [N, K / block, block] with zero point 128 and one scale for each block, so the scale
+of an output channel is repeated for each of its blocks. Without it ONNX Runtime would dequantize the whole weight on
+every run. A tied embedding gathers from the same array, which is stored once. A bias stays an Add.
 
 ``accuracy_level`` 4 lets the CPU kernel round the activation to 8 bits block by block, which is what makes it fast; 0
 keeps the activation in float.
@@ -14,6 +14,7 @@ Skipped: layers whose codes have not 8 bits, or whose zero point is not the midd
 
 from __future__ import annotations
 
+from math import prod
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -55,7 +56,7 @@ class LowerWeightOnly(Pass):
         changes = Changes()
         names = Names(model.graph)
         model.graph.opset_imports.setdefault("com.microsoft", 1)
-        packed: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        packed: dict[tuple[ir.Value, bool], tuple[ir.Value, ir.Value]] = {}
         for site in self.selected(find_sites(model).linears):
             if site.dequantize is None or _reads_codes(site):
                 continue
@@ -63,15 +64,17 @@ class LowerWeightOnly(Pass):
             if obstacle is not None:
                 changes.skipped.append(Skipped(site.name, obstacle))
                 continue
-            if site.weight not in packed:
-                packed[site.weight] = self._pack(site, names)
-            self._lower(site, *packed[site.weight], names)
+            key = site.weight, site.transposed  # two layers can read one square constant in both directions
+            if key not in packed:
+                packed[key] = self._pack(site, names)
+            self._lower(site, *packed[key], names)
             changes.changed.append(Changed(site.name, kernel=KERNEL))
         return changes
 
     def _pack(self, site: Linear, names: Names) -> tuple[ir.Value, ir.Value]:
         """Codes [N, blocks, block] and scales [N, blocks] of a constant, shared by its embedding where it has one."""
-        assert site.dequantize is not None and site.dequantize.inputs[1] is not None
+        assert site.dequantize is not None
+        assert site.dequantize.inputs[1] is not None
         graph, base, block = node_graph(site.node), str(site.weight.name), self.block_size
         n, k, transposed = site.out_features, site.in_features, site.transposed
         blocks = -(-k // block)
@@ -89,14 +92,15 @@ class LowerWeightOnly(Pass):
         codes = add_constant(graph, name, derived(tensor, arrange, ir.DataType.UINT8, (n, blocks, block), name))
         per_channel = np.broadcast_to(array(site.dequantize.inputs[1]).reshape(-1, 1), (n, 1))
         scales = add_constant(graph, names.fresh(f"{base}.block_scales"), np.repeat(per_channel, blocks, axis=1))
-        if site.transposed and k % block == 0 and site.weight.dtype == ir.DataType.UINT8:
+        if site.transposed and site.weight.dtype == ir.DataType.UINT8:
             _gather_from_blocks(site.weight, codes, k, names, self.name)
         return codes, scales
 
     def _lower(self, site: Linear, codes: ir.Value, scales: ir.Value, names: Names) -> None:
         product = site.node.outputs[0]
         kernel = new_node(
-            KERNEL, [site.input, codes, scales], names.fresh(f"{site.name}.weight_only"), domain="com.microsoft", like=product,
+            KERNEL, [site.input, codes, scales], names.fresh(f"{site.name}.weight_only"),
+            domain="com.microsoft", like=product,
             attributes={"K": site.in_features, "N": site.out_features, "bits": 8, "block_size": self.block_size,
                         "accuracy_level": self.accuracy_level},
         )  # fmt: skip
@@ -124,6 +128,12 @@ def _obstacle(site: Linear) -> str | None:
         return f"its weight has {site.weight.dtype} codes, and this lowering knows 8 bits"
     if site.dequantize.attributes.get_int("block_size", 0):
         return "its weight has blocked scales, and this lowering knows one for each output channel"
+    scale = site.dequantize.inputs[1]
+    if constant(scale) is None:
+        return "the scales of its weight are computed, and the operator's are constants"
+    axis = site.dequantize.attributes.get_int("axis", 1)
+    if array(scale).size > 1 and axis % 2 != site.channel_axis:  # type: ignore[arg-type]
+        return "its weight has scales along the inputs, and this lowering knows one for each output channel"
     zero_point = site.dequantize.inputs[2] if len(site.dequantize.inputs) > 2 else None
     middle = 128 if site.weight.dtype == ir.DataType.UINT8 else 0
     if zero_point is not None and np.any(array(zero_point) != middle):
@@ -132,18 +142,27 @@ def _obstacle(site: Linear) -> str | None:
 
 
 def _gather_from_blocks(weight: ir.Value, codes: ir.Value, features: int, names: Names, pass_name: str) -> None:
-    """Embeddings that gather rows of the codes gather them from the operator's array instead, and flatten the blocks."""
+    """Embeddings that gather rows of the codes gather them from the operator's array, and flatten the blocks."""
     for use in list(weight.uses()):
         gather = use.node
-        if gather.op_type != "Gather" or use.idx != 0:
+        if gather.op_type != "Gather" or use.idx != 0 or gather.attributes.get_int("axis", 0) != 0:
             continue
-        rows = gather.outputs[0]
-        ids = gather.inputs[1]
-        assert ids is not None and ids.shape is not None
-        graph = node_graph(gather)
-        shape = add_constant(graph, names.fresh(f"{gather.name}.flat"), np.array([0] * len(ids.shape) + [features], np.int64))
-        blocks = new_node("Gather", [codes, ids], names.fresh(f"{gather.name}.blocks"), dtype=codes.dtype)
-        flat = new_node("Reshape", [blocks.outputs[0], shape], names.fresh(f"{gather.name}.rows"), like=rows)
-        inherit([blocks, flat], gather, pass_name)
-        insert_after(gather, [blocks, flat])
-        replace_output(gather, flat.outputs[0])
+        rows, ids = gather.outputs[0], gather.inputs[1]
+        if ids is None or ids.shape is None:
+            continue  # its rank decides how the rows are flattened
+        graph, base, rank = node_graph(gather), gather.name, len(ids.shape)
+
+        def place(kind: str, numbers: list[int], graph: ir.Graph = graph, base: str | None = base) -> ir.Value:
+            return add_constant(graph, names.fresh(f"{base}.{kind}"), np.array(numbers, np.int64))
+
+        blocks = new_node("Gather", [codes, ids], names.fresh(f"{base}.blocks"), dtype=codes.dtype)
+        flat = place("flat", [0] * rank + [-1])
+        whole = new_node("Reshape", [blocks.outputs[0], flat], names.fresh(f"{base}.rows"), dtype=codes.dtype)
+        new = [blocks, whole]
+        if prod(codes.const_value.shape.numpy()[1:]) > features:  # type: ignore[union-attr]
+            cut = [whole.outputs[0], place("begin", [0]), place("end", [features]), place("axis", [rank])]
+            new.append(new_node("Slice", cut, names.fresh(f"{base}.features"), dtype=codes.dtype))
+        new[-1].outputs[0].shape = rows.shape
+        inherit(new, gather, pass_name)
+        insert_after(gather, new)
+        replace_output(gather, new[-1].outputs[0])

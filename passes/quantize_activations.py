@@ -4,14 +4,14 @@
 **After**   y = DequantizeLinear(QuantizeLinear(x, s, z), s, z) · DequantizeLinear(Q_w, …)
 
 Each value gets one QuantizeLinear/DequantizeLinear pair, whichever layers share it. The range comes from calibration:
-the extremes (``minmax``), their moving average, a percentile of the magnitudes, the range with the smallest squared error
-(``mse``) or with the smallest Kullback-Leibler divergence (``entropy``). Scale and zero point follow from it as in
-ONNX's QuantizeLinear: s = (hi - lo) / (levels - 1), z = round(qmin - lo / s), and 0 is always exact.
+the extremes (``minmax``), their moving average, a percentile (``percentile``), the range with the smallest squared
+error (``mse``) or with the smallest Kullback-Leibler divergence (``entropy``). Scale and zero point follow from it as
+in ONNX's QuantizeLinear: s = (hi - lo) / (levels - 1), z = round(qmin - lo / s), and 0 is always exact.
 
 ``outputs`` puts a pair behind each convolution, too (behind the Relu or Clip that follows it), because a kernel that
 keeps integers from layer to layer needs to know the scale of its result.
 
-Skipped: layers whose weight is float, as there is nothing to win.
+Skipped: layers whose weight is float, as there is nothing to win, and inputs that are quantized already.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class QuantizeActivations(Pass):
     symmetric: bool = False
     """Without a zero point of its own (uint8 then has zero point 128)."""
     range: str = "minmax"
-    """How the range is chosen: minmax, moving-average, percentile, mse, entropy, or `module:Class`, a Statistic of yours."""
+    """How the range is chosen: minmax, moving-average, percentile, mse, entropy, or `module:Class` (your Statistic)."""
     percent: float = Field(default=99.999, gt=50, le=100)
     """Share of the values that `range: percentile` keeps."""
     outputs: bool = True
@@ -67,20 +67,21 @@ class QuantizeActivations(Pass):
     def __post_init__(self) -> None:
         if self.range not in RANGES and ":" not in self.range:
             near = f" (did you mean {closest[0]!r}?)" if (closest := get_close_matches(self.range, RANGES, 1)) else ""
-            raise SchemeError(f"range {self.range!r} is unknown{near}: choose one of {', '.join(RANGES)}, or module:Class.")
+            raise SchemeError(
+                f"range {self.range!r} is unknown{near}: choose one of {', '.join(RANGES)}, or module:Class."
+            )
 
     def scheme(self) -> Scheme:
         return Scheme(self.format, PerTensor(), self.symmetric)
 
     def taps(self, model: ir.Model) -> Sequence[Tap]:
-        taps: dict[str, Tap] = {}
+        taps: list[Tap] = []
         for site in self._sites(model):
-            value = str(site.input.name)
-            taps.setdefault(value, Tap(value, self._statistic(site)))
+            if not _is_dequantized(site.input):
+                taps.append(Tap(str(site.input.name), self._statistic(site)))
             if self.outputs and isinstance(site, Convolution):
-                output = str(_end_of(site).name)
-                taps.setdefault(output, Tap(output, self._statistic(site)))
-        return list(taps.values())
+                taps.append(Tap(str(_end_of(site).name), self._statistic(site)))
+        return list({(tap.value, tap.statistic.key): tap for tap in taps}.values())
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
         changes = Changes()
@@ -92,9 +93,11 @@ class QuantizeActivations(Pass):
                 changes.skipped.append(Skipped(site.name, "its weight is float (quantize-weights comes first)"))
                 continue
             source = site.input
+            if _is_dequantized(source):
+                changes.skipped.append(Skipped(site.name, "its input is quantized already"))
+                continue
             if source not in pairs:
-                bounds = _bounds(statistics.get(str(source.name), self._statistic(site)))
-                pairs[source] = self._insert_pair(source, bounds, site.node, names)
+                pairs[source] = self._insert_pair(source, site, statistics, names)
             site.node.replace_input_with(0, pairs[source])
             changes.changed.append(Changed(site.name, scheme=f"activations {self.scheme()}"))
         if self.outputs:
@@ -123,13 +126,14 @@ class QuantizeActivations(Pass):
             case path:
                 return _own_statistic(path)
 
-    def _insert_pair(self, source: ir.Value, bounds: Range, before: ir.Node | None, names: Names) -> ir.Value:
-        """QuantizeLinear and DequantizeLinear of `source`, before a node or behind its producer; the dequantized value."""
-        anchor = before or source.producer()
-        assert anchor is not None
-        graph, dtype = node_graph(anchor), source.dtype or ir.DataType.FLOAT
+    def _insert_pair(self, source: ir.Value, site: Quantizable, statistics: StatisticsStore, names: Names) -> ir.Value:
+        """QuantizeLinear and DequantizeLinear right behind the producer of `source`, so before all readers."""
+        assert site.dequantize is not None
+        bounds = _bounds(statistics.get(str(source.name), self._statistic(site)))
+        # Shape inference stops at operators of ONNX Runtime; the layer's other operand has the type, too.
+        dtype = source.dtype or site.dequantize.outputs[0].dtype or ir.DataType.FLOAT
         scale, zero_point = scale_and_zero_point(bounds.lo, bounds.hi, self.scheme(), scale_dtype=dtype.numpy())
-        number_format = FORMATS[self.format]
+        number_format, graph = FORMATS[self.format], node_graph(site.node)
         if zero_point is None:
             zero_point = np.zeros((), number_format.dtype)
         s = add_constant(graph, names.fresh(f"{source.name}.scale"), np.asarray(scale))
@@ -138,8 +142,12 @@ class QuantizeActivations(Pass):
                             dtype=ir.DataType[number_format.storage], shape=source.shape)  # fmt: skip
         dequantize = new_node("DequantizeLinear", [quantize.outputs[0], s, z],
                               names.fresh(f"{source.name}.dequantized"), dtype=dtype, shape=source.shape)  # fmt: skip
-        inherit([quantize, dequantize], anchor, self.name)
-        (insert_before if before is not None else insert_after)(anchor, [quantize, dequantize])
+        inherit([quantize, dequantize], site.node, self.name)
+        producer = source.producer()
+        if producer is not None:
+            insert_after(producer, [quantize, dequantize])
+        else:
+            insert_before(site.node, [quantize, dequantize])
         return dequantize.outputs[0]
 
     def _quantize_output(
@@ -150,18 +158,23 @@ class QuantizeActivations(Pass):
         if end.is_graph_output():
             return
         if end not in pairs:
-            bounds = _bounds(statistics.get(str(end.name), self._statistic(site)))
-            pairs[end] = self._insert_pair(end, bounds, None, names)
+            if any(use.node.op_type == "QuantizeLinear" for use in end.uses()):
+                return  # the model came with a pair of its own
+            pairs[end] = self._insert_pair(end, site, statistics, names)
         pair = pairs[end]
-        quantize = pair.producer().inputs[0].producer()  # type: ignore[union-attr]
         for use in list(end.uses()):
-            if use.node is not quantize:
+            if use.node.op_type != "QuantizeLinear":
                 use.node.replace_input_with(use.idx, pair)
+
+
+def _is_dequantized(value: ir.Value) -> bool:
+    producer = value.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
 
 
 def _end_of(site: Convolution) -> ir.Value:
     """The convolution's result after the activation function that a kernel can absorb."""
-    uses = site.output.uses()
+    uses = list(site.output.uses())
     if len(uses) == 1 and not site.output.is_graph_output() and uses[0].node.op_type in ("Relu", "Clip"):
         return uses[0].node.outputs[0]
     return site.output

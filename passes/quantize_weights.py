@@ -15,13 +15,17 @@ Skipped: constants in forms that no pass handles (inside If or Loop bodies, batc
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
+from qcompiler.errors import SchemeError
 from qcompiler.graph import (
     Names,
     add_constant,
@@ -31,6 +35,7 @@ from qcompiler.graph import (
     insert_before,
     new_node,
     node_graph,
+    remove_node_if_unused,
     remove_unused_constant,
     replace_output,
 )
@@ -50,7 +55,7 @@ class QuantizeWeights(Pass):
     kind: ClassVar[Kind] = "rounding"
 
     format: str = "int8"
-    """Number format of the codes: int8, uint8 (the same with zero point 128), int4, uint4, int2, …"""
+    """Number format of the codes: int8, uint8 (the same with zero point 128), int4, uint4, int3, int16, fp8_e4m3, …"""
     granularity: Literal["tensor", "channel", "group"] = "channel"
     """What shares one scale: the whole tensor, an output channel, or `group_size` input features of a channel."""
     group_size: int | None = Field(default=None, ge=1)
@@ -68,8 +73,12 @@ class QuantizeWeights(Pass):
 
     def __post_init__(self) -> None:
         self.scheme()
+        if self.format in ("nf4", "int32"):
+            raise SchemeError(f"quantize-weights.format: DequantizeLinear cannot decode weights in {self.format}.")
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
+        operators = _Operators(model.opset_imports[""], FORMATS[self.format].storage)
+        operators.check(self.format)
         changes = Changes()
         sites = find_sites(model)
         changes.skipped.extend(Skipped(site.name, site.reason) for site in self.selected(sites.unsupported))
@@ -83,23 +92,34 @@ class QuantizeWeights(Pass):
             by_constant.setdefault(_weight(site), []).append(site)
         names = Names(model.graph)
         for weight, readers in by_constant.items():
-            self._quantize_constant(weight, readers, names, changes)
+            fitting: list[Reader] = []
+            for site in readers:
+                obstacle = self._obstacle(site, fitting or [site], operators)
+                if obstacle is None:
+                    fitting.append(site)
+                else:
+                    changes.skipped.append(Skipped(site.name, obstacle))
+            if fitting:
+                self._quantize_constant(weight, fitting, names, changes)
         return changes
 
-    def _quantize_constant(self, weight: ir.Value, readers: list[Reader], names: Names, changes: Changes) -> None:
-        axis = readers[0].channel_axis
-        fitting: list[Reader] = []
-        for site in readers:
-            if not isinstance(site, Embedding) and site.dequantize is not None:
-                changes.skipped.append(Skipped(site.name, "its weight is quantized already"))
-            elif isinstance(site, Convolution) and self.granularity == "group":
-                changes.skipped.append(Skipped(site.name, "convolutions have no groups of input features: use granularity channel"))
-            elif site.channel_axis != axis:
-                changes.skipped.append(Skipped(site.name, f"{readers[0].name} shares its constant and needs scales along the other axis"))
-            else:
-                fitting.append(site)
-        if not fitting:
-            return
+    def _obstacle(self, site: Reader, before: list[Reader], operators: _Operators) -> str | None:
+        """Why this reader of a constant, which the layers `before` it read as well, cannot have codes; or None."""
+        dtype = _tensor(_weight(site)).dtype
+        if not isinstance(site, Embedding) and site.dequantize is not None:
+            return "its weight is quantized already"
+        if not operators.scales_can_be(dtype):
+            return f"its weight is {dtype.name}, and DequantizeLinear has no scales of that type"
+        if isinstance(site, Convolution) and self.granularity == "group":
+            return "convolutions have no groups of input features: use granularity channel"
+        if isinstance(site, Embedding) and not operators.codes_can_be_gathered:
+            return f"Gather does not take {self.format} codes: choose int8 or uint8 for embeddings"
+        if site.channel_axis != before[0].channel_axis:
+            return f"{before[0].name} shares its constant and needs scales along the other axis"
+        return None
+
+    def _quantize_constant(self, weight: ir.Value, fitting: list[Reader], names: Names, changes: Changes) -> None:
+        axis = fitting[0].channel_axis
         scheme = self._scheme_for(fitting)
         name = fitting[0].module_path
         quantized = read(
@@ -124,6 +144,37 @@ class QuantizeWeights(Pass):
         return self.scheme()
 
 
+@dataclass(frozen=True)
+class _Operators:
+    """What the standard operators of an opset can do with codes of a type."""
+
+    opset: int
+    storage: str
+
+    def check(self, format: str) -> None:
+        """Raise `SchemeError` where no DequantizeLinear decodes the codes."""
+        if _type(self.storage) not in self._types("DequantizeLinear", 0):
+            raise SchemeError(
+                f"quantize-weights.format: DequantizeLinear of opset {self.opset} has no {self.storage} for {format}; "
+                "choose another format, or export the model with a newer opset."
+            )
+
+    def scales_can_be(self, dtype: ir.DataType) -> bool:
+        return _type(dtype.name) in self._types("DequantizeLinear", 1)
+
+    @property
+    def codes_can_be_gathered(self) -> bool:
+        return _type(self.storage) in self._types("Gather", 0)
+
+    def _types(self, operator: str, index: int) -> Collection[str]:
+        types: Collection[str] = onnx.defs.get_schema(operator, self.opset).inputs[index].types
+        return types
+
+
+def _type(name: str) -> str:
+    return f"tensor({name.lower()})"
+
+
 class _Codes:
     """The quantized constant in the graph: codes (computed when written), scale, zero point, one DequantizeLinear."""
 
@@ -143,24 +194,38 @@ class _Codes:
             stored = ir.Tensor(np.ascontiguousarray(zero_point), dtype=storage, shape=ir.Shape(zero_point.shape))
             self.zero_point = add_constant(graph, names.fresh(f"{base}.zero_point"), stored)
         self.base, self.axis, self.block_size, self.dtype = base, axis, block_size, tensor.dtype
-        self._dequantize: ir.Node | None = None
+        self._dequantized: ir.Value | None = None
+        self._transposed: ir.Value | None = None
 
     def dequantize_for(self, site: Linear | Convolution, names: Names, pass_name: str) -> None:
         """Let the layer read the dequantized constant; the first layer in graph order brings the node."""
-        transpose = site.transpose if isinstance(site, Linear) else None
-        reader, index = (transpose, 0) if transpose is not None else (site.node, 1)
-        if self._dequantize is None:
+        if self._dequantized is None:
             settings: dict[str, object] = {"axis": self.axis, "block_size": self.block_size}
-            self._dequantize = new_node(
+            node = new_node(
                 "DequantizeLinear",
                 [self.codes, self.scale, *([self.zero_point] if self.zero_point is not None else [])],
                 names.fresh(f"{self.base}.dequantized"), dtype=self.dtype, shape=self.codes.shape,
                 attributes={key: value for key, value in settings.items() if value is not None},
             )  # fmt: skip
-            inherit([self._dequantize], site.node, pass_name)
-            insert_before(reader, [self._dequantize])
-        reader.replace_input_with(index, self._dequantize.outputs[0])
+            inherit([node], site.node, pass_name)
+            insert_before(site.node, [node])
+            self._dequantized = node.outputs[0]
+        transpose = site.transpose if isinstance(site, Linear) else None
+        source = self._dequantized if transpose is None else self._transposed_for(site, transpose, names, pass_name)
+        site.node.replace_input_with(1, source)
         add_provenance(site.node, pass_name)
+        if transpose is not None and transpose.graph is not None:
+            remove_node_if_unused(transpose)
+
+    def _transposed_for(self, site: Reader, old: ir.Node, names: Names, pass_name: str) -> ir.Value:
+        """A Transpose of its own: excluded layers may read the old one, and it may stand before all of the layers."""
+        if self._transposed is None:
+            turned = new_node("Transpose", [self._dequantized], names.fresh(f"{self.base}.dequantized.transposed"),
+                              like=old.outputs[0], attributes={"perm": [1, 0]})  # fmt: skip
+            inherit([turned], old, pass_name)
+            insert_before(site.node, [turned])
+            self._transposed = turned.outputs[0]
+        return self._transposed
 
     def gather_for(self, site: Embedding, names: Names, pass_name: str) -> None:
         """Gather(table, ids) becomes (Gather(codes, ids) - Gather(zero points, ids)) * Gather(scales, ids)."""
@@ -168,8 +233,12 @@ class _Codes:
         base = site.name
 
         def of_row(vector: ir.Value, kind: str) -> list[ir.Node]:
-            picked = new_node("Gather", [vector, site.ids], names.fresh(f"{base}.{kind}"), dtype=vector.dtype, shape=site.ids.shape)
-            wide = new_node("Unsqueeze", [picked.outputs[0], last], names.fresh(f"{base}.{kind}.column"), dtype=vector.dtype)
+            picked = new_node(
+                "Gather", [vector, site.ids], names.fresh(f"{base}.{kind}"), dtype=vector.dtype, shape=site.ids.shape
+            )
+            wide = new_node(
+                "Unsqueeze", [picked.outputs[0], last], names.fresh(f"{base}.{kind}.column"), dtype=vector.dtype
+            )
             return [picked, wide]
 
         def as_float(value: ir.Value, kind: str) -> ir.Node:
@@ -179,11 +248,13 @@ class _Codes:
         last = add_constant(node_graph(gather), names.fresh(f"{base}.last_axis"), np.array([-1], np.int64))
         new: list[ir.Node] = []
         if site.transpose is not None:
-            turned = new_node("Transpose", [self.codes], names.fresh(f"{base}.codes.transposed"), dtype=self.codes.dtype,
-                              attributes={"perm": [1, 0]})  # fmt: skip
+            turned = new_node("Transpose", [self.codes], names.fresh(f"{base}.codes.transposed"),
+                              dtype=self.codes.dtype, attributes={"perm": [1, 0]})  # fmt: skip
             new.append(turned)
         codes = new[0].outputs[0] if new else self.codes
-        picked = new_node("Gather", [codes, site.ids], names.fresh(f"{base}.codes"), dtype=self.codes.dtype, shape=rows.shape)
+        picked = new_node(
+            "Gather", [codes, site.ids], names.fresh(f"{base}.codes"), dtype=self.codes.dtype, shape=rows.shape
+        )
         result = as_float(picked.outputs[0], "codes")
         new += [picked, result]
         if self.zero_point is not None:
@@ -193,7 +264,9 @@ class _Codes:
             new += [*columns, middle, shifted]
             result = shifted
         columns = of_row(self.scale, "scale")
-        scaled = new_node("Mul", [result.outputs[0], columns[-1].outputs[0]], names.fresh(f"{base}.dequantized"), like=rows)
+        scaled = new_node(
+            "Mul", [result.outputs[0], columns[-1].outputs[0]], names.fresh(f"{base}.dequantized"), like=rows
+        )
         new += [*columns, scaled]
         inherit(new, gather, pass_name)
         insert_before(gather, new)

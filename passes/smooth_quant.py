@@ -7,31 +7,46 @@ then leaves the small channels a handful of levels. Dividing channel j of x by s
 that reads x by s_j evens them out; x W is the same, and the weights, quantized per output channel, hardly notice.
 
 Source: Xiao et al. 2023, "SmoothQuant", equation 4: s_j = max|x_j|^α / max|W_j|^(1-α). The division goes into the gain
-(and bias) of the norm that writes x, so it costs nothing at run time. With ``alpha: auto`` each group takes the α of the
-grid 0, 0.05 … 1 (and no smoothing at all) with the smallest expected error of the int8 product, computed from the measured
-ranges and second moments; the model is not run again.
+(and bias) of the norm that writes x, so it costs nothing at run time. With ``alpha: auto`` each group takes the α of
+the grid 0, 0.05 … 1 (or no smoothing at all) with the smallest expected error of the int8 product, computed from the
+measured ranges and second moments; the model is not run again.
 
-Skipped: values that no foldable norm writes (unless ``insert_mul: true``, which puts an explicit Mul there), values that
-something else than linear layers reads, too, and weights that are tied to an embedding (scaling would untie them).
+Skipped: values that no foldable norm writes, and values that something else than linear layers reads, too (unless
+``insert_mul: true``, which puts an explicit Mul before the layers); weights that are tied to an embedding or shared
+with another layer (scaling would untie them).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
-from qcompiler.graph import Names, add_constant, add_provenance, array, constant, inherit, insert_before, new_node, set_constant
+from qcompiler.errors import SchemeError
+from qcompiler.graph import (
+    Names,
+    add_constant,
+    add_provenance,
+    array,
+    constant,
+    inherit,
+    insert_before,
+    new_node,
+    set_constant,
+)
 from qcompiler.match import Linear, NormGroup, find_linear_groups
 from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
 from qcompiler.statistics import ChannelMoments, ChannelRange, StatisticsStore
 from qcompiler.tensors import derived, read
 
 GRID = tuple(np.arange(0, 21) / 20)
+SILENT = 1e-6  # channels that stay this far below the loudest one say nothing about a scale
+COLUMNS_AT_ONCE = 512
 
 
 @options(frozen=True, config=OPTIONS)
@@ -48,6 +63,10 @@ class SmoothQuant(Pass):
     weight_bits: int = Field(default=8, ge=2, le=16)
     """Bits of the weights that `auto` expects."""
 
+    def __post_init__(self) -> None:
+        if self.alpha != "auto" and not 0 <= self.alpha <= 1:
+            raise SchemeError(f"smooth-quant.alpha is a number from 0 to 1, or auto, not {self.alpha}.")
+
     def taps(self, model: ir.Model) -> Sequence[Tap]:
         wanted = [group for group in find_linear_groups(model) if self._obstacle(group) is None]
         return [Tap(str(g.output.name), s) for g in wanted for s in (ChannelRange(), ChannelMoments())]
@@ -56,18 +75,19 @@ class SmoothQuant(Pass):
         changes = Changes()
         names = Names(model.graph)
         for group in find_linear_groups(model):
-            if not any(self.selects(linear) for linear in group.linears):
+            wanted = self.selected(group.linears)
+            if not wanted:
                 continue
             obstacle = self._obstacle(group)
             if obstacle is not None:
-                changes.skipped.extend(Skipped(linear.name, obstacle) for linear in group.linears)
+                changes.skipped.extend(Skipped(linear.name, obstacle) for linear in wanted)
                 continue
             value = str(group.output.name)
             lo, hi = (side.astype(np.float64) for side in statistics.get(value, ChannelRange()).result())
             squares = statistics.get(value, ChannelMoments()).result()
             weights = [_Weight(linear) for linear in group.linears]
             alpha, scale = self._choose(lo, hi, squares, weights)
-            if not _folds(group, scale):
+            if not _fits(group, scale):
                 reason = "the rescaled gain or weight does not fit its float type"
                 changes.skipped.extend(Skipped(linear.name, reason) for linear in group.linears)
                 continue
@@ -75,7 +95,7 @@ class SmoothQuant(Pass):
                 detail = "left as it is: no smoothing has the smallest expected error"
                 changes.changed.extend(Changed(linear.name, detail=detail) for linear in group.linears)
                 continue
-            if group.gains:
+            if _folds(group):
                 _fold(group, scale, names, self.name)
                 changes.rescaled[value] = scale
             else:
@@ -83,9 +103,9 @@ class SmoothQuant(Pass):
             for linear in group.linears:
                 _scale_weight(linear, scale, names)
                 add_provenance(linear.node, self.name)
-            where = f"into {group.module_path}" if group.gains else "by a Mul"
+            where = f"folded into {group.module_path}" if _folds(group) else "divided by a Mul"
             before, after = np.max(np.maximum(-lo, hi)), np.max(np.maximum(-lo, hi) / scale)
-            detail = f"alpha {alpha:.2f}, input absmax {before:.3g} → {after:.3g}, folded {where}"
+            detail = f"alpha {alpha:.2f}, input absmax {before:.3g} → {after:.3g}, {where}"
             changes.changed.extend(Changed(linear.name, detail=detail) for linear in group.linears)
         return changes
 
@@ -95,7 +115,7 @@ class SmoothQuant(Pass):
             return "another layer that reads the same value is excluded"
         if any(linear.dequantize is not None for linear in group.linears):
             return "its weight is quantized already: smooth-quant comes before quantize-weights"
-        if any(len(_readers(linear)) > 1 for linear in group.linears):
+        if any(_is_shared(linear) for linear in group.linears):
             return "its weight is shared (tied) with another node, and scaling it would store it twice"
         if self.insert_mul:
             return None
@@ -124,7 +144,7 @@ class SmoothQuant(Pass):
     def _expected_error(
         self, lo: np.ndarray, hi: np.ndarray, squares: np.ndarray, weights: Sequence[_Weight], scale: np.ndarray
     ) -> float:
-        """Σ over the layers of E‖y - ŷ‖² / E‖y‖², taking rounding errors as independent and uniform (variance step²/12).
+        """Σ over the layers of E‖y - ŷ‖² / E‖y‖², with rounding errors independent and uniform (variance step²/12).
 
         The activation's error meets the scaled weight, Δx²/12 Σ_j s_j² ‖W_j‖², and the weight's error meets the scaled
         activation, Σ_j E[x_j²]/s_j² Σ_n Δw_n²/12 with Δw_n = 2 max_j |s_j W_jn| / (2^b - 1).
@@ -153,8 +173,8 @@ class _Weight:
         def compute(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             rows = data.T if self.transposed else data
             peak, energy = np.zeros(rows.shape[0]), np.zeros(rows.shape[0])
-            for start in range(0, rows.shape[1], 512):
-                part = rows[:, start : start + 512].astype(np.float32)
+            for start in range(0, rows.shape[1], COLUMNS_AT_ONCE):
+                part = rows[:, start : start + COLUMNS_AT_ONCE].astype(np.float32)
                 np.maximum(peak, np.abs(part).max(axis=1), out=peak)
                 energy += np.square(part, dtype=np.float64).sum(axis=1)
             return peak, energy
@@ -168,7 +188,8 @@ class _Weight:
         def compute(data: np.ndarray) -> np.ndarray:
             rows = data.T if self.transposed else data
             factors = scale.astype(np.float32)[:, None]
-            parts = (np.abs(rows[:, i : i + 512].astype(np.float32) * factors) for i in range(0, rows.shape[1], 512))
+            starts = range(0, rows.shape[1], COLUMNS_AT_ONCE)
+            parts = (np.abs(rows[:, i : i + COLUMNS_AT_ONCE].astype(np.float32) * factors) for i in starts)
             return np.concatenate([part.max(axis=0) for part in parts])
 
         assert self.tensor is not None
@@ -176,33 +197,62 @@ class _Weight:
 
 
 def _scales(magnitude: np.ndarray, peak: np.ndarray, alpha: float) -> np.ndarray:
-    """Equation 4; channels that are never active, or that no weight reads, keep 1."""
-    alive = (magnitude > 0) & (peak > 0)
-    safe_magnitude, safe_peak = np.where(alive, magnitude, 1.0), np.where(alive, peak, 1.0)
-    return np.where(alive, safe_magnitude**alpha / safe_peak ** (1 - alpha), 1.0)
+    """Equation 4."""
+    return _without_silence(magnitude) ** alpha / _without_silence(peak) ** (1 - alpha)
 
 
-def _readers(linear: Linear) -> list[ir.Node]:
-    """The nodes that read the layer's constant."""
-    return [use.node for use in linear.weight.uses()]
+def _without_silence(channels: np.ndarray) -> np.ndarray:
+    """Channels that were never active, or that no weight reads, count as the quietest of the others.
+
+    Equation 4 has no scale for them, and any other (1, say) could make theirs the largest weights or activations.
+    """
+    heard = channels[channels > SILENT * channels.max()]
+    return np.maximum(channels, heard.min()) if heard.size else np.ones_like(channels)
 
 
-def _folds(group: NormGroup, scale: np.ndarray) -> bool:
-    """Whether all rescaled constants stay finite and non-zero in their own type (float16 has little room)."""
-    for node, index in group.gains:
-        value = node.inputs[index]
-        if value is not None:
-            gain = array(value)
-            rescaled = (gain.reshape(-1).astype(np.float64) / scale).astype(gain.dtype)
-            if not np.all(np.isfinite(rescaled.astype(np.float32))):
-                return False
-    for linear in group.linears:
-        tensor = constant(linear.weight)
-        if tensor is not None and tensor.dtype == ir.DataType.FLOAT16:
-            peaks = _Weight(linear).row_peak * scale
-            if np.max(peaks) > np.finfo(np.float16).max:
-                return False
-    return True
+def _is_shared(linear: Linear) -> bool:
+    """Whether another node reads the layer's constant, or the Transpose between."""
+    between = linear.transpose.outputs[0].uses() if linear.transpose is not None else ()
+    return len(linear.weight.uses()) > 1 or len(between) > 1
+
+
+def _folds(group: NormGroup) -> bool:
+    """Whether the producer of the value takes the division; else a Mul does."""
+    return bool(group.gains) and not group.others
+
+
+def _fits(group: NormGroup, scale: np.ndarray) -> bool:
+    """Whether all rescaled constants keep their precision in their own type (float16 has little room)."""
+    for node, index in group.gains if _folds(group) else ():
+        gain = array(node.inputs[index])  # type: ignore[arg-type]
+        if not _keeps_precision([gain.reshape(-1) / scale], gain.dtype):
+            return False
+    return all(_weight_fits(linear, scale) for linear in group.linears)
+
+
+def _weight_fits(linear: Linear, scale: np.ndarray) -> bool:
+    tensor, factors = constant(linear.weight), scale.astype(np.float32)[:, None]
+    if tensor is None or tensor.dtype.itemsize > 2:
+        return True
+
+    def compute(data: np.ndarray) -> bool:
+        rows = data.T if linear.transposed else data
+        starts = range(0, rows.shape[1], COLUMNS_AT_ONCE)
+        return _keeps_precision(
+            (rows[:, i : i + COLUMNS_AT_ONCE].astype(np.float32) * factors for i in starts), data.dtype
+        )
+
+    return read(tensor, compute)
+
+
+def _keeps_precision(parts: Iterable[np.ndarray], dtype: np.dtype) -> bool:
+    """Whether rounding to `dtype` costs no more than its precision, in the norm: what over- or underflows does."""
+    lost, energy = 0.0, 0.0
+    for part in parts:
+        with np.errstate(over="ignore", invalid="ignore"):
+            lost += float(np.sum(np.square(part.astype(dtype).astype(np.float64) - part)))
+        energy += float(np.sum(np.square(part, dtype=np.float64)))
+    return lost <= float(ml_dtypes.finfo(dtype).eps) ** 2 * energy
 
 
 def _fold(group: NormGroup, scale: np.ndarray, names: Names, pass_name: str) -> None:
@@ -220,7 +270,7 @@ def _insert_mul(group: NormGroup, scale: np.ndarray, names: Names, pass_name: st
     source, first = group.output, group.linears[0].node
     graph = first.graph
     assert isinstance(graph, ir.Graph)
-    dtype = source.dtype or ir.DataType.FLOAT
+    dtype = source.dtype or group.linears[0].weight.dtype or ir.DataType.FLOAT
     reciprocal = add_constant(graph, names.fresh(f"{source.name}.smoothing"), (1 / scale).astype(dtype.numpy()))
     mul = new_node("Mul", [source, reciprocal], names.fresh(f"{source.name}.smoothed"), like=source)
     inherit([mul], first, pass_name)

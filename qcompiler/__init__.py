@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qcompiler.calibrate import Hook
     from qcompiler.compiler import Compiled, compile
-    from qcompiler.model_diff import diff
     from qcompiler.errors import QCompilerError
+    from qcompiler.model_diff import diff
     from qcompiler.recipe import Recipe
     from qcompiler.rewrite import Pass
     from qcompiler.runtime import load_session

@@ -49,16 +49,18 @@ def compile(
     An `ir.Model` that is given stays as it was. Raises QCompilerError (see `qcompiler.errors`).
     """
     start = time.perf_counter()
-    plan = inputs.plan(recipe, target, options, exclude)
+    plan = inputs.plan(recipe, target, options, exclude, samples, sequence_length)
     graph, source = inputs.load(model)
     inputs.check_plan(plan, graph)
     hashes, store, measured_on, held_out = {"model": model_hash(graph)}, StatisticsStore(), None, None
     if calibration is not None:
-        measured_on, held_out = inputs.samples(calibration, graph, plan.recipe, tokenizer, samples, sequence_length)
+        measured_on, held_out = inputs.samples(calibration, graph, plan.recipe, tokenizer)
         hashes["calibration"] = measured_on.hash()
     if statistics is not None:
         store = load_statistics(Path(statistics), hashes["model"])
-    calibrator = Calibrator(measured_on, memory_limit=memory_limit, progress=progress, hooks=hooks) if measured_on else None
+    calibrator = None
+    if measured_on is not None:
+        calibrator = Calibrator(measured_on, memory_limit=memory_limit, progress=progress, hooks=hooks)
 
     reference, facts, before = graph.clone(), build.inventory(graph), build.constant_bytes(graph)
     observers: list[pipeline.Observer] = [Verify(held_out, memory_limit)]
@@ -66,6 +68,8 @@ def compile(
         observers.append(Dump(Path(dump_dir)))
     observers.append(Reproducer(Path(dump_dir or "."), plan.recipe))
     runs = pipeline.run(graph, plan.passes, store, calibrator, observers)
+    if calibrator is not None:
+        calibrator.run_hooks(reference)  # where nothing had to be measured, the hooks have not seen the data yet
     runs += pipeline.run(graph, plan.lowering, store, calibrator, observers)
     inputs.finish(graph, plan.recipe)
 
@@ -86,10 +90,10 @@ def calibrate(
     memory_limit: int | None = None, progress: bool = False,
 ) -> int:  # fmt: skip
     """Measure what the recipe's passes ask for and write it to `output`; returns the number of statistics."""
-    plan = inputs.plan(recipe, target, options, exclude)
+    plan = inputs.plan(recipe, target, options, exclude, samples, sequence_length)
     graph, _ = inputs.load(model)
     inputs.check_plan(plan, graph)
-    measured_on, _ = inputs.samples(calibration, graph, plan.recipe, tokenizer, samples, sequence_length)
+    measured_on, _ = inputs.samples(calibration, graph, plan.recipe, tokenizer)
     store = StatisticsStore()
     taps = [tap for step in plan.passes for tap in step.taps(graph)]
     calibrator = Calibrator(measured_on, memory_limit=memory_limit, progress=progress)

@@ -12,11 +12,12 @@ import onnx_ir as ir
 
 from qcompiler import model_io
 from qcompiler.canonicalize import canonicalize
-from qcompiler.errors import DataError
+from qcompiler.errors import ModelError, PassError
 from qcompiler.match import check_patterns, find_sites
 from qcompiler.recipe import Recipe
 from qcompiler.rewrite import Pass
 from qcompiler.samples import Samples, from_python, open_samples
+from qcompiler.structure import check_structure
 from qcompiler.targets import Target
 
 Data = str | Samples | Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
@@ -31,10 +32,15 @@ class Plan:
     lowering: Sequence[Pass]
 
 
-def plan(recipe: str | Path | Recipe, target: str | None, options: Sequence[str], exclude: Sequence[str]) -> Plan:
+def plan(
+    recipe: str | Path | Recipe, target: str | None, options: Sequence[str], exclude: Sequence[str],
+    samples: int | None, sequence_length: int | None,
+) -> Plan:  # fmt: skip
     """Resolve a recipe for a target. Raises RecipeError, TargetError."""
     given = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    given = given.model_copy(update={"exclude": (*given.exclude, *exclude)})
+    said = {"samples": samples, "sequence_length": sequence_length}
+    calibration = given.calibration.model_copy(update={key: value for key, value in said.items() if value is not None})
+    given = given.model_copy(update={"exclude": (*given.exclude, *exclude), "calibration": calibration})
     resolved = given.for_target(target).with_options(options).resolved()
     passes = [_leave_out(step, resolved.exclude) for step in resolved.build()]
     Target.load(resolved.target).check(passes)
@@ -46,6 +52,10 @@ def load(model: str | Path | ir.Model) -> tuple[ir.Model, Path | None]:
     source = None if isinstance(model, ir.Model) else model_io.find_model(model).parent
     graph = model.clone() if isinstance(model, ir.Model) else model_io.load(model)
     canonicalize(graph)
+    try:
+        check_structure(graph)
+    except PassError as error:  # no pass has run yet, so it came in like this
+        raise ModelError(f"the model is not well-formed: {error}; repair or export it again") from error
     return graph, source
 
 
@@ -58,27 +68,20 @@ def check_plan(plan: Plan, graph: ir.Model) -> None:
 
 
 def samples(
-    data: Data,
-    graph: ir.Model,
-    recipe: Recipe,
-    tokenizer: str | Path | None,
-    count: int | None,
-    sequence_length: int | None,
+    data: Data, graph: ir.Model, recipe: Recipe, tokenizer: str | Path | None
 ) -> tuple[Samples, Samples | None]:
     """(samples to calibrate on, samples to compare on): the last of the data are held out. Raises DataError."""
     calibration = recipe.calibration
-    limit = (count or calibration.samples) + calibration.held_out
+    limit = calibration.samples + calibration.held_out
     if isinstance(data, str):
         found = open_samples(
             data, model=graph, tokenizer=Path(tokenizer) if tokenizer else None, limit=limit,
-            sequence_length=sequence_length or calibration.sequence_length,
+            sequence_length=calibration.sequence_length,
         )  # fmt: skip
     else:
         found = data if isinstance(data, Samples) else from_python(data, model=graph, limit=limit)
     total = found.count if found.count is not None else sum(1 for _ in found)
     held_out = min(calibration.held_out, total // 2)
-    if total < 1:
-        raise DataError(f"{found.description} holds no samples")
     return found.part(0, total - held_out), found.part(total - held_out, total) if held_out else None
 
 

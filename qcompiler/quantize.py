@@ -408,7 +408,7 @@ def _choose(
         hi = np.maximum(np.max([high for _, high in ranges], axis=0), 0.0)
 
     def error(lo: Array, hi: Array) -> Array:
-        scale, zero_point = _both(_last_axis, *scale_and_zero_point(lo, hi, scheme, scale_dtype))
+        scale, zero_point = _both(lambda p: p[..., None], *scale_and_zero_point(lo, hi, scheme, scale_dtype))
         total = np.zeros(lo.shape)
         for cells in pieces():
             codes = _encode(cells, scale, zero_point, number_format)
@@ -424,10 +424,6 @@ def _choose(
         return chosen
     channels = reads[0]().shape[0]  # one slice: only a tensor's scale is chosen on several
     return _both(lambda p: np.repeat(p, granularity.rows, axis=0)[:channels], *chosen)
-
-
-def _last_axis(parameter: Array) -> Array:
-    return parameter[..., None]
 
 
 def _mean_magnitude(reads: Sequence[Callable[[], Array]], granularity: Granularity) -> Array:

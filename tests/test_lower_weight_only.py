@@ -1,0 +1,175 @@
+"""lower-weight-only: MatMulNBits multiplies by the weights that the portable graph dequantizes."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import tiny
+from oracles import quantized_linear as oracle
+
+from passes.lower_weight_only import LowerWeightOnly
+from passes.quantize_activations import QuantizeActivations
+from passes.quantize_weights import QuantizeWeights
+from qcompiler.match import find_sites
+from qcompiler.rewrite import Changes
+
+MATMUL = "g (float[B,S,K] x, float[K,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
+ADD = "g (float[M,K] x, float[K,6] W, float[6] b) => (float[M,6] y) { [fc] p = MatMul(x, W)  y = Add(p, b) }"
+GEMM = "g (float[M,K] x, float[6,K] W, float[6] b) => (float[M,6] y) { [fc] y = Gemm<transB=1>(x, W, b) }"
+TIED = """g (int64[B,S] ids, float[12,K] E) => (float[B,S,12] logits) {
+    [embed] x = Gather(E, ids)  T = Transpose<perm=[1,0]>(E)  [lm_head] logits = MatMul(x, T) }"""
+TIED_GEMM = """g (int64[M] ids, float[12,K] E, float[12] b) => (float[M,12] logits) {
+    [embed] x = Gather(E, ids)  [lm_head] logits = Gemm<transB=1>(x, E, b) }"""
+ALL = {"matmul": MATMUL, "add": ADD, "gemm": GEMM, "tied": TIED, "tied-gemm": TIED_GEMM}
+
+
+def model_of(text: str, features: int = 32, half: bool = False) -> ir.Model:
+    text = text.replace("K]", f"{features}]").replace("[K,", f"[{features},")
+    names = [name for name in ("W", "E", "b") if f"] {name}," in text or f"] {name})" in text]
+    return tiny.build(text.replace("float[", "float16[") if half else text, **dict.fromkeys(names, "normal"))
+
+
+def lower(model: ir.Model, weights: dict | None = None, **options: object) -> tuple[ir.Model, ir.Model, Changes]:
+    """(portable, lowered, changes)."""
+    portable = model.clone()
+    tiny.compile(portable, [QuantizeWeights(**(weights or {"format": "uint8"}))], [])
+    lowered = portable.clone()
+    (changes,) = tiny.compile(lowered, [LowerWeightOnly(**options)], [])
+    return portable, lowered, changes
+
+
+def assert_same(portable: ir.Model, lowered: ir.Model, samples: list, tolerance: float) -> None:
+    for sample in samples:
+        for got, wanted in zip(tiny.run(lowered, sample, optimized=True), tiny.run(portable, sample), strict=True):
+            assert got.dtype == wanted.dtype
+            assert tiny.relative_error(got, wanted) <= tolerance
+
+
+@pytest.mark.parametrize(
+    "weights", [{"format": "uint8"}, {"format": "int8"}, {"granularity": "tensor"}], ids=["u8", "s8", "tensor"]
+)
+@pytest.mark.parametrize(("features", "block"), [(32, 16), (32, 32), (40, 16), (20, 32), (130, 128)])
+@pytest.mark.parametrize("layer", ALL)
+def test_the_kernel_gives_what_the_graph_means(layer: str, features: int, block: int, weights: dict) -> None:
+    model = model_of(ALL[layer], features)
+    portable, lowered, changes = lower(model, weights, block_size=block, accuracy_level=0)
+    assert not changes.skipped
+    assert {c.kernel for c in changes.changed} == {"MatMulNBits"}
+    assert not {"MatMul", "Gemm", "DequantizeLinear", "Transpose"} & set(tiny.operators(lowered))
+    assert_same(portable, lowered, tiny.feeds(model), 1e-5)
+
+
+@pytest.mark.parametrize("level", [0, 1, 4])
+def test_accuracy_levels(level: int) -> None:
+    """4 rounds the activation to 8 bits in blocks: about half a percent."""
+    model = model_of(MATMUL, 128)
+    portable, lowered, _ = lower(model, accuracy_level=level)
+    assert_same(portable, lowered, tiny.feeds(model), 0.01 if level == 4 else 1e-5)
+
+
+@pytest.mark.parametrize("level", [0, 4])
+@pytest.mark.parametrize("layer", ALL)
+def test_half_precision(layer: str, level: int) -> None:
+    model = model_of(ALL[layer], half=True)
+    portable, lowered, changes = lower(model, accuracy_level=level)
+    assert not changes.skipped
+    assert_same(portable, lowered, tiny.feeds(model), 0.012 if level == 4 else 2e-3)
+
+
+@pytest.mark.parametrize("code", [127, -127])
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_extreme_codes_do_not_saturate(tokens: int, code: int) -> None:
+    """The rounded activations are all ±127 and the weights, too."""
+    W = np.full((256, 64), code / 127, np.float32)
+    model = tiny.build("g (float[M,256] x, float[256,64] W) => (float[M,64] y) { [fc] y = MatMul(x, W) }", W=W)
+    _, lowered, _ = lower(model, accuracy_level=4)
+    got = tiny.run(lowered, {"x": np.ones((tokens, 256), np.float32)}, optimized=True)[0]
+    np.testing.assert_allclose(got, np.full((tokens, 64), 256 * np.sign(code)), rtol=1e-5)
+
+
+def test_random_codes_of_full_range_do_not_saturate() -> None:
+    rng = np.random.default_rng(0)
+    W = rng.choice([-1.0, 1.0, 0.9], size=(256, 64)).astype(np.float32)
+    x = rng.choice([-1.0, 1.0, 0.97], size=(9, 256)).astype(np.float32)
+    model = tiny.build("g (float[M,256] x, float[256,64] W) => (float[M,64] y) { [fc] y = MatMul(x, W) }", W=W)
+    _, lowered, _ = lower(model, accuracy_level=4)
+    s_w = np.abs(W).max(0) / np.float32(127)
+    exact = oracle.product(
+        oracle.codes(x, 1 / 127, 0, -127, 127), 1 / 127, 0, oracle.codes(W, s_w, 0, -127, 127), s_w, 0
+    )
+    assert tiny.relative_error(tiny.run(lowered, {"x": x}, optimized=True)[0], exact) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------- what is stored
+
+
+@pytest.mark.parametrize("features", [32, 40])
+@pytest.mark.parametrize("text", [TIED, TIED_GEMM], ids=["transpose", "gemm"])
+def test_a_tied_embedding_is_stored_once(text: str, features: int) -> None:
+    model = model_of(text, features)
+    _, lowered, _ = lower(model, block_size=16)
+    large = [value for value in lowered.graph.initializers.values() if value.const_value.size >= 12 * features]
+    assert len(large) == 1
+    assert large[0].const_value.nbytes == 12 * -(-features // 16) * 16
+
+
+def test_layers_that_share_a_weight_share_it_lowered() -> None:
+    model = tiny.build(
+        """g (float[B,S,32] x, float[32,32] W) => (float[B,S,32] z) {
+        [first] y = MatMul(x, W)  h = Relu(y)  [second] z = MatMul(h, W) }""",
+        W="normal",
+    )  # fmt: skip
+    portable, lowered, changes = lower(model, accuracy_level=0, block_size=16)
+    assert len(changes.changed) == 2
+    assert sum(value.const_value.size == 1024 for value in lowered.graph.initializers.values()) == 1
+    assert_same(portable, lowered, tiny.feeds(model), 1e-5)
+
+
+def test_one_square_constant_read_in_both_directions() -> None:
+    portable = tiny.build(
+        """g (float[M,32] x, uint8[32,32] Q, float s, uint8 z) => (float[M,32] y1, float[M,32] y2) {
+        w = DequantizeLinear(Q, s, z)  [first] y1 = MatMul(x, w)  [second] y2 = Gemm<transB=1>(x, w) }""",
+        Q=np.random.default_rng(0).integers(0, 256, (32, 32)).astype(np.uint8), s=np.float32(0.02), z=np.uint8(128),
+    )  # fmt: skip
+    lowered = portable.clone()
+    (changes,) = tiny.compile(lowered, [LowerWeightOnly(accuracy_level=0, block_size=16)], [])
+    assert len(changes.changed) == 2
+    assert_same(portable, lowered, tiny.feeds(portable), 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- what is not done
+
+
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        ({"format": "uint8", "symmetric": False}, "asymmetric"),
+        ({"format": "int4"}, "8 bits"),
+        ({"granularity": "group", "group_size": 16}, "blocked"),
+    ],
+)
+def test_skipped_with_the_reason(weights: dict, reason: str) -> None:
+    portable, lowered, changes = lower(model_of(MATMUL), weights)
+    assert reason in tiny.reasons(changes)["fc"]
+    assert tiny.operators(lowered) == tiny.operators(portable)
+
+
+def test_scales_along_the_inputs_are_skipped_with_the_reason() -> None:
+    portable, _, _ = lower(
+        tiny.build("g (float[M,32] x, float[32,32] W) => (float[M,32] y) { [fc] y = MatMul(x, W) }", W="normal")
+    )
+    (site,) = find_sites(portable).linears
+    site.dequantize.attributes["axis"] = ir.AttrInt64("axis", 0)
+    (changes,) = tiny.compile(portable, [LowerWeightOnly()], [])
+    assert "channel" in tiny.reasons(changes)["fc"]
+
+
+def test_layers_with_quantized_activations_are_left_to_others() -> None:
+    model = model_of(MATMUL)
+    tiny.compile(model, [QuantizeWeights(), QuantizeActivations()], tiny.feeds(model))
+    before = tiny.operators(model)
+    (changes,) = tiny.compile(model, [LowerWeightOnly()], [])
+    assert not changes.changed
+    assert not changes.skipped
+    assert tiny.operators(model) == before

@@ -1,0 +1,164 @@
+"""Tiny models from ONNX text, and the least that is needed to run and compile them without the rest of the engine."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from qcompiler.canonicalize import canonicalize
+from qcompiler.rewrite import Changes, Pass
+from qcompiler.statistics import StatisticsStore
+from qcompiler.structure import check_structure
+
+Feeds = Mapping[str, np.ndarray]
+SIZES = {"B": 2, "S": 5, "M": 7}  # of symbolic dimensions
+
+
+def build(graph: str, *, opset: int = 21, **constants: object) -> ir.Model:
+    """A canonicalized model from the text of a graph whose inputs named in `constants` become initializers.
+
+    A constant is an array, or the name of a recipe (see `weight`), which takes shape and type from the text. The nodes
+    are named as the text names them, else by their first output.
+    """
+    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1]> {graph}')
+    for value in list(model.graph.inputs):
+        if value.name in constants:
+            data = constants[value.name]
+            array = weight(value, data) if isinstance(data, str) else np.asarray(data)
+            value.const_value = ir.tensor(array, name=value.name)
+            model.graph.inputs.remove(value)
+            model.graph.register_initializer(value)
+            value.shape = ir.Shape(array.shape)
+    for node in model.graph.all_nodes():
+        node.name = node.name or node.outputs[0].name
+    canonicalize(model)
+    return model
+
+
+def weight(value: ir.Value, recipe: str) -> np.ndarray:
+    """Numbers by the name alone: `normal`, `gain` (near 1), `outliers` (a gain with channels × 30), `zeros`."""
+    rng = np.random.default_rng(zlib.crc32(str(value.name).encode()))
+    shape = tuple(int(size) for size in value.shape)
+    numbers = rng.normal(size=shape)
+    if recipe == "gain":
+        numbers = 1 + 0.1 * numbers
+    elif recipe == "outliers":
+        numbers = 1 + 0.1 * numbers
+        numbers.reshape(-1)[1::7] *= 30
+    elif recipe == "zeros":
+        numbers *= 0
+    elif recipe != "normal":
+        raise ValueError(f"there is no recipe {recipe!r}")
+    return numbers.astype(value.dtype.numpy())
+
+
+def feeds(model: ir.Model, count: int = 3, ids: int = 4, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """Deterministic samples: normal numbers, and ids below `ids`."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for _ in range(count):
+        sample = {}
+        for value in model.graph.inputs:
+            shape = [SIZES[size.value] if isinstance(size, ir.SymbolicDim) else int(size) for size in value.shape]
+            integer = not value.dtype.is_floating_point()
+            numbers = rng.integers(0, ids, shape) if integer else rng.normal(size=shape)
+            sample[value.name] = numbers.astype(value.dtype.numpy())
+        samples.append(sample)
+    return samples
+
+
+def run(
+    model: ir.Model, feed: Feeds, outputs: Sequence[str] | None = None, *, optimized: bool = False
+) -> list[np.ndarray]:
+    """What ONNX Runtime computes: each operator by itself in float, or with all of its optimizations."""
+    return session(model, optimized=optimized).run(outputs, dict(feed))
+
+
+def session(model: ir.Model, *, optimized: bool = False):
+    import onnxruntime as ort
+
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = 1
+    settings.log_severity_level = 3
+    if not optimized:
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), settings, providers=["CPUExecutionProvider"])
+
+
+def optimized_nodes(model: ir.Model, path) -> list[onnx.NodeProto]:
+    """The nodes of the graph that ONNX Runtime makes of a model; `path` is a file to write it to."""
+    import onnxruntime as ort
+
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    settings.optimized_model_filepath = str(path)
+    ort.InferenceSession(ir.to_proto(model).SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    return list(onnx.load(path).graph.node)
+
+
+def measure(model: ir.Model, steps: Iterable[Pass], samples: Iterable[Feeds], store: StatisticsStore) -> None:
+    """Run the samples and put what the passes ask for, and the store lacks, into the store."""
+    taps = [tap for step in steps for tap in step.taps(model)]
+    missing = [(value, statistic.fresh()) for value, statistic in store.missing([(t.value, t.statistic) for t in taps])]
+    if not missing:
+        return
+    probe = model.clone()
+    values = {value.name: value for node in probe.graph for value in node.outputs}
+    inputs = {value.name for value in probe.graph.inputs}
+    names = list(dict.fromkeys(value for value, _ in missing if value not in inputs))
+    outputs = {value.name for value in probe.graph.outputs}
+    probe.graph.outputs.extend(values[name] for name in names if name not in outputs)
+    runner = session(probe)
+    for sample in samples:
+        seen = {**sample, **dict(zip(names, runner.run(names, dict(sample)), strict=True))} if names else dict(sample)
+        for value, statistic in missing:
+            statistic.update(seen[value])
+    for value, statistic in missing:
+        store.put(value, statistic)
+
+
+def compile(model: ir.Model, steps: Sequence[Pass], samples: Sequence[Feeds]) -> list[Changes]:
+    """Run passes in place, as the pipeline does, and check the graph after each."""
+    store, done = StatisticsStore(), []
+    for step in steps:
+        measure(model, [step], samples, store)
+        changes = step.apply(model, store)
+        for value, divisor in changes.rescaled.items():
+            store.rescale(value, divisor)
+        check(model)
+        done.append(changes)
+    return done
+
+
+def check(model: ir.Model) -> None:
+    """Well-formed: schemas, types, order of nodes, unique names, no unused constants."""
+    check_structure(model)
+    onnx.shape_inference.infer_shapes(ir.to_proto(model), check_type=True, strict_mode=True)
+    unused = [
+        name for name, value in model.graph.initializers.items() if not value.uses() and not value.is_graph_output()
+    ]
+    assert not unused
+
+
+def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
+    """‖got - expected‖ / ‖expected‖ in float64."""
+    got, expected = got.astype(np.float64), expected.astype(np.float64)
+    scale = np.linalg.norm(expected)
+    return float(np.linalg.norm(got - expected) / (scale if scale > 0 else 1.0))
+
+
+def operators(model: ir.Model) -> list[str]:
+    return [node.op_type for node in model.graph]
+
+
+def reasons(changes: Changes) -> dict[str, str]:
+    return {skipped.site: skipped.reason for skipped in changes.skipped}
+
+
+def data(model: ir.Model, name: str) -> np.ndarray:
+    """The numbers of an initializer."""
+    return model.graph.initializers[name].const_value.numpy()
