@@ -1,9 +1,10 @@
-"""The main job on the demo model, start to end: export, compile with two recipes, evaluate on held-out text, show a table.
+"""The main job on the demo model, start to end: export, compile with two recipes, evaluate on held-out text, show a
+table.
 
     make demo
 
-Runs in a few minutes on two cores. `quality.py` is the same on the whole held-out text, with onnxruntime's own quantization
-beside it.
+Runs in a few minutes on two cores. `quality.py` is the same on the whole held-out text, with onnxruntime's own
+quantization beside it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
+sys.path.insert(0, str(ROOT))
 
-from quality import DEMO, SEQUENCE, print_table, row  # noqa: E402
-
+from benchmarks.quality import DEMO, SEQUENCE, print_table, row  # noqa: E402
 from models.export import model_path  # noqa: E402
 
 OUTPUT = ROOT / "demo-output"
@@ -41,14 +41,17 @@ def main() -> None:
     print_table(rows)
     print(
         "dynamo-outliers is the same function with outliers planted in its activations (models/README.md).\n"
-        f"The compiled models are in {OUTPUT.relative_to(ROOT)}/; each folder has the recipe and a report.json beside it.\n"
+        f"The compiled models are in {OUTPUT.relative_to(ROOT)}/, each with its recipe and a report.json.\n"
         "Next: qcompiler explain smooth-quant, qcompiler recipes, qcompiler targets, docs/guide.md."
     )
 
 
 def qcompiler(*arguments: object) -> None:
     """Run the command line as a person would, and show the command."""
-    words = [str(word.relative_to(ROOT)) if isinstance(word, Path) and word.is_relative_to(ROOT) else str(word) for word in arguments]
+    words = [
+        str(word.relative_to(ROOT)) if isinstance(word, Path) and word.is_relative_to(ROOT) else str(word)
+        for word in arguments
+    ]
     print(f"\n$ qcompiler {shlex.join(words)}", flush=True)
     subprocess.run([sys.executable, "-m", "qcompiler", *words], check=True, cwd=ROOT)
 

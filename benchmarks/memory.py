@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py [--gigabytes 4] [--folder DIR]
 
-A Llama-shaped model (hidden 2048, SwiGLU 5632, GroupQueryAttention, float32) with generated weights is written tensor by
-tensor, then `qcompiler compile` runs on it as a process of its own, whose peak resident memory the operating system
+A Llama-shaped model (hidden 2048, SwiGLU 5632, GroupQueryAttention, float32) with generated weights is written tensor
+by tensor, then `qcompiler compile` runs on it as a process of its own, whose peak resident memory the operating system
 reports: once with the data-free recipe int8-weights, once with smoothquant and calibration under ``--memory-limit``.
 """
 
@@ -24,9 +24,9 @@ import ml_dtypes  # noqa: F401  (numpy learns bfloat16, which onnx_ir needs)
 import numpy as np
 import onnx_ir as ir
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from quality import machine, versions
+from benchmarks.quality import machine, versions
 
 HIDDEN, INNER, HEADS, KV_HEADS, VOCABULARY = 2048, 5632, 32, 8, 16384
 KV = HIDDEN // HEADS * KV_HEADS
@@ -43,7 +43,7 @@ class Builder:
     def weight(self, name: str, *shape: int, scale: float = 0.02) -> ir.Value:
         seed = len(self.initializers)
 
-        def make() -> ir.Tensor:
+        def make() -> ir.TensorProtocol:
             values = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) * np.float32(scale)
             return ir.Tensor(values + np.float32(1) if len(shape) == 1 else values, name=name)
 
@@ -58,7 +58,9 @@ class Builder:
         self.initializers.append(value)
         return value
 
-    def node(self, op: str, inputs: list[ir.Value | None], name: str, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+    def node(
+        self, op: str, inputs: list[ir.Value | None], name: str, outputs: int = 1, domain: str = "", **attributes: Any
+    ) -> Any:
         attrs = [ir.convenience.convert_attribute(key, value) for key, value in attributes.items()]
         values = [ir.Value(name=f"{name}/output_{i}") for i in range(outputs)]
         self.nodes.append(ir.Node(domain, op, inputs, attrs, outputs=values, name=f"{name}/{op}"))
@@ -83,7 +85,9 @@ def build(gigabytes: float, folder: Path) -> Path:
         at = f"/model/layers.{i}"
 
         def linear(value: ir.Value, name: str, k: int, n: int, at: str = at) -> Any:
-            return b.node("MatMul", [value, b.weight(f"{at[1:].replace('/', '.')}.{name}.weight", k, n)], f"{at}/{name}")
+            return b.node(
+                "MatMul", [value, b.weight(f"{at[1:].replace('/', '.')}.{name}.weight", k, n)], f"{at}/{name}"
+            )
 
         def norm(value: ir.Value, name: str, at: str = at) -> Any:
             gain = b.weight(f"{at[1:].replace('/', '.')}.{name}.weight", HIDDEN, scale=0.2)
@@ -99,7 +103,9 @@ def build(gigabytes: float, folder: Path) -> Path:
         n = norm(x, "post_attention_layernorm")
         gate, up = linear(n, "gate_proj", HIDDEN, INNER), linear(n, "up_proj", HIDDEN, INNER)
         silu = b.node("Mul", [gate, b.node("Sigmoid", [gate], f"{at}/act")], f"{at}/silu")
-        x = b.node("Add", [x, linear(b.node("Mul", [silu, up], f"{at}/product"), "down_proj", INNER, HIDDEN)], f"{at}/out")
+        x = b.node(
+            "Add", [x, linear(b.node("Mul", [silu, up], f"{at}/product"), "down_proj", INNER, HIDDEN)], f"{at}/out"
+        )
     gain = b.weight("model.norm.weight", HIDDEN, scale=0.2)
     x = b.node("SimplifiedLayerNormalization", [x, gain], "/model/norm", epsilon=1e-5, axis=-1)
     head = b.node("Transpose", [table], "/lm_head/turn", perm=[1, 0])

@@ -1,12 +1,13 @@
-"""Quality, size and speed of the recipes on the demo model, beside onnxruntime's own quantization: `results/quality.json`.
+"""Quality, size and speed of the recipes on the demo model, beside onnxruntime's own quantization:
+`results/quality.json`.
 
     python benchmarks/quality.py [--samples 32] [--windows 96]
 
 Perplexity and KL divergence are those of `models/demo/heldout.txt`, which neither training nor calibration saw; all
-methods calibrate on the same windows of `models/demo/calibration.txt`. KL is taken token by token against the float model
-of the same variant, so it is paired and far finer than a difference of perplexities: rank by it. The speed is the time of
-one run over 256 tokens on one thread against the float model, in turns with it, median of the ratios. Everything runs
-in one process, one after the other.
+methods calibrate on the same windows of `models/demo/calibration.txt`. KL is taken token by token against the float
+model of the same variant, so it is paired and far finer than a difference of perplexities: rank by it. The speed is the
+time of one run over 256 tokens on one thread against the float model, in turns with it, median of the ratios.
+Everything runs in one process, one after the other.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from models.export import model_path  # noqa: E402
-
 from qcompiler import compiler, runtime  # noqa: E402
 from qcompiler.evaluate import evaluate  # noqa: E402
 from qcompiler.model_io import load  # noqa: E402
@@ -80,7 +80,8 @@ def row(variant: str, method: str, model: Path, reference: Path, windows: int | 
         model, str(DEMO / "heldout.txt"), tokenizer=DEMO / "tokenizer.json", sequence_length=SEQUENCE,
         reference=None if model == reference else reference, limit=windows,
     )  # fmt: skip
-    result: dict[str, Any] = {"variant": variant, "method": method, "tokens": found.tokens, "perplexity": found.perplexity}
+    result: dict[str, Any] = {"variant": variant, "method": method, "tokens": found.tokens}
+    result["perplexity"] = found.perplexity
     if model != reference:
         result |= {"kl": found.kl, "top1": found.top1}
     result["bytes"] = sum(file.stat().st_size for file in model.parent.glob("model.onnx*"))
@@ -137,7 +138,9 @@ def ort_dynamic(source: Path, output: Path, samples: int) -> None:
 
 PEERS: dict[str, Callable[[Path, Path, int], None]] = {
     "onnxruntime quantize_static": ort_static,
-    "onnxruntime quantize_static, per channel": lambda source, output, samples: ort_static(source, output, samples, True),
+    "onnxruntime quantize_static, per channel": lambda source, output, samples: ort_static(
+        source, output, samples, True
+    ),
     "onnxruntime quantize_dynamic": ort_dynamic,
 }
 
@@ -145,7 +148,8 @@ PEERS: dict[str, Callable[[Path, Path, int], None]] = {
 def machine() -> str:
     """What of the processor matters for integer kernels."""
     info = Path("/proc/cpuinfo")
-    flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "") if info.exists() else ""
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = next((line for line in lines if line.startswith("flags")), "")
     sets = [name for name in ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8") if name in flags.split()]
     return f"{platform.machine()} ({', '.join(sets) or 'no vector extensions known'})"
 
@@ -163,8 +167,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         table.add_column(column, justify="left" if column in ("variant", "method") else "right")
     base = {row["variant"]: row["perplexity"] for row in rows if row["method"] == "float"}
     for row in rows:
+        ratio = row["perplexity"] / base[row["variant"]]
         table.add_row(
-            row["variant"], row["method"], f"{row['perplexity']:.3f}", f"{row['perplexity'] / base[row['variant']]:.4f}",
+            row["variant"], row["method"], f"{row['perplexity']:.3f}", f"{ratio:.4f}",
             f"{row['kl']:.5f}" if "kl" in row else "", f"{row['top1']:.1%}" if "top1" in row else "",
             f"{row['bytes'] / 1e6:.2f}", f"{row['speed']:.2f} ×",
         )  # fmt: skip

@@ -2,9 +2,10 @@
 
     python benchmarks/speed.py [--hidden 2048]
 
-The block (random weights: speed does not depend on them) is exported from transformers by torch.onnx and compiled by each
-recipe; every round runs float and compiled one after the other, and the ratio of the medians is reported, for prefill
-(128 tokens) and for one token. onnxruntime's own static and dynamic quantization are measured in the same rounds.
+The block (random weights: speed does not depend on them) is exported from transformers by torch.onnx and compiled by
+each recipe; every round runs float and compiled one after the other, and the ratio of the medians is reported, for
+prefill (128 tokens) and for one token. onnxruntime's own static and dynamic quantization are measured in the same
+rounds.
 """
 
 from __future__ import annotations
@@ -23,10 +24,9 @@ import numpy as np
 from qcompiler import compiler, runtime
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(ROOT))
 
-from quality import machine, versions  # noqa: E402
+from benchmarks.quality import machine, versions  # noqa: E402
 
 CACHE = ROOT / "benchmarks" / ".cache"
 
@@ -106,7 +106,9 @@ def peers(source: Path, samples: list[dict[str, np.ndarray]], folder: Path) -> d
             return next(self._iterator, None)
 
     folder.mkdir(parents=True, exist_ok=True)
-    quantize_static(source, folder / "static.onnx", Reader(), activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+    quantize_static(
+        source, folder / "static.onnx", Reader(), activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8
+    )
     quantize_dynamic(source, folder / "dynamic.onnx")
     return {
         "onnxruntime quantize_static": folder / "static.onnx",

@@ -20,7 +20,9 @@ import json
 import lzma
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,8 +63,8 @@ def prepare(books: Path, out: Path) -> tuple[torch.Tensor, torch.Tensor]:
     training = [book.strip() for index, book in enumerate(library) if index not in held_out]
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
         training, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet)
@@ -86,13 +88,13 @@ def rate(seen: int, total: int, step: int) -> float:
     return PEAK_RATE * min(1.0, (step + 1) / WARM_UP_STEPS, (total - seen) / (COOL_DOWN * total))
 
 
-def loss_of(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+def loss_of(model: Callable[..., Any], batch: torch.Tensor) -> torch.Tensor:
     logits = model(input_ids=batch[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.reshape(-1, VOCABULARY), batch[:, 1:].reshape(-1))
 
 
 @torch.no_grad()
-def held_out_loss(model: torch.nn.Module, tokens: torch.Tensor) -> float:
+def held_out_loss(model: Callable[..., Any], tokens: torch.Tensor) -> float:
     rows = tokens[: (len(tokens) - 1) // SEQUENCE * SEQUENCE + 1].unfold(0, SEQUENCE + 1, SEQUENCE)
     rows = rows[: len(rows) // BATCH * BATCH]
     return float(np.mean([loss_of(model, rows[i : i + BATCH]).item() for i in range(0, len(rows), BATCH)]))

@@ -7,9 +7,10 @@ of the kernel because the activation has a single scale; with one scale for each
 bias by it. Layers that share a value share its QuantizeLinear. A weight stored [N, K] for this layer alone is stored
 transposed; one that an embedding shares keeps its layout and is turned when the session is made.
 
-Both operands are unsigned: activations because int8 activations have no fast kernel on x86, weights because on x86 CPUs
-without VNNI the uint8 × int8 kernel adds pairs of products in 16 bits, which saturate without a word. Signed codes are
-shifted by 128, zero point included.
+Activations become unsigned, because int8 activations have no fast kernel on x86. Weights stay int8 where no two
+neighbouring codes add up to more than 128 (quantize-weights sees to that): the uint8 × int8 kernel is the fastest, and
+on x86 CPUs without VNNI it adds pairs of products in 16 bits, which then cannot saturate. Other int8 codes are shifted
+to uint8 with zero point 128, whose kernel is exact everywhere and slower.
 
 Skipped: layers whose codes or activations have not 8 bits; they stay as they are, in standard operators. Layers whose
 scales are blocked are skipped, too, and read the float activation again: ONNX Runtime would fuse blocked scales and a
@@ -37,9 +38,10 @@ from qcompiler.graph import (
     replace_output,
 )
 from qcompiler.match import Linear, find_sites
+from qcompiler.quantize import is_saturation_safe
 from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped
 from qcompiler.statistics import StatisticsStore
-from qcompiler.tensors import derived
+from qcompiler.tensors import derived, read
 
 KERNEL = "MatMulIntegerToFloat"
 EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
@@ -145,30 +147,30 @@ class _Shared:
         return self._activations[quantize]
 
     def weight(self, site: Linear) -> ir.Value:
-        """The codes as [K, N], unsigned."""
+        """The codes as [K, N]; int8 where the kernel cannot saturate on them, else uint8."""
         key = site.weight, site.transposed  # two layers can read one square constant in both directions
         if key not in self._weights:
             graph, base = node_graph(site.node), str(site.weight.name)
-            codes = site.weight
-            alone = len(codes.uses()) == 1
-            turn_now = site.transposed and alone
-            if turn_now or codes.dtype == ir.DataType.INT8:
-                tensor = constant(codes)
-                assert tensor is not None
-                signed = codes.dtype == ir.DataType.INT8
+            codes, tensor = site.weight, constant(site.weight)
+            assert tensor is not None
+            axis = site.channel_axis
+            shift = codes.dtype == ir.DataType.INT8 and not read(tensor, lambda data: is_saturation_safe(data, axis))
+            turn_now = site.transposed and len(codes.uses()) == 1
+            dtype = ir.DataType.UINT8 if shift else tensor.dtype
+            if turn_now or shift:
 
                 def arrange(data: np.ndarray) -> np.ndarray:
-                    shifted = _unsigned(data) if signed else data.astype(np.uint8)
+                    shifted = _unsigned(data) if shift else data
                     return np.ascontiguousarray(shifted.T) if turn_now else shifted
 
                 rows, columns = (int(size) for size in tensor.shape.numpy())
                 shape = (columns, rows) if turn_now else (rows, columns)
-                name = self.names.fresh(f"{base}.unsigned" if signed else f"{base}.transposed")
-                codes = add_constant(graph, name, derived(tensor, arrange, ir.DataType.UINT8, shape, name))
+                name = self.names.fresh(f"{base}.unsigned" if shift else f"{base}.transposed")
+                codes = add_constant(graph, name, derived(tensor, arrange, dtype, shape, name))
             if site.transposed and not turn_now:
                 turn = new_node(
                     "Transpose", [codes], self.names.fresh(f"{base}.as_k_n"), attributes={"perm": [1, 0]},
-                    dtype=ir.DataType.UINT8, shape=ir.Shape((site.in_features, site.out_features)),
+                    dtype=dtype, shape=ir.Shape((site.in_features, site.out_features)),
                 )  # fmt: skip
                 inherit([turn], site.node, self.pass_name)
                 insert_before(site.dequantize or site.node, [turn])
@@ -187,7 +189,8 @@ def _lower(site: Linear, pair: tuple[ir.Node, ir.Node], shared: _Shared, names: 
     scales = add_constant(
         graph, names.fresh(f"{base}.weight_scale"), array(weight_scale).astype(np.float32).reshape(-1)
     )
-    middle = _unsigned(_zero_point(site.dequantize)).reshape(-1)
+    middle = _zero_point(site.dequantize).reshape(-1)
+    middle = _unsigned(middle) if weight.dtype == ir.DataType.UINT8 else middle
     uniform = middle[:1].reshape(()) if np.all(middle == middle[0]) else middle
     weight_zero_point = add_constant(graph, names.fresh(f"{base}.weight_zero_point"), uniform)
     inputs: list[ir.Value | None] = [codes, weight, scale, scales, zero_point, weight_zero_point]

@@ -10,13 +10,18 @@ Scales are those of the largest magnitude (``search: minmax``), or of the shrunk
 (``search: mse``), per tensor, per output channel, or per group of input features. The rounding is that of ONNX's
 QuantizeLinear (to nearest, ties to even). Embeddings always have one scale for each row.
 
+``saturation_safe`` is for recipes that quantize activations as well: on x86 CPUs without VNNI, ONNX Runtime's uint8 ×
+int8 kernel adds the products of two neighbouring inputs in 16 bits and saturates without a word. The scale of an output
+channel is raised until two neighbouring codes never add up to more than 128 (about 1.3 × on Gaussian weights), and
+convolutions are stored as uint8, whose kernel is exact.
+
 Skipped: constants in forms that no pass handles (inside If or Loop bodies, batched weights, …), each with its reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -40,7 +45,7 @@ from qcompiler.graph import (
     replace_output,
 )
 from qcompiler.match import Convolution, Embedding, Linear, find_sites
-from qcompiler.quantize import Quantized, quantize, quantize_weight
+from qcompiler.quantize import Quantized, quantize, quantize_weight, saturation_safe_scale
 from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped
 from qcompiler.scheme import FORMATS, PerChannel, Scheme
 from qcompiler.statistics import StatisticsStore
@@ -64,6 +69,8 @@ class QuantizeWeights(Pass):
     """Without a zero point of its own for each scale."""
     search: Literal["minmax", "mse"] = "minmax"
     """How a range is chosen: the whole range, or the one with the smallest squared error."""
+    saturation_safe: bool = False
+    """Keep sums of two int8 products within 16 bits (symmetric weights, scales per tensor or channel): see above."""
     layers: tuple[Literal["linear", "convolution", "embedding"], ...] = ("linear", "convolution", "embedding")
     """Kinds of layers to work on."""
 
@@ -122,12 +129,17 @@ class QuantizeWeights(Pass):
         axis = fitting[0].channel_axis
         scheme = self._scheme_for(fitting)
         name = fitting[0].module_path
-        quantized = read(
-            _tensor(weight),
-            lambda data: quantize_weight(
+        safe = self.saturation_safe and any(isinstance(site, Linear) for site in fitting)
+
+        def choose(data: np.ndarray) -> Quantized:
+            found = quantize_weight(
                 data, scheme, channel_axis=axis, search=self.search, scale_dtype=data.dtype, name=name
-            ),
-        )
+            )
+            if safe and scheme.format == "int8" and scheme.symmetric and found.block_size is None:
+                return replace(found, scale=saturation_safe_scale(data, found.scale, axis))
+            return found
+
+        quantized = read(_tensor(weight), choose)
         codes = _Codes(fitting[0].node, weight, quantized, names)
         for site in fitting:
             if isinstance(site, Embedding):
@@ -141,6 +153,8 @@ class QuantizeWeights(Pass):
         """Embeddings are dequantized row by row, so a constant that one of them reads has a scale for each row."""
         if any(isinstance(site, Embedding) for site in readers):
             return Scheme(self.format, PerChannel(), self.symmetric)
+        if self.saturation_safe and self.format == "int8" and any(isinstance(site, Convolution) for site in readers):
+            return Scheme("uint8", self.scheme().granularity, self.symmetric)
         return self.scheme()
 
 

@@ -7,9 +7,10 @@ then leaves the small channels a handful of levels. Dividing channel j of x by s
 that reads x by s_j evens them out; x W is the same, and the weights, quantized per output channel, hardly notice.
 
 Source: Xiao et al. 2023, "SmoothQuant", equation 4: s_j = max|x_j|^α / max|W_j|^(1-α). The division goes into the gain
-(and bias) of the norm that writes x, so it costs nothing at run time. With ``alpha: auto`` each group takes the α of
-the grid 0, 0.05 … 1 (or no smoothing at all) with the smallest expected error of the int8 product, computed from the
-measured ranges and second moments; the model is not run again.
+(and bias) of the norm that writes x, so it costs nothing at run time; in a gated MLP, x = a ⊙ (v W_up + b), it goes
+into the columns of W_up (and b). With ``alpha: auto`` each group takes the α of the grid 0, 0.05 … 1 (or no smoothing
+at all) with the smallest expected error of the int8 product, computed from the measured ranges and second moments; the
+model is not run again.
 
 Skipped: values that no foldable norm writes, and values that something else than linear layers reads, too (unless
 ``insert_mul: true``, which puts an explicit Mul before the layers); weights that are tied to an embedding or shared
@@ -98,12 +99,14 @@ class SmoothQuant(Pass):
             if _folds(group):
                 _fold(group, scale, names, self.name)
                 changes.rescaled[value] = scale
+                if group.factor is not None:
+                    changes.rescaled[str(group.factor.output.name)] = scale
             else:
                 _insert_mul(group, scale, names, self.name)
             for linear in group.linears:
-                _scale_weight(linear, scale, names)
-                add_provenance(linear.node, self.name)
-            where = f"folded into {group.module_path}" if _folds(group) else "divided by a Mul"
+                _scale_weight(linear, 1 - linear.channel_axis, scale, names, self.name)
+            producer = group.factor or group
+            where = f"folded into {producer.module_path}" if _folds(group) else "divided by a Mul"
             before, after = np.max(np.maximum(-lo, hi)), np.max(np.maximum(-lo, hi) / scale)
             detail = f"alpha {alpha:.2f}, input absmax {before:.3g} → {after:.3g}, {where}"
             changes.changed.extend(Changed(linear.name, detail=detail) for linear in group.linears)
@@ -119,8 +122,13 @@ class SmoothQuant(Pass):
             return "its weight is shared (tied) with another node, and scaling it would store it twice"
         if self.insert_mul:
             return None
-        if not group.gains:
+        factor = group.factor
+        if not group.gains and factor is None:
             return "no norm writes its input, so the scales cannot be folded (insert_mul: true multiplies explicitly)"
+        if factor is not None and not self.selects(factor):
+            return f"{factor.module_path} would take the scales and is excluded (insert_mul: true would multiply)"
+        if factor is not None and (factor.dequantize is not None or _is_shared(factor)):
+            return f"the weight of {factor.module_path}, which would take the scales, is shared or quantized already"
         if group.others:
             kinds = ", ".join(sorted({node.op_type for node in group.others}))
             return f"its input is read by {kinds}, too (insert_mul: true multiplies explicitly)"
@@ -218,7 +226,9 @@ def _is_shared(linear: Linear) -> bool:
 
 def _folds(group: NormGroup) -> bool:
     """Whether the producer of the value takes the division; else a Mul does."""
-    return bool(group.gains) and not group.others
+    factor = group.factor
+    can_take = bool(group.gains) or (factor is not None and factor.dequantize is None and not _is_shared(factor))
+    return can_take and not group.others
 
 
 def _fits(group: NormGroup, scale: np.ndarray) -> bool:
@@ -227,19 +237,27 @@ def _fits(group: NormGroup, scale: np.ndarray) -> bool:
         gain = array(node.inputs[index])  # type: ignore[arg-type]
         if not _keeps_precision([gain.reshape(-1) / scale], gain.dtype):
             return False
-    return all(_weight_fits(linear, scale) for linear in group.linears)
+    if (
+        _folds(group)
+        and group.factor is not None
+        and not _weight_fits(group.factor, group.factor.channel_axis, 1 / scale)
+    ):
+        return False
+    return all(_weight_fits(linear, 1 - linear.channel_axis, scale) for linear in group.linears)
 
 
-def _weight_fits(linear: Linear, scale: np.ndarray) -> bool:
-    tensor, factors = constant(linear.weight), scale.astype(np.float32)[:, None]
+def _weight_fits(linear: Linear, axis: int, factors: np.ndarray) -> bool:
+    reader, index = _reader(linear)
+    tensor = constant(reader.inputs[index])
     if tensor is None or tensor.dtype.itemsize > 2:
         return True
 
     def compute(data: np.ndarray) -> bool:
-        rows = data.T if linear.transposed else data
+        rows = np.moveaxis(data, axis, 0)
         starts = range(0, rows.shape[1], COLUMNS_AT_ONCE)
+        column = factors.astype(np.float32)[:, None]
         return _keeps_precision(
-            (rows[:, i : i + COLUMNS_AT_ONCE].astype(np.float32) * factors for i in starts), data.dtype
+            (rows[:, i : i + COLUMNS_AT_ONCE].astype(np.float32) * column for i in starts), data.dtype
         )
 
     return read(tensor, compute)
@@ -256,14 +274,27 @@ def _keeps_precision(parts: Iterable[np.ndarray], dtype: np.dtype) -> bool:
 
 
 def _fold(group: NormGroup, scale: np.ndarray, names: Names, pass_name: str) -> None:
+    """Divide what writes the value: gain and bias of a norm, or columns and bias of the linear layer in a product."""
     for node, index in group.gains:
-        value = node.inputs[index]
-        if value is None:
-            continue
-        gain = array(value)
-        divided = (gain.astype(np.float64) / scale.reshape((1,) * (gain.ndim - 1) + (-1,))).astype(gain.dtype)
-        set_constant(node, index, divided, names)
-        add_provenance(node, pass_name)
+        _divide_vector(node, index, scale, names, pass_name)
+    factor = group.factor
+    if factor is None:
+        return
+    _scale_weight(factor, factor.channel_axis, 1 / scale, names, pass_name)
+    if factor.bias is not None:
+        node = factor.bias_node or factor.node
+        _divide_vector(node, list(node.inputs).index(factor.bias), scale, names, pass_name)
+
+
+def _divide_vector(node: ir.Node, index: int, scale: np.ndarray, names: Names, pass_name: str) -> None:
+    """Divide a constant of K numbers; inputs that the node leaves out stay out."""
+    value = node.inputs[index]
+    if value is None:
+        return
+    vector = array(value)
+    divided = (vector.astype(np.float64) / scale.reshape((1,) * (vector.ndim - 1) + (-1,))).astype(vector.dtype)
+    set_constant(node, index, divided, names)
+    add_provenance(node, pass_name)
 
 
 def _insert_mul(group: NormGroup, scale: np.ndarray, names: Names, pass_name: str) -> None:
@@ -279,16 +310,23 @@ def _insert_mul(group: NormGroup, scale: np.ndarray, names: Names, pass_name: st
         linear.node.replace_input_with(0, mul.outputs[0])
 
 
-def _scale_weight(linear: Linear, scale: np.ndarray, names: Names) -> None:
-    """Multiply row j of W by s_j, lazily: the scaled matrix exists only while somebody reads it."""
-    source = constant(linear.weight)
+def _scale_weight(linear: Linear, axis: int, factors: np.ndarray, names: Names, pass_name: str) -> None:
+    """Multiply the constant along an axis, lazily: the scaled matrix exists only while somebody reads it."""
+    reader, index = _reader(linear)
+    source = constant(
+        reader.inputs[index]
+    )  # not `linear.weight`: an earlier group may have scaled it along the other axis
     assert source is not None
-    reader = linear.transpose or linear.node
-    index = 0 if linear.transpose is not None else 1
-    factors = scale.astype(np.float32)[None, :] if linear.transposed else scale.astype(np.float32)[:, None]
+    column = np.expand_dims(factors.astype(np.float32), 1 - axis)
 
     def compute(data: np.ndarray) -> np.ndarray:
-        return (data.astype(np.float32) * factors).astype(data.dtype)
+        return (data.astype(np.float32) * column).astype(data.dtype)
 
     shape = tuple(int(size) for size in source.shape.numpy())
     set_constant(reader, index, derived(source, compute, source.dtype, shape, str(linear.weight.name)), names)
+    add_provenance(linear.node, pass_name)
+
+
+def _reader(linear: Linear) -> tuple[ir.Node, int]:
+    """The node and input that read the layer's constant."""
+    return (linear.transpose, 0) if linear.transpose is not None else (linear.node, 1)

@@ -1,8 +1,8 @@
 """A quantization compiler for ONNX: from an exported graph to int8 and int4 execution on ONNX Runtime.
 
-    compiled = qcompiler.compile("model.onnx", "smoothquant", calibration="text.txt", tokenizer="tokenizer.json")
-    compiled.save("out")
-    session = qcompiler.load_session("out")
+compiled = qcompiler.compile("model.onnx", "smoothquant", calibration="text.txt", tokenizer="tokenizer.json")
+compiled.save("out")
+session = qcompiler.load_session("out")
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The straight line from a model to its quantized form; every other module is one word of it.
 
-    load ─ canonicalize ─ [ for each pass: measure ─ apply ─ verify ─ dump ] ─ portable ─ [ lowering ] ─ verify ─ report
+load ─ canonicalize ─ [ for each pass: measure ─ apply ─ verify ─ dump ] ─ portable ─ [ lowering ] ─ verify ─ report
 """
 
 from __future__ import annotations

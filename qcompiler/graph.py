@@ -64,15 +64,18 @@ def add_constant(graph: ir.Graph, name: str, data: np.ndarray | ir.TensorProtoco
 def set_constant(node: ir.Node, index: int, data: np.ndarray | ir.TensorProtocol, names: Names) -> ir.Value:
     """Replace the constant input `index` of `node`; other readers of the old constant keep it (copy-on-write).
 
-    Exporters merge equal constants, so a norm's gain may well be another norm's gain, too.
+    Exporters merge equal constants, so a norm's gain may well be another norm's gain, too. Where nobody else reads the
+    old constant, the new one takes its name.
     """
     old = node.inputs[index]
     if old is None or constant(old) is None or node.graph is None:
         raise ValueError(f"input {index} of {node.name!r} is not a constant")
     graph = owner(old) or node_graph(node)
-    new = add_constant(graph, names.fresh(old.name or node.name or "constant"), data)
-    node.replace_input_with(index, new)
+    node.replace_input_with(index, None)
     remove_unused_constant(old)
+    name = old.name or node.name or "constant"
+    new = add_constant(graph, names.fresh(name) if name in graph.initializers else name, data)
+    node.replace_input_with(index, new)
     return new
 
 

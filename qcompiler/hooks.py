@@ -17,7 +17,12 @@ from qcompiler.statistics import StatisticsStore
 from qcompiler.verify import check_structure, compare
 
 # An exact pass moves factors between constants, which changes the last bits of a float and nothing else.
-EXACT_SQNR_DB = {ir.DataType.FLOAT: 60.0, ir.DataType.DOUBLE: 60.0, ir.DataType.FLOAT16: 30.0, ir.DataType.BFLOAT16: 20.0}
+EXACT_SQNR_DB = {
+    ir.DataType.FLOAT: 60.0,
+    ir.DataType.DOUBLE: 60.0,
+    ir.DataType.FLOAT16: 30.0,
+    ir.DataType.BFLOAT16: 20.0,
+}
 
 
 class Verify:
@@ -50,7 +55,7 @@ class Verify:
 
 
 class Dump:
-    """ONNX text of the graph before the first and after every pass, numbered: `00-input.txt`, `01-smooth-quant.txt`, …"""
+    """ONNX text of the graph before the first and after every pass: `00-input.txt`, `01-smooth-quant.txt`, …"""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._count = folder, 0
@@ -73,7 +78,7 @@ class Dump:
 
 
 class Reproducer:
-    """When a pass fails by its own fault: the model just before it, the rest of the recipe, the statistics, in one folder."""
+    """When a pass fails by its own fault: a folder with the model before it, the rest of the recipe, the statistics."""
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         self._folder, self._recipe = folder, recipe
@@ -99,6 +104,6 @@ class Reproducer:
         self._statistics.save(folder / "statistics.safetensors", {})
         raise PassError(
             f"the pass {step.name} failed: {error} (this is a defect of the pass; "
-            f"qcompiler compile {folder} --recipe {folder / 'recipe.yaml'} --statistics {folder / 'statistics.safetensors'} "
-            "-o OUT shows it again)"
+            f"qcompiler compile {folder} --recipe {folder / 'recipe.yaml'} "
+            f"--statistics {folder / 'statistics.safetensors'} -o OUT shows it again)"
         ) from error

@@ -47,8 +47,8 @@ def run(
     """Rewrite `model` in place. Raises DataError where a pass needs data and there is none, PassError where one fails.
 
     One sweep over the data measures what all passes ask of the model as it is now. Exact passes rescale what was
-    measured; a pass whose taps are still missing when its turn comes (it looks at a value that an earlier pass made) has
-    them measured then.
+    measured; a pass whose taps are still missing when its turn comes (it looks at a value that an earlier pass made)
+    has them measured then.
     """
     union = list({(tap.value, tap.statistic.key): tap for step in passes for tap in step.taps(model)}.values())
     measure(model, union, statistics, calibrator, passes)

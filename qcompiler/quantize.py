@@ -171,7 +171,8 @@ def saturation_safe_scale(weight: Array, scale: Array, channel_axis: int) -> Arr
     # Each code may be rounded up by a half, so that codes of values that add up to 127 steps add up to 128 at most.
     needed = largest / (PAIR_LIMIT - 1)
     needed = needed.max(initial=0.0) if np.ndim(scale) == 0 else needed
-    return np.maximum(scale, needed.astype(np.asarray(scale).dtype))
+    raised: Array = np.maximum(scale, needed.astype(np.asarray(scale).dtype))
+    return raised
 
 
 def is_saturation_safe(codes: Array, channel_axis: int) -> bool:

@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 def read(tensor: ir.TensorProtocol, compute: Callable[[np.ndarray], Result]) -> Result:
-    """`compute(array)`, then the pages of a memory-mapped tensor are given back. The result must be no view of the array."""
+    """`compute(array)`, whose result is no view of the array; then the pages of a mapped file are given back."""
     result = compute(tensor.numpy())
     if isinstance(tensor, ir.ExternalTensor):
         try:
@@ -24,7 +24,8 @@ def read(tensor: ir.TensorProtocol, compute: Callable[[np.ndarray], Result]) -> 
 
 
 def derived(
-    source: ir.TensorProtocol, compute: Callable[[np.ndarray], np.ndarray], dtype: ir.DataType, shape: tuple[int, ...], name: str
+    source: ir.TensorProtocol, compute: Callable[[np.ndarray], np.ndarray], dtype: ir.DataType,
+    shape: tuple[int, ...], name: str,
 ) -> ir.TensorProtocol:  # fmt: skip
     """A constant computed from another one each time it is asked for, so that it never has to stay in memory.
 

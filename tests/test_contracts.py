@@ -199,7 +199,7 @@ def test_every_linear_layer_runs_as_one_integer_kernel(compiled: CompiledVariant
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for node in kernels.values():
         weight = constants[node.input[1]]
-        assert weight.data_type == onnx.TensorProto.UINT8
+        assert weight.data_type == onnx.TensorProto.INT8
         assert node.input[2] in constants, "the activation's scale is static"
 
 
@@ -236,10 +236,10 @@ def test_the_embedding_is_stored_once_in_8_bits(compiled: CompiledVariant) -> No
     size = embedding.table.const_value.size
     assert embedding.table in {site.weight for site in linears(compiled.before)}, "the demo model's head is tied"
     tables = [tensor for tensor in compiled.saved.graph.initializer if np.prod(tensor.dims) == size]
-    assert [tensor.data_type for tensor in tables] == [onnx.TensorProto.UINT8]
+    assert [tensor.data_type for tensor in tables] == [onnx.TensorProto.INT8]
     kinds = {tensor.name: (tensor.data_type, np.prod(tensor.dims)) for tensor in compiled.optimized.graph.initializer}
     gathers = [node for node in compiled.optimized.graph.node if node.op_type == "Gather"]
-    assert [kinds.get(node.input[0]) for node in gathers].count((onnx.TensorProto.UINT8, size)) == 1
+    assert [kinds.get(node.input[0]) for node in gathers].count((onnx.TensorProto.INT8, size)) == 1
 
 
 def test_nothing_is_skipped_silently(compiled: CompiledVariant) -> None:

@@ -31,9 +31,10 @@ def integer_product(activation: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return np.asarray(session.run(None, {"x": activation})[0])
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 33), st.integers(1, 9), st.integers(0, 1), st.sampled_from([np.float32, np.float16]), st.integers(0, 99))
-def test_codes_are_safe_whatever_the_weight(k: int, n: int, axis: int, dtype: type, seed: int) -> None:
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(1, 33), st.integers(1, 9), st.integers(0, 1), st.booleans(), st.integers(0, 99))
+def test_codes_are_safe_whatever_the_weight(k: int, n: int, axis: int, half: bool, seed: int) -> None:
+    dtype = np.float16 if half else np.float32
     generator = np.random.default_rng(seed)
     weight = (generator.standard_normal((n, k)) * generator.choice([0.01, 1, 30], (n, 1))).astype(dtype)
     weight = weight if axis == 0 else weight.T.copy()

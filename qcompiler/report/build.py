@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import onnx_ir as ir
 
+from qcompiler.graph import constant
 from qcompiler.match import Embedding, Site, Unsupported, find_sites
 from qcompiler.pipeline import PassRun
 from qcompiler.recipe import Recipe
@@ -37,12 +38,13 @@ def inventory(model: ir.Model) -> list[SiteFacts]:
     facts = []
     for site in find_sites(model):
         weight = site.table if isinstance(site, Embedding) else getattr(site, "weight", None)
+        tensor = constant(weight)
         output = site.node.outputs[0] if isinstance(site, Unsupported) else site.output  # type: ignore[attr-defined]
         facts.append(
             SiteFacts(
                 name=site.name, module_path=site.module_path, block=site.block, op=site.node.op_type,
-                output=output.name or "", constant=weight.name if weight is not None else "",
-                bytes=weight.const_value.nbytes if weight is not None else 0,
+                output=output.name or "", constant=str(weight.name) if weight is not None else "",
+                bytes=tensor.nbytes if tensor is not None else 0,
                 unsupported=site.reason if isinstance(site, Unsupported) else "", site=site,
             )
         )  # fmt: skip
@@ -59,10 +61,9 @@ def report(
     sites = [_site_report(item, runs, sqnr.get(item.name)) for item in facts]
     return Report(
         recipe=recipe.name, target=recipe.target, sites=sites, sizes=sizes(facts, sites, before, after),
-        passes=pass_reports(runs),
-        outputs={name: item.to_dict() for name, item in comparison.outputs.items()} if comparison is not None else {},
-        versions=versions(), hashes=hashes,
-        warnings=[] if comparison is not None else ["not compared with the float model, as no data was given to run both on"],
+        passes=pass_reports(runs), outputs={name: item.to_dict() for name, item in comparison.outputs.items()} if
+        comparison is not None else {}, versions=versions(), hashes=hashes, warnings=[] if comparison is not None else
+        ["not compared with the float model, as no data was given to run both on"],
     )  # fmt: skip
 
 
@@ -124,7 +125,10 @@ def sizes(facts: Sequence[SiteFacts], reports: Sequence[SiteReport], before: int
     quantized = {item.constant: item.bytes for item in facts if item.name in done}
     float_bytes = sum(quantized.values())
     return Sizes(
-        float_bytes=before, bytes=after, quantized_float_bytes=float_bytes, quantized_bytes=after - (before - float_bytes)
+        float_bytes=before,
+        bytes=after,
+        quantized_float_bytes=float_bytes,
+        quantized_bytes=after - (before - float_bytes),
     )
 
 
@@ -136,4 +140,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue  # one of the two distributions of onnxruntime, or qcompiler run from its sources
     return found
-
