@@ -20,6 +20,7 @@ with another layer (scaling would untie them).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import ml_dtypes
@@ -42,12 +43,13 @@ from qcompiler.graph import (
 )
 from qcompiler.match import Linear, NormGroup, find_linear_groups
 from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
-from qcompiler.statistics import ChannelMoments, ChannelRange, StatisticsStore
+from qcompiler.statistics import ChannelFolds, ChannelMoments, ChannelRange, Statistic, StatisticsStore
 from qcompiler.tensors import derived, read
 
 GRID = tuple(np.arange(0, 21) / 20)
 SILENT = 1e-6  # channels that stay this far below the loudest one say nothing about a scale
 COLUMNS_AT_ONCE = 512
+UNSEEN = 4.0  # new text differs more from the calibration text than its stretches do: docs/decisions/0003
 
 
 @options(frozen=True, config=OPTIONS)
@@ -70,7 +72,7 @@ class SmoothQuant(Pass):
 
     def taps(self, model: ir.Model) -> Sequence[Tap]:
         wanted = [group for group in find_linear_groups(model) if self._obstacle(group) is None]
-        return [Tap(str(g.output.name), s) for g in wanted for s in (ChannelRange(), ChannelMoments())]
+        return [Tap(str(g.output.name), statistic) for g in wanted for statistic in _Measured.STATISTICS]
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
         changes = Changes()
@@ -84,10 +86,8 @@ class SmoothQuant(Pass):
                 changes.skipped.extend(Skipped(linear.name, obstacle) for linear in wanted)
                 continue
             value = str(group.output.name)
-            lo, hi = (side.astype(np.float64) for side in statistics.get(value, ChannelRange()).result())
-            squares = statistics.get(value, ChannelMoments()).result()
-            weights = [_Weight(linear) for linear in group.linears]
-            alpha, scale = self._choose(lo, hi, squares, weights)
+            measured = _Measured.at(value, statistics)
+            alpha, scale = self._choose(measured, [_Weight(linear) for linear in group.linears])
             if not _fits(group, scale):
                 reason = "the rescaled gain or weight does not fit its float type"
                 changes.skipped.extend(Skipped(linear.name, reason) for linear in group.linears)
@@ -107,7 +107,7 @@ class SmoothQuant(Pass):
                 _scale_weight(linear, 1 - linear.channel_axis, scale, names, self.name)
             producer = group.factor or group
             where = f"folded into {producer.module_path}" if _folds(group) else "divided by a Mul"
-            before, after = np.max(np.maximum(-lo, hi)), np.max(np.maximum(-lo, hi) / scale)
+            before, after = np.max(measured.magnitude), np.max(measured.magnitude / scale)
             detail = f"alpha {alpha:.2f}, input absmax {before:.3g} → {after:.3g}, {where}"
             changes.changed.extend(Changed(linear.name, detail=detail) for linear in group.linears)
         return changes
@@ -134,39 +134,88 @@ class SmoothQuant(Pass):
             return f"its input is read by {kinds}, too (insert_mul: true multiplies explicitly)"
         return None
 
-    def _choose(
-        self, lo: np.ndarray, hi: np.ndarray, squares: np.ndarray, weights: Sequence[_Weight]
-    ) -> tuple[float | None, np.ndarray]:
+    def _choose(self, measured: _Measured, weights: Sequence[_Weight]) -> tuple[float | None, np.ndarray]:
         """The chosen α and scales [K]; α is None where leaving the group alone is expected to be best."""
-        magnitude = np.maximum(-lo, hi)
         peak = np.max([weight.row_peak for weight in weights], axis=0)
         if self.alpha != "auto":
-            return float(self.alpha), _scales(magnitude, peak, float(self.alpha))
-        candidates = [(float(alpha), _scales(magnitude, peak, float(alpha))) for alpha in GRID]
-        errors = [self._expected_error(lo, hi, squares, weights, scale) for _, scale in candidates]
-        best = int(np.argmin(errors))
-        if self._expected_error(lo, hi, squares, weights, np.ones_like(peak)) <= errors[best]:
-            return None, np.ones_like(peak)
-        return candidates[best]
+            return float(self.alpha), _scales(measured.magnitude, peak, float(self.alpha))
+        choices: list[float | None] = [None, *GRID]
+        errors = [self._expected_error(measured, weights, peak, alpha) for alpha in choices]
+        best = choices[int(np.argmin(errors))]
+        return best, _scales(measured.magnitude, peak, best)
 
     def _expected_error(
-        self, lo: np.ndarray, hi: np.ndarray, squares: np.ndarray, weights: Sequence[_Weight], scale: np.ndarray
+        self, measured: _Measured, weights: Sequence[_Weight], peak: np.ndarray, alpha: float | None
     ) -> float:
         """Σ over the layers of E‖y - ŷ‖² / E‖y‖², with rounding errors independent and uniform (variance step²/12).
 
-        The activation's error meets the scaled weight, Δx²/12 Σ_j s_j² ‖W_j‖², and the weight's error meets the scaled
-        activation, Σ_j E[x_j²]/s_j² Σ_n Δw_n²/12 with Δw_n = 2 max_j |s_j W_jn| / (2^b - 1).
+        The activation's error meets the scaled weight, Σ_j (s_j² Δx²/12 + 4 c_j) ‖W_j‖², and the weight's error meets the
+        scaled activation, Σ_j E[x_j²]/s_j² Σ_n Δw_n²/12 with Δw_n = 2 max_j |s_j W_jn| / (2^b - 1). c_j is what new
+        data is expected to lose by clipping (see `_Measured.clipped`): without it all channels would be made equally
+        loud on the calibration data, and the loudest of the next text would not fit.
         """
-        span = max(np.max(hi / scale), 0.0) - min(np.min(lo / scale), 0.0)
-        activation_step = span / (2**self.activation_bits - 1)
+        scale = _scales(measured.magnitude, peak, alpha)
+        step = measured.span(scale) / (2**self.activation_bits - 1)
+        activation_error = scale**2 * step**2 / 12 + UNSEEN * measured.clipped(peak, alpha)
+        energy = measured.squares / scale**2
         total = 0.0
         for weight in weights:
-            from_activation = activation_step**2 / 12 * float(np.sum(scale**2 * weight.row_energy))
+            from_activation = float(np.sum(activation_error * weight.row_energy))
             steps = 2 * weight.column_peak(scale) / (2**self.weight_bits - 1)
-            from_weight = float(np.sum(squares / scale**2)) * float(np.sum(steps**2)) / 12
-            energy = float(np.sum(squares * weight.row_energy))
-            total += (from_activation + from_weight) / energy if energy > 0 else 0.0
+            from_weight = float(np.sum(energy)) * float(np.sum(steps**2)) / 12
+            signal = float(np.sum(measured.squares * weight.row_energy))
+            total += (from_activation + from_weight) / signal if signal > 0 else 0.0
         return total
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What calibration saw of a value with K channels."""
+
+    STATISTICS: ClassVar[tuple[Statistic, ...]] = (ChannelRange(), ChannelMoments(), ChannelFolds())
+
+    lo: np.ndarray
+    hi: np.ndarray
+    squares: np.ndarray
+    """E[x²]."""
+    fold_lo: np.ndarray
+    """The same as `lo`, of stretches of the data apart [F, K]."""
+    fold_hi: np.ndarray
+    rows: int
+
+    @staticmethod
+    def at(value: str, statistics: StatisticsStore) -> _Measured:
+        lo, hi = statistics.get(value, ChannelRange()).result()
+        moments = statistics.get(value, ChannelMoments())
+        fold_lo, fold_hi = statistics.get(value, ChannelFolds()).result()
+        lo, hi, fold_lo, fold_hi = (side.astype(np.float64) for side in (lo, hi, fold_lo, fold_hi))
+        return _Measured(lo, hi, moments.result(), fold_lo, fold_hi, moments.count)
+
+    @property
+    def magnitude(self) -> np.ndarray:
+        larger: np.ndarray = np.maximum(-self.lo, self.hi)
+        return larger
+
+    def span(self, scale: np.ndarray) -> float:
+        """The range that one scale for the whole of x / s has to cover, 0 included."""
+        return max(float(np.max(self.hi / scale)), 0.0) - min(float(np.min(self.lo / scale)), 0.0)
+
+    def clipped(self, peak: np.ndarray, alpha: float | None) -> np.ndarray:
+        """Mean square [K] that a stretch of the data loses when scales and range come from all others.
+
+        Of each channel the largest value alone is known, and counts as the only one of its stretch that is clipped.
+        """
+        lost = np.zeros_like(peak)
+        for fold in range(len(self.fold_lo)):
+            others = np.arange(len(self.fold_lo)) != fold
+            if not others.any():
+                break
+            below, above = self.fold_lo[others].min(axis=0), self.fold_hi[others].max(axis=0)
+            scale = _scales(np.maximum(-below, above), peak, alpha)
+            lo, hi = min(float(np.min(below / scale)), 0.0), max(float(np.max(above / scale)), 0.0)
+            beyond = np.maximum(self.fold_hi[fold] - hi * scale, lo * scale - self.fold_lo[fold])
+            lost += np.square(np.maximum(beyond, 0.0)) / self.rows
+        return lost
 
 
 class _Weight:
@@ -204,8 +253,10 @@ class _Weight:
         return read(self.tensor, compute)
 
 
-def _scales(magnitude: np.ndarray, peak: np.ndarray, alpha: float) -> np.ndarray:
-    """Equation 4."""
+def _scales(magnitude: np.ndarray, peak: np.ndarray, alpha: float | None) -> np.ndarray:
+    """Equation 4; ones where there is no α."""
+    if alpha is None:
+        return np.ones_like(peak)
     return _without_silence(magnitude) ** alpha / _without_silence(peak) ** (1 - alpha)
 
 

@@ -18,6 +18,7 @@ from qcompiler.errors import DataError, OutputError, SchemeError
 from qcompiler.statistics import (
     MSE,
     ChannelAbsMax,
+    ChannelFolds,
     ChannelMoments,
     ChannelRange,
     Entropy,
@@ -468,3 +469,38 @@ def test_a_file_that_cannot_be_written_is_one_sentence_and_leaves_the_old_one(tm
     with pytest.raises(OutputError, match="folder"):
         StatisticsStore().save(tmp_path / "folder", {})
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_folds_are_stretches_of_the_data_in_order() -> None:
+    batches = [np.full((4, 2), float(i)) for i in range(6)]
+    statistic = measured(ChannelFolds(folds=4), batches)
+    lo, hi = statistic.result()
+    assert len(lo) <= 4
+    assert np.all(np.diff(lo[:, 0]) >= 0)
+    assert lo.min() == 0
+    assert hi.max() == 5
+    merged = measured(ChannelFolds(folds=4), batches[:3])
+    merged.merge(measured(ChannelFolds(folds=4), batches[3:]))
+    assert merged.result()[0].min() == 0
+    assert merged.result()[1].max() == 5
+    assert len(merged.result()[0]) <= 4
+
+
+def test_folds_of_one_batch_and_of_one_row() -> None:
+    rows = np.arange(10, dtype=np.float32).reshape(5, 2)
+    lo, hi = measured(ChannelFolds(), [rows]).result()
+    assert lo.tolist() == [[0, 1], [4, 5]]
+    assert hi.tolist() == [[2, 3], [8, 9]]
+    assert len(measured(ChannelFolds(), [rows[:1]]).result()[0]) == 1
+    with pytest.raises(SchemeError):
+        ChannelFolds(folds=1)
+
+
+def test_folds_follow_a_rescaling() -> None:
+    batches = [np.random.default_rng(i).normal(size=(7, 3)).astype(np.float32) for i in range(3)]
+    divisor = np.array([0.5, -2.0, 4.0], np.float32)
+    rescaled = measured(ChannelFolds(), batches).rescaled(divisor)
+    expected = measured(ChannelFolds(), [batch / divisor for batch in batches])
+    assert rescaled is not None
+    for got, want in zip(rescaled.result(), expected.result(), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6)

@@ -29,13 +29,14 @@ the same however the data is cut into shards, sums are the same up to rounding.
 
 from __future__ import annotations
 
-from qcompiler.statistics.channels import ChannelAbsMax, ChannelMoments, ChannelRange, SecondMoment
+from qcompiler.statistics.channels import ChannelAbsMax, ChannelFolds, ChannelMoments, ChannelRange, SecondMoment
 from qcompiler.statistics.ranges import MSE, Entropy, MinMax, MovingAverageMinMax, Percentile
 from qcompiler.statistics.statistic import Range, Statistic, class_name, finite
 from qcompiler.statistics.store import StatisticsStore
 
 __all__ = [
     "ChannelAbsMax",
+    "ChannelFolds",
     "ChannelMoments",
     "ChannelRange",
     "Entropy",

@@ -63,6 +63,57 @@ class ChannelRange(Statistic):
 
 
 @dataclass(eq=False)
+class ChannelFolds(Statistic):
+    """`ChannelRange` of up to `folds` stretches of the data apart → (lo [F, C], hi [F, C]), float32; last axis.
+
+    What one stretch holds beyond the range of all others tells how far data that nobody has seen yet may go beyond the
+    range of all. Each batch begins as two stretches; neighbours are joined when there are too many, so that a stretch
+    is a contiguous piece of the data, and two of them can be as different as two texts. At least two, unless the data
+    is a single row.
+    """
+
+    folds: int = 16
+    lo: Array | None = field(default=None, init=False)
+    hi: Array | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.folds < 2:
+            raise SchemeError(f"ChannelFolds takes two folds or more, not {self.folds}.")
+
+    def update(self, batch: Array) -> None:
+        for rows in _row_chunks(batch, self.key):
+            middle = len(rows) // 2
+            halves = [half for half in (rows[:middle], rows[middle:]) if len(half)]
+            self._append(np.stack([half.min(0) for half in halves]), np.stack([half.max(0) for half in halves]))
+
+    def merge(self, other: Self) -> None:
+        if other.lo is not None and other.hi is not None:
+            self._append(other.lo, other.hi)
+
+    def _append(self, lo: Array, hi: Array) -> None:
+        if self.lo is not None and self.hi is not None:
+            _check_channels(self.key, self.lo.shape[1], lo.shape[1])
+            lo, hi = np.concatenate([self.lo, lo]), np.concatenate([self.hi, hi])
+        while len(lo) > self.folds:
+            pairs = range(0, len(lo), 2)
+            lo = np.stack([lo[i : i + 2].min(0) for i in pairs])
+            hi = np.stack([hi[i : i + 2].max(0) for i in pairs])
+        self.lo, self.hi = lo, hi
+
+    def result(self) -> tuple[Array, Array]:
+        if self.lo is None or self.hi is None:
+            raise self.no_data()
+        return self.lo, self.hi
+
+    def rescaled(self, divisor: Array) -> Self | None:
+        lo, hi = self.result()
+        ends = np.stack([lo, hi]) / _checked_divisor(divisor, lo.shape[1], self.key)
+        rescaled = self.fresh()
+        rescaled.lo, rescaled.hi = ends.min(0), ends.max(0)
+        return rescaled
+
+
+@dataclass(eq=False)
 class ChannelAbsMax(Statistic):
     """Largest magnitude of each channel along `axis` → [C], float32: what SmoothQuant's scales are made of."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qcompiler.errors import DataError, OutputError
-from qcompiler.statistics.channels import ChannelAbsMax, ChannelMoments, ChannelRange, SecondMoment
+from qcompiler.statistics.channels import ChannelAbsMax, ChannelFolds, ChannelMoments, ChannelRange, SecondMoment
 from qcompiler.statistics.ranges import MSE, Entropy, MinMax, MovingAverageMinMax, Percentile
 from qcompiler.statistics.statistic import Array, Statistic, class_name
 
@@ -22,7 +22,7 @@ BUILT_IN: dict[str, type[Statistic]] = {
     statistic.__name__: statistic
     for statistic in (
         *(MinMax, MovingAverageMinMax, Percentile, Entropy, MSE),
-        *(ChannelAbsMax, ChannelRange, ChannelMoments, SecondMoment),
+        *(ChannelAbsMax, ChannelFolds, ChannelRange, ChannelMoments, SecondMoment),
     )
 }
 

@@ -19,9 +19,10 @@ def smoothed(X: np.ndarray, Ws: Sequence[np.ndarray], s: np.ndarray) -> tuple[np
     return X.astype(np.float64) / s, [W.astype(np.float64) * s[:, None] for W in Ws]
 
 
-def rounded_activation(X: np.ndarray, bits: int = 8) -> np.ndarray:
-    """Per tensor, asymmetric: the integer grid that covers min … max and holds 0."""
-    lo, hi = min(X.min(), 0.0), max(X.max(), 0.0)
+def rounded_activation(X: np.ndarray, bits: int = 8, measured: np.ndarray | None = None) -> np.ndarray:
+    """Per tensor, asymmetric: the integer grid that covers min … max of what was measured (X itself) and holds 0."""
+    seen = X if measured is None else measured
+    lo, hi = min(seen.min(), 0.0), max(seen.max(), 0.0)
     step = (hi - lo) / (2**bits - 1)
     zero = np.round(-lo / step)
     return (np.clip(np.round(X / step) + zero, 0, 2**bits - 1) - zero) * step
@@ -42,4 +43,14 @@ def product_error(X: np.ndarray, Ws: Sequence[np.ndarray], s: np.ndarray) -> flo
     for W, W_s in zip(Ws, Ws_s, strict=True):
         exact = X.astype(np.float64) @ W.astype(np.float64)
         total += np.sum((rounded_activation(X_s) @ rounded_weight(W_s) - exact) ** 2) / np.sum(exact**2)
+    return float(total)
+
+
+def unseen_error(X: np.ndarray, new: np.ndarray, Ws: Sequence[np.ndarray], s: np.ndarray) -> float:
+    """`product_error` of new rows, whose range was measured on X."""
+    total = 0.0
+    for W in Ws:
+        exact = new.astype(np.float64) @ W.astype(np.float64)
+        rounded = rounded_activation(new / s, measured=X / s) @ rounded_weight(W * s[:, None])
+        total += np.sum((rounded - exact) ** 2) / np.sum(exact**2)
     return float(total)
