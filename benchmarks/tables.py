@@ -1,0 +1,78 @@
+"""Write the figures of `results/*.json` into the README, between their marks: `python benchmarks/tables.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def source(report: dict[str, Any], script: str) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return f"`{script}`, {report['date']}, {report['machine']}, {versions}."
+
+
+def quality(report: dict[str, Any]) -> str:
+    base = {row["variant"]: row["perplexity"] for row in report["rows"] if row["method"] == "float"}
+    parts = []
+    for variant, title in (("dynamo", "as it is"), ("dynamo-outliers", "with planted outliers")):
+        rows = []
+        for row in (row for row in report["rows"] if row["variant"] == variant):
+            ours = row["method"] in ("smoothquant", "int8-static", "int8-weights")
+            name = f"**{row['method']}**" if ours else row["method"]
+            rows.append([
+                name, f"{row['perplexity']:.3f}", f"{row['perplexity'] / base[variant]:.4f}",
+                f"{row['kl']:.5f}" if "kl" in row else "", f"{row['top1']:.1%}" if "top1" in row else "",
+                f"{row['bytes'] / 1e6:.2f}", f"{row['speed']:.2f} ×",
+            ])  # fmt: skip
+        head = [title, "perplexity", "ratio", "KL", "same top-1", "MB", "speed"]
+        parts.append(table(head, rows))
+    tokens = report["rows"][0]["tokens"]
+    note = f"{tokens:,} tokens; speed is one window of 256 tokens on one thread. " + source(
+        report, "benchmarks/quality.py"
+    )
+    return "\n\n".join([*parts, note])
+
+
+def speed(report: dict[str, Any]) -> str:
+    methods = list(dict.fromkeys(row["method"] for row in report["rows"]))
+    found = {(row["method"], row["tokens"]): row for row in report["rows"]}
+    tokens = sorted({row["tokens"] for row in report["rows"]}, reverse=True)
+    rows = [[name, *(f"{found[name, count]['speed']:.2f} ×" for count in tokens)] for name in methods]
+    head = ["against float, one thread", *(f"{count} token{'s' if count > 1 else ''}" for count in tokens)]
+    title = f"A Llama decoder block, hidden size {report['hidden']}. "
+    return "\n\n".join([table(head, rows), title + source(report, "benchmarks/speed.py")])
+
+
+def memory(report: dict[str, Any]) -> str:
+    rows = [
+        [row["recipe"], f"{row['gb_before']:.2f} GB", f"{row['gb_after']:.2f} GB", f"{row['peak_gb']:.2f} GB",
+         f"{row['seconds']:.0f} s"]
+        for row in report["rows"]
+    ]  # fmt: skip
+    head = ["compiling a Llama-shaped model", "float weights", "result", "peak memory", "time"]
+    title = f"smoothquant with {report['samples']} samples of {report['sequence']} tokens, --memory-limit {report['memory_limit']}. "
+    return "\n\n".join([table(head, rows), title + source(report, "benchmarks/memory.py")])
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for name, render in (("quality", quality), ("speed", speed), ("memory", memory)):
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, rest = text.split(begin)
+        report = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        text = f"{before}{begin}\n{render(report)}\n{end}{rest.split(end)[1]}"
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
