@@ -59,7 +59,8 @@ def memory(report: dict[str, Any]) -> str:
         for row in report["rows"]
     ]  # fmt: skip
     head = ["compiling a Llama-shaped model", "float weights", "result", "peak memory", "time"]
-    title = f"smoothquant with {report['samples']} samples of {report['sequence']} tokens, --memory-limit {report['memory_limit']}. "
+    data = f"{report['samples']} samples of {report['sequence']} tokens"
+    title = f"smoothquant with {data}, --memory-limit {report['memory_limit']}. "
     return "\n\n".join([table(head, rows), title + source(report, "benchmarks/memory.py")])
 
 

@@ -149,8 +149,8 @@ class SmoothQuant(Pass):
     ) -> float:
         """Σ over the layers of E‖y - ŷ‖² / E‖y‖², with rounding errors independent and uniform (variance step²/12).
 
-        The activation's error meets the scaled weight, Σ_j (s_j² Δx²/12 + 4 c_j) ‖W_j‖², and the weight's error meets the
-        scaled activation, Σ_j E[x_j²]/s_j² Σ_n Δw_n²/12 with Δw_n = 2 max_j |s_j W_jn| / (2^b - 1). c_j is what new
+        The activation's error meets the scaled weight, Σ_j (s_j² Δx²/12 + 4 c_j) ‖W_j‖², and the weight's error meets
+        the scaled activation, Σ_j E[x_j²]/s_j² Σ_n Δw_n²/12 with Δw_n = 2 max_j |s_j W_jn| / (2^b - 1). c_j is what new
         data is expected to lose by clipping (see `_Measured.clipped`): without it all channels would be made equally
         loud on the calibration data, and the loudest of the next text would not fit.
         """

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from qcompiler import segments
 from qcompiler.errors import DataError, RecipeError
+from qcompiler.module_path import module_path
 from qcompiler.progress import progress_bar
 from qcompiler.registry import closest
 from qcompiler.rewrite import Tap
@@ -26,11 +27,12 @@ HASHED_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class Hook:
-    """Gives a function of your own every batch of the values whose names match.
+    """Gives a function of your own every batch of the values that a pattern names.
 
-    `pattern` is a value name, a glob (``*mlp*``) or ``re:`` and a regular expression that is searched for. `function`
-    is called with the name and the array, once for each sample, in the order of the samples. The array must not be
-    changed, and be copied to be kept.
+    `pattern` is compared with the names of values and with the module paths of the nodes that write them
+    (``model.layers.0.mlp.down_proj``), as exporters often number the values. It is a name, a glob (``*mlp*``) or
+    ``re:`` and a regular expression that is searched for. `function` is called with the name and the array, once for
+    each sample, in the order of the samples. The array must not be changed, and be copied to be kept.
     """
 
     pattern: str
@@ -116,15 +118,19 @@ def _place(graph: ir.Graph, name: str) -> str:
 
 
 def _hooks_by_value(graph: ir.Graph, hooks: Sequence[Hook]) -> dict[str, list[Hook]]:
-    names = [str(value.name) for value in graph.inputs]
-    names += [str(value.name) for node in graph if node.op_type != "Constant" for value in node.outputs if value.name]
+    names = {str(value.name): "" for value in graph.inputs}
+    for node in graph:
+        if node.op_type != "Constant":
+            names |= {str(value.name): module_path(node) for value in node.outputs if value.name}
     found: dict[str, list[Hook]] = {}
     for hook in hooks:
-        matching = _matching(hook.pattern, names)
+        matching = set(_matching(hook.pattern, [*names, *names.values()]))
         if not matching:
-            raise RecipeError(f"the hook's pattern {hook.pattern!r} matches no value{closest(hook.pattern, names)}")
-        for name in matching:
-            found.setdefault(name, []).append(hook)
+            known = list(dict.fromkeys([*names, *names.values()]))
+            raise RecipeError(f"the hook's pattern {hook.pattern!r} matches no value{closest(hook.pattern, known)}")
+        for name, path in names.items():
+            if name in matching or path in matching:
+                found.setdefault(name, []).append(hook)
     return found
 
 

@@ -184,3 +184,12 @@ def test_model_hash_is_that_of_the_bytes_wherever_they_lie(tmp_path):
     stored = ir.load(tmp_path / "m.onnx")
     assert isinstance(stored.graph.initializers["weight"].const_value, ir.ExternalTensor)
     assert model_hash(stored) == model_hash(linear_model())
+
+
+def test_hooks_name_modules_too() -> None:
+    seen: list[str] = []
+    model = linear_model()
+    node = next(iter(model.graph))
+    node.metadata_props["pkg.torch.onnx.name_scopes"] = "['', 'model', 'model.layers.0', 'model.layers.0.q_proj', 'op']"
+    calibrator(hooks=[Hook("model.layers.*.q_proj", lambda name, _: seen.append(name))]).run_hooks(model)
+    assert set(seen) == {str(node.outputs[0].name)}
