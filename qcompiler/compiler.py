@@ -19,7 +19,6 @@ from qcompiler.inputs import Data
 from qcompiler.recipe import Recipe
 from qcompiler.report import Report, build, check_gates
 from qcompiler.statistics import StatisticsStore
-from qcompiler.verify import compare
 
 
 @dataclass(frozen=True)
@@ -73,10 +72,7 @@ def compile(
     runs += pipeline.run(graph, plan.lowering, store, calibrator, observers)
     inputs.finish(graph, plan.recipe)
 
-    comparison = None
-    if held_out is not None:
-        values = {item.output: item.output for item in facts}
-        comparison = compare(reference, graph, held_out, values=values, memory_limit=memory_limit, progress=progress)
+    comparison = build.comparison(reference, graph, held_out, facts, runs, memory_limit, progress)
     report = build.report(plan.recipe, facts, runs, comparison, before, build.constant_bytes(graph), hashes)
     report.gates, report.strict = check_gates(plan.recipe.gates, report.outputs), strict
     report.seconds = round(time.perf_counter() - start, 2)

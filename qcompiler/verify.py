@@ -61,13 +61,15 @@ def compare(
     *,
     outputs: Iterable[str] | None = None,
     values: Mapping[str, str] | None = None,
+    divided: Mapping[str, np.ndarray] | None = None,
     limit: int | None = None,
     memory_limit: int | None = None,
     progress: bool = False,
 ) -> Comparison:
     """Run both models on the samples (at most `limit`) and measure how far the candidate is from the reference.
 
-    `outputs` are graph outputs (default: all), `values` maps names in the reference to names in the candidate.
+    `outputs` are graph outputs (default: all), `values` maps names in the reference to names in the candidate. Where an
+    exact pass rescaled a value, `divided` says by what the candidate's is divided along its last axis.
     Memory is bounded by the reference's outputs on all samples, or by a quarter of `memory_limit`.
     Raises ModelError where a model cannot be run or shapes differ, DataError where the data does not fit.
     """
@@ -85,7 +87,8 @@ def compare(
 
         def measure(name: str, index: int, array: np.ndarray) -> None:
             for original in originals[name]:
-                found = array if original in whole else _thinned(array)
+                scaled = array * divided[original] if divided is not None and original in divided else array
+                found = scaled if original in whole else _thinned(scaled)
                 meters[original].update(original, kept.get(original, index), found, index)
 
         originals: dict[str, list[str]] = {}

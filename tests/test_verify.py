@@ -5,6 +5,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 import pytest
+import tiny
 
 from qcompiler.errors import ModelError, PassError
 from qcompiler.likelihood import Difference, Divergence, Likelihood
@@ -301,3 +302,15 @@ def test_operators_that_onnx_runtime_keeps_in_the_standard_domain():
     )
     check_structure(model)
     assert next(iter(model.graph)).domain == ""
+
+
+def test_values_that_an_exact_pass_divided_are_compared_as_they_were() -> None:
+    divisor = np.array([2.0, 0.5, 4.0, 1.0], np.float32)
+    text = "g (float[M,4] x, float[4] c) => (float[M,4] y) { v = Mul(x, c)  y = Sum(v) }"
+    reference = tiny.build(text, c=np.ones(4, np.float32))
+    candidate = tiny.build(text, c=1 / divisor)
+    samples = from_python([{"x": np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)}], model=reference)
+    told = compare(reference, candidate, samples, values={"v": "v"}, divided={"v": divisor}).values["v"]
+    untold = compare(reference, candidate, samples, values={"v": "v"}).values["v"]
+    assert told.sqnr_db > 100
+    assert untold.sqnr_db < 10

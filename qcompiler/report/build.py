@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph import constant
@@ -13,7 +14,8 @@ from qcompiler.match import Embedding, Site, Unsupported, find_sites
 from qcompiler.pipeline import PassRun
 from qcompiler.recipe import Recipe
 from qcompiler.report.report import PassReport, PassSkip, Report, SiteReport, Sizes
-from qcompiler.verify import Comparison
+from qcompiler.samples import Samples
+from qcompiler.verify import Comparison, compare
 
 DISTRIBUTIONS = ("onnx-qcompiler", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 
@@ -65,6 +67,28 @@ def report(
         comparison is not None else {}, versions=versions(), hashes=hashes, warnings=[] if comparison is not None else
         ["not compared with the float model, as no data was given to run both on"],
     )  # fmt: skip
+
+
+def comparison(
+    reference: ir.Model, graph: ir.Model, held_out: Samples | None, facts: Sequence[SiteFacts], runs: Sequence[PassRun],
+    memory_limit: int | None, progress: bool,
+) -> Comparison | None:  # fmt: skip
+    """How far outputs and sites are from the float model on samples that calibration did not see; None without any."""
+    if held_out is None:
+        return None
+    values = {item.output: item.output for item in facts}
+    return compare(
+        reference, graph, held_out, values=values, divided=_divided(runs), memory_limit=memory_limit, progress=progress
+    )
+
+
+def _divided(runs: Sequence[PassRun]) -> dict[str, np.ndarray]:
+    """By what exact passes have divided each value that they rescaled, all together."""
+    found: dict[str, np.ndarray] = {}
+    for run in runs:
+        for value, divisor in run.changes.rescaled.items():
+            found[value] = found[value] * divisor if value in found else divisor
+    return found
 
 
 def _site_report(item: SiteFacts, runs: Sequence[PassRun], sqnr_db: float | None) -> SiteReport:
