@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -69,7 +70,7 @@ class Builder:
 
 def build(gigabytes: float, folder: Path) -> Path:
     """Write the model with external data; returns its path."""
-    layers = max(1, round((gigabytes * 1e9 / 4 - VOCABULARY * HIDDEN) / LAYER_PARAMETERS))
+    layers = max(1, math.ceil((gigabytes * 1e9 / 4 - VOCABULARY * HIDDEN) / LAYER_PARAMETERS))
     b = Builder()
     ids = ir.Value(name="input_ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch", "sequence"]))
     mask = ir.Value(name="attention_mask", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch", "total"]))

@@ -9,7 +9,7 @@ checkpoint.
 To save time the first part of the tokens trains half of the layers. The others are then inserted as copies whose
 output projections are zero, so that the function is unchanged at that moment (block expansion, Wu et al. 2024,
 "LLaMA Pro"), and everything is trained to the end. The learning rate is constant after warm-up and goes linearly to
-zero over the last part (Hägele et al. 2024). Runs on the CPU in about two hours on two cores; a run that is stopped
+zero over the last part (Hägele et al. 2024). Runs on the CPU in two to three hours on two cores; a run that is stopped
 goes on from its last state.
 """
 
@@ -125,7 +125,12 @@ def optimizer_of(model: LlamaForCausalLM) -> torch.optim.AdamW:
 
 
 def train(
-    tokens: torch.Tensor, choosing: torch.Tensor, out: Path, state_file: Path, tokens_per_parameter: float
+    tokens: torch.Tensor,
+    choosing: torch.Tensor,
+    out: Path,
+    state_file: Path,
+    tokens_per_parameter: float,
+    checkpoint: Path | None = None,
 ) -> None:
     parameters = sum(p.numel() for p in LlamaForCausalLM(config(LAYERS)).parameters())
     total = math.ceil(tokens_per_parameter * parameters)
@@ -142,6 +147,11 @@ def train(
             optimizer = optimizer_of(model)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+    elif checkpoint is not None:
+        model = LlamaForCausalLM.from_pretrained(checkpoint, torch_dtype=torch.float32)
+        optimizer = optimizer_of(model)
+        seen = json.loads((checkpoint / "training.json").read_text())["tokens"]
+        step = seen // (BATCH * SEQUENCE)
     compiled = torch.compile(model)
     starts = len(tokens) - SEQUENCE - 1
     clock = time.monotonic()
@@ -183,12 +193,15 @@ def main() -> None:
     parser.add_argument("books", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "demo")
     parser.add_argument("--state", type=Path, default=Path("training-state.pt"), help="where a stopped run goes on")
+    parser.add_argument("--checkpoint", type=Path, help="a folder to go on from where there is no state: weights alone")
     parser.add_argument("--tokens-per-parameter", type=float, default=TOKENS_PER_PARAMETER)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     tokens, choosing = prepare(arguments.books, arguments.out)
     print(f"{len(tokens) / 1e6:.2f}M tokens to train on, {len(choosing)} to choose the checkpoint", flush=True)
-    train(tokens, choosing, arguments.out, arguments.state, arguments.tokens_per_parameter)
+    train(
+        tokens, choosing, arguments.out, arguments.state, arguments.tokens_per_parameter, arguments.checkpoint
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
