@@ -4,7 +4,12 @@
 
 The operator takes unsigned codes [N, K / block, block] with zero point 128 and one scale for each block, so the scale
 of an output channel is repeated for each of its blocks. Without it ONNX Runtime would dequantize the whole weight on
-every run. A tied embedding gathers from the same array, which is stored once. A bias stays an Add.
+every run. A tied embedding gathers from the same array, which is stored once. A bias stays an Add. Blocks are
+``block_size`` wide, or narrower where that stores fewer bytes (64 for 192 input features, which two of 128 would pad).
+
+Layers in half precision run in float32 between two Casts, as the CPU kernel would do inside: given half precision
+scales, ONNX Runtime 1.32 turns them by a Cast of its own where the nodes around run in float32, and below the full
+optimization level the kernel then misses the scales and writes garbage without a word.
 
 ``accuracy_level`` 4 lets the CPU kernel round the activation to 8 bits block by block, which is what makes it fast; 0
 keeps the activation in float.
@@ -40,6 +45,8 @@ from qcompiler.statistics import StatisticsStore
 from qcompiler.tensors import derived
 
 KERNEL = "MatMulNBits"
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+SCALE_BYTES = 4
 
 
 @options(frozen=True, config=OPTIONS)
@@ -48,7 +55,7 @@ class LowerWeightOnly(Pass):
     kind: ClassVar[Kind] = "lowering"
 
     block_size: Literal[16, 32, 64, 128, 256] = 128
-    """Input features that share a scale in the operator."""
+    """Input features that share a scale in the operator, at most."""
     accuracy_level: Literal[0, 1, 4] = 4
     """4: activations rounded to 8 bits in blocks (fast on CPUs); 0 or 1: float32 activations."""
 
@@ -58,7 +65,7 @@ class LowerWeightOnly(Pass):
         model.graph.opset_imports.setdefault("com.microsoft", 1)
         packed: dict[tuple[ir.Value, bool], tuple[ir.Value, ir.Value]] = {}
         for site in self.selected(find_sites(model).linears):
-            if site.dequantize is None or _reads_codes(site):
+            if site.dequantize is None or _reads_codes(site.node):
                 continue
             obstacle = _obstacle(site)
             if obstacle is not None:
@@ -75,7 +82,7 @@ class LowerWeightOnly(Pass):
         """Codes [N, blocks, block] and scales [N, blocks] of a constant, shared by its embedding where it has one."""
         assert site.dequantize is not None
         assert site.dequantize.inputs[1] is not None
-        graph, base, block = node_graph(site.node), str(site.weight.name), self.block_size
+        graph, base, block = node_graph(site.node), str(site.weight.name), self._block(site)
         n, k, transposed = site.out_features, site.in_features, site.transposed
         blocks = -(-k // block)
 
@@ -90,24 +97,37 @@ class LowerWeightOnly(Pass):
         assert tensor is not None
         name = names.fresh(f"{base}.blocks")
         codes = add_constant(graph, name, derived(tensor, arrange, ir.DataType.UINT8, (n, blocks, block), name))
-        per_channel = np.broadcast_to(array(site.dequantize.inputs[1]).reshape(-1, 1), (n, 1))
+        per_channel = np.broadcast_to(array(site.dequantize.inputs[1]).astype(np.float32).reshape(-1, 1), (n, 1))
         scales = add_constant(graph, names.fresh(f"{base}.block_scales"), np.repeat(per_channel, blocks, axis=1))
         if site.transposed and site.weight.dtype == ir.DataType.UINT8:
             _gather_from_blocks(site.weight, codes, k, names, self.name)
         return codes, scales
 
+    def _block(self, site: Linear) -> int:
+        """The block size, up to the option's, with the fewest bytes of codes and scales; the widest of several."""
+        sizes = [size for size in BLOCK_SIZES if size <= self.block_size]
+        return min(reversed(sizes), key=lambda size: -(-site.in_features // size) * (size + SCALE_BYTES))
+
     def _lower(self, site: Linear, codes: ir.Value, scales: ir.Value, names: Names) -> None:
-        product = site.node.outputs[0]
+        assert site.dequantize is not None
+        product, source = site.node.outputs[0], site.node.inputs[0]  # not site.input, which may be replaced by now
+        assert source is not None
+        dtype = site.dequantize.outputs[0].dtype or site.dequantize.inputs[1].dtype  # type: ignore[union-attr]
         kernel = new_node(
-            KERNEL, [site.input, codes, scales], names.fresh(f"{site.name}.weight_only"),
-            domain="com.microsoft", like=product,
-            attributes={"K": site.in_features, "N": site.out_features, "bits": 8, "block_size": self.block_size,
+            KERNEL, [source, codes, scales], names.fresh(f"{site.name}.weight_only"),
+            domain="com.microsoft", dtype=ir.DataType.FLOAT, shape=product.shape,
+            attributes={"K": site.in_features, "N": site.out_features, "bits": 8, "block_size": self._block(site),
                         "accuracy_level": self.accuracy_level},
         )  # fmt: skip
         new, result = [kernel], kernel.outputs[0]
+        if dtype is not None and dtype != ir.DataType.FLOAT:
+            before = _cast(source, ir.DataType.FLOAT, names.fresh(f"{site.name}.float"))
+            after = _cast(result, dtype, names.fresh(f"{site.name}.cast"))
+            kernel.replace_input_with(0, before.outputs[0])
+            new, result = [before, kernel, after], after.outputs[0]
         if site.bias is not None and site.bias_node is None:  # Gemm's own bias
             add = new_node("Add", [result, site.bias], names.fresh(f"{site.name}.bias_added"), like=product)
-            new, result = [kernel, add], add.outputs[0]
+            new, result = [*new, add], add.outputs[0]
         inherit(new, site.node, self.name)
         insert_before(site.node, new)
         weight = site.weight
@@ -116,9 +136,13 @@ class LowerWeightOnly(Pass):
         kernel.name = site.name
 
 
-def _reads_codes(site: Linear) -> bool:
+def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
+    return new_node("Cast", [value], name, dtype=dtype, shape=value.shape, attributes={"to": int(dtype)})
+
+
+def _reads_codes(layer: ir.Node) -> bool:
     """Whether the activation is quantized, too: then the layer is another pass's business."""
-    producer = site.input.producer()
+    producer = layer.inputs[0].producer() if layer.inputs[0] is not None else None
     return producer is not None and producer.op_type == "DequantizeLinear"
 
 

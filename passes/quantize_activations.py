@@ -17,8 +17,8 @@ Skipped: layers whose weight is float, as there is nothing to win, and inputs th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from difflib import get_close_matches
-from importlib import import_module
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -30,6 +30,7 @@ from qcompiler.errors import RecipeError, SchemeError
 from qcompiler.graph import Names, add_constant, inherit, insert_after, insert_before, new_node, node_graph
 from qcompiler.match import Convolution, Linear, find_sites
 from qcompiler.quantize import scale_and_zero_point
+from qcompiler.registry import users_own
 from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
 from qcompiler.scheme import FORMATS, PerTensor, Scheme
 from qcompiler.statistics import (
@@ -70,6 +71,8 @@ class QuantizeActivations(Pass):
             raise SchemeError(
                 f"range {self.range!r} is unknown{near}: choose one of {', '.join(RANGES)}, or module:Class."
             )
+        if ":" in self.range:
+            _own_statistic(self.range)  # a mistake shows at once, and saved statistics of the class can be read
 
     def scheme(self) -> Scheme:
         return Scheme(self.format, PerTensor(), self.symmetric)
@@ -182,14 +185,20 @@ def _end_of(site: Convolution) -> ir.Value:
 
 def _own_statistic(path: str) -> Statistic:
     """The user's class named `module:Class`. Raises `RecipeError` where there is none."""
-    module, _, name = path.partition(":")
     try:
-        found = getattr(import_module(module), name, None)
-    except ImportError as error:
-        raise RecipeError(f"quantize-activations.range: the module {module!r} cannot be imported: {error}.") from error
+        found = users_own(path)
+    except Exception as error:  # a user's module may raise anything
+        raise RecipeError(
+            f"quantize-activations.range: {path} cannot be imported ({type(error).__name__}: {error})."
+        ) from error
     if not (isinstance(found, type) and issubclass(found, Statistic)):
         raise RecipeError(f"quantize-activations.range: {path!r} is no subclass of qcompiler.Statistic.")
-    return found()
+    if not is_dataclass(found):
+        raise RecipeError(f"quantize-activations.range: {path} is no dataclass, so what it measured cannot be saved.")
+    try:
+        return found()
+    except TypeError as error:
+        raise RecipeError(f"quantize-activations.range: {path} cannot be made without arguments: {error}.") from error
 
 
 def _bounds(statistic: Statistic) -> Range:

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qcompiler.errors import OutputError, PassError, QCompilerError, TargetError
+from qcompiler.errors import OutputError, PassError, QCompilerError, RecipeError, TargetError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -247,9 +248,13 @@ def passes() -> None:
     """List the passes that recipes can use."""
     from qcompiler.registry import pass_class, pass_names, summary
 
-    print_table(
-        ("pass", "kind", "what it does"), [(name, pass_class(name).kind, summary(name)) for name in pass_names()]
-    )
+    def row(name: str) -> tuple[str, ...]:
+        try:
+            return name, pass_class(name).kind, summary(name)
+        except RecipeError as error:  # a plugin that cannot be loaded harms only those who use it
+            return name, "broken", str(error)
+
+    print_table(("pass", "kind", "what it does"), [row(name) for name in pass_names()])
 
 
 @app.command()
@@ -337,6 +342,7 @@ def print_json(data: dict[str, Any]) -> None:
 
 def main() -> None:
     """The console script."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         app(prog_name="qcompiler")
     except PassError as error:

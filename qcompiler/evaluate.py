@@ -129,7 +129,13 @@ class _Runner:
         self.path = path
         self.model = model_io.load(path)
         self._signature = Signature(self.model)
-        self._tokens = self._signature.token_input()
+        try:
+            self._tokens = self._signature.token_input()
+        except DataError as error:
+            raise ModelError(
+                f"{path} is no language model, as no single input takes token ids; how close a compiled model of "
+                "another kind is to its float model stands in the report.json that `compile --calibration` writes"
+            ) from error
         self._logits = _logits_output(self.model, path)
         self._session: onnxruntime.InferenceSession = load_session(path, threads=threads, providers=providers)
 

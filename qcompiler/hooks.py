@@ -8,7 +8,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qcompiler.errors import PassError, QCompilerError
+from qcompiler.calibrate import model_hash, save_statistics
+from qcompiler.errors import OutputError, PassError, QCompilerError
+from qcompiler.inputs import load
 from qcompiler.model_io import save
 from qcompiler.recipe import Recipe, Step
 from qcompiler.rewrite import Changes, Pass
@@ -71,9 +73,14 @@ class Dump:
         """Nothing to write: the reproducer holds the model before the pass."""
 
     def _write(self, name: str, model: ir.Model) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
         text = ir.to_onnx_text(model, exclude_initializers=True)
-        (self._folder / f"{self._count:02d}-{name}.txt").write_text(text, encoding="utf-8")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / f"{self._count:02d}-{name}.txt").write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise OutputError(
+                f"the dumps cannot be written to {self._folder} ({error.strerror or error}); choose another --dump-dir"
+            ) from error
         self._count += 1
 
 
@@ -98,12 +105,19 @@ class Reproducer:
         if isinstance(error, QCompilerError) and not isinstance(error, PassError):
             return  # the user's input is at fault, and the message says so
         folder = self._folder / f"reproduce-{step.name}"
-        steps = tuple(Step(name=item.name, options=asdict(item)) for item in self._rest)
-        recipe = self._recipe.model_copy(update={"passes": steps, "lowering": (), "name": f"reproduce-{step.name}"})
-        save(self._model, folder, overwrite=True, extra_files={"recipe.yaml": recipe.to_yaml()})
-        self._statistics.save(folder / "statistics.safetensors", {})
+        try:
+            self._write(folder, step, self._model, self._statistics)
+        except OutputError as obstacle:
+            raise PassError(f"the pass {step.name} failed: {error} (no reproducer, as {obstacle})") from error
         raise PassError(
             f"the pass {step.name} failed: {error} (this is a defect of the pass; "
             f"qcompiler compile {folder} --recipe {folder / 'recipe.yaml'} "
             f"--statistics {folder / 'statistics.safetensors'} -o OUT shows it again)"
         ) from error
+
+    def _write(self, folder: Path, step: Pass, model: ir.Model, statistics: StatisticsStore) -> None:
+        steps = tuple(Step(name=item.name, options=asdict(item)) for item in self._rest)
+        recipe = self._recipe.model_copy(update={"passes": steps, "lowering": (), "name": f"reproduce-{step.name}"})
+        save(model, folder, overwrite=True, extra_files={"recipe.yaml": recipe.to_yaml()})
+        again, _ = load(folder)  # statistics are taken for the model as it is read
+        save_statistics(folder / "statistics.safetensors", statistics, model_hash(again), "")

@@ -153,6 +153,10 @@ def _recognise(node: ir.Node, derived: Derived) -> Site | None:
         return _convolution(node, derived)
     if node.domain == "" and node.op_type == "Gather":
         return _embedding(node, derived)
+    if (node.domain, node.op_type) in _QUANTIZED:
+        index = _QUANTIZED[node.domain, node.op_type]
+        codes = node.inputs[index] if index < len(node.inputs) else None
+        return None if constant(codes) is None else _unsupported(node, f"it is quantized already ({node.op_type})")
     if (node.domain, node.op_type) in _WITHOUT_PASS:
         weights = [node.inputs[i] for i in _WITHOUT_PASS[node.domain, node.op_type] if i < len(node.inputs)]
         traced = [_trace(weight, derived) for weight in weights]
@@ -177,6 +181,23 @@ _WITHOUT_PASS: dict[tuple[str, str], tuple[int, ...]] = {
     ("com.microsoft", "FusedGemm"): (1,),
     ("com.microsoft", "FusedConv"): (1,),
     ("com.microsoft", "MoE"): (2, 4, 6),
+}
+
+
+# Operators that multiply by or gather codes, and which input holds these.
+_QUANTIZED: dict[tuple[str, str], int] = {
+    ("", "ConvInteger"): 1,
+    ("", "MatMulInteger"): 1,
+    ("", "QLinearConv"): 3,
+    ("", "QLinearMatMul"): 3,
+    ("com.microsoft", "DynamicQuantizeLSTM"): 1,
+    ("com.microsoft", "DynamicQuantizeMatMul"): 1,
+    ("com.microsoft", "GatherBlockQuantized"): 0,
+    ("com.microsoft", "MatMulBnb4"): 1,
+    ("com.microsoft", "MatMulIntegerToFloat"): 1,
+    ("com.microsoft", "MatMulNBits"): 1,
+    ("com.microsoft", "QAttention"): 1,
+    ("com.microsoft", "QGemm"): 3,
 }
 
 

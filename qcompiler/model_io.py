@@ -185,9 +185,14 @@ def save(
 
 
 def _output_error(folder: Path, error: OSError) -> OutputError:
-    if error.errno == errno.ENOSPC:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or _is_short_write(error):
         return OutputError(f"the disk is full: {folder} was not written; free some space or choose another place")
     return OutputError(f"{folder} cannot be written: {error.strerror or error}")
+
+
+def _is_short_write(error: OSError) -> bool:
+    """Numpy's `tofile`, which writes large tensors, says only how many items it wrote before the disk was full."""
+    return error.errno is None and "requested and" in str(error)
 
 
 def _check_not_source(model: ir.Model, folder: Path, source_folder: str | Path | None) -> None:

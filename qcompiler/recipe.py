@@ -222,6 +222,8 @@ def sentence(error: ValidationError) -> str:
     where = ".".join(str(part) for part in (first["loc"] if len(same) == 1 else first["loc"][:1]))
     if first["type"] == "missing":
         return f"{where} is missing"
+    if first["type"] == "too_short":
+        return f"{where} should have at least one entry"
     if first["type"] == "extra_forbidden":
         return f"there is no entry {where}"
     wanted = dict.fromkeys(_wanted(detail["msg"]) for detail in same)
@@ -277,6 +279,8 @@ def _read(path: Path, where: str) -> Recipe:
         raise RecipeError(f"{where} cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{where} is not valid YAML{_place(error)}") from error
+    if data is None:
+        raise RecipeError(f"{where} is empty; it needs passes (start from `qcompiler recipes smoothquant`)")
     if not isinstance(data, dict):
         raise RecipeError(f"{where} should be a mapping with name and passes, but is {type(data).__name__}")
     return Recipe.from_dict({"name": path.stem, **data}, where)

@@ -127,6 +127,8 @@ def _source(
     if spec.startswith("py:"):
         return sources.python_function(spec)
     path = Path(spec).expanduser()
+    if not spec.strip():
+        raise DataError("the data has an empty name; give data.npz, text.txt, …, or leave it out")
     if not path.exists():
         raise DataError(f"the data {spec!r} does not exist")
     if path.is_dir():

@@ -182,8 +182,15 @@ def check_patterns(patterns: Iterable[str], sites: Iterable[Site]) -> None:
             continue
         names = dict.fromkeys(name for site in known for name in (site.module_path, site.name))
         close = difflib.get_close_matches(pattern.removeprefix("re:"), names, n=3, cutoff=0.4)
-        hint = f"the closest names are {', '.join(close)}" if close else "list the model's layers to see their names"
+        hint = f"the closest names are {', '.join(close)}" if close else _some(list(names))
         raise RecipeError(f"the pattern {pattern!r} matches no layer of the model; {hint}")
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return (
+        f"its layers are called {shown}{', …' if len(names) > 4 else ''}" if names else "it has no layers to quantize"
+    )
 
 
 @functools.cache

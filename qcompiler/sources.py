@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qcompiler.errors import DataError
+from qcompiler.registry import users_own
 from qcompiler.signature import Signature
 
 if TYPE_CHECKING:
@@ -247,11 +246,8 @@ def python_function(spec: str) -> Source:
     parts = spec.split(":")
     if len(parts) != 3 or not all(parts):
         raise DataError(f"{spec!r} should read py:module:function")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(parts[1]), parts[2])
+        found = users_own(f"{parts[1]}:{parts[2]}")
     except Exception as error:  # a user's module may raise anything
         raise DataError(f"{spec} cannot be imported ({type(error).__name__}: {error})") from error
     return python_object(spec, found)

@@ -193,3 +193,14 @@ def test_hooks_name_modules_too() -> None:
     node.metadata_props["pkg.torch.onnx.name_scopes"] = "['', 'model', 'model.layers.0', 'model.layers.0.q_proj', 'op']"
     calibrator(hooks=[Hook("model.layers.*.q_proj", lambda name, _: seen.append(name))]).run_hooks(model)
     assert set(seen) == {str(node.outputs[0].name)}
+
+
+@dataclass(eq=False)
+class Failing(RowCount):
+    def update(self, batch):
+        raise ValueError("boom")
+
+
+def test_a_users_statistic_that_fails_is_named_with_the_place():
+    with pytest.raises(DataError, match=r"'block\.0/h'.*sample 0.*Failing.*ValueError: boom"):
+        calibrator().collect(linear_model(), [Tap("block.0/h", Failing())], StatisticsStore())

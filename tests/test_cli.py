@@ -162,6 +162,8 @@ def test_an_existing_output_is_kept_and_nothing_is_worked_on(monkeypatch, capsys
         (["-r", "int8-weights", "--target", "ort-gpu"], "no target 'ort-gpu'"),
         (["-r", "int8-static", "--target", "ort-cuda"], "take --recipe int8-weights"),
         (["-r", "int8-static", "--calibration", "absent.npz"], "absent.npz"),
+        (["-r", "int8-static", "--calibration", ""], "empty name"),
+        (["-r", "int8-weights", "--exclude", "re:zzz"], "its layers are called up, /up/MatMul, down"),
         (["-r", "int8-weights", "--device", "cuda"], "--device cuda"),
     ],
 )
@@ -239,6 +241,69 @@ def test_a_full_disk_leaves_nothing(monkeypatch, capsys, tmp_path) -> None:
     assert run(monkeypatch, "compile", model, "-r", "int8-weights", "-o", tmp_path / "out") == 2
     assert capsys.readouterr().err.startswith("error: the disk is full")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_disk_that_fills_while_a_large_tensor_is_written(monkeypatch, capsys, tmp_path) -> None:
+    """Numpy's tofile raises an OSError without a number."""
+    model = write_model(tmp_path / "in")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("512000 requested and 328096 written")
+
+    monkeypatch.setattr("onnx_ir.save", full)
+    assert run(monkeypatch, "compile", model, "-r", "int8-weights", "-o", tmp_path / "out") == 2
+    assert capsys.readouterr().err.startswith("error: the disk is full")
+
+
+def test_dumps_that_cannot_be_written(monkeypatch, capsys, tmp_path) -> None:
+    model = write_model(tmp_path / "in")
+    (tmp_path / "file").touch()
+    out = tmp_path / "out"
+    assert run(monkeypatch, "compile", model, "-r", "int8-weights", "-o", out, "--dump-dir", tmp_path / "file/d") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the dumps cannot be written to")
+    assert len(error.splitlines()) == 1
+    assert not out.exists()
+
+
+OWN_STATISTIC = """
+from dataclasses import dataclass, field
+from qcompiler import Statistic
+from qcompiler.statistics import Range
+
+@dataclass
+class Largest(Statistic):
+    seen: float = field(default=0.0, init=False)
+    def update(self, batch):
+        self.seen = max(self.seen, float(abs(batch).max()))
+    def merge(self, other):
+        self.seen = max(self.seen, other.seen)
+    def result(self):
+        return Range(-self.seen, self.seen)
+"""
+
+
+def test_a_statistic_of_ones_own_from_the_current_folder(tmp_path) -> None:
+    """In processes of their own: the console script does not have the current folder on its import path."""
+    write_model(tmp_path / "in")
+    (tmp_path / "own_statistic.py").write_text(OWN_STATISTIC)
+    (tmp_path / "own.yaml").write_text(
+        "passes: [quantize-weights, {quantize-activations: {range: 'own_statistic:Largest'}}]"
+    )
+    script = Path(sys.executable).parent / "qcompiler"
+    start = [script, "calibrate", "in", "-r", "own.yaml", "--calibration", "in/data.npz", "-o", "stats.safetensors"]
+    subprocess.run(start, cwd=tmp_path, check=True, capture_output=True)
+    start = [script, "compile", "in", "-r", "own.yaml", "--statistics", "stats.safetensors", "-o", "out"]
+    subprocess.run(start, cwd=tmp_path, check=True, capture_output=True)
+    sites = json.loads((tmp_path / "out" / "report.json").read_text())["sites"]
+    assert {site["status"] for site in sites} == {"quantized"}
+
+
+def test_random_data_warns_in_one_line(monkeypatch, capsys, tmp_path) -> None:
+    model = write_model(tmp_path / "in")
+    arguments = ["compile", model, "-r", "int8-static", "--calibration", "random", "--samples", 2, "-o", tmp_path / "o"]
+    assert run(monkeypatch, *arguments) == 0
+    assert capsys.readouterr().err.startswith("warning: random calibration data")
 
 
 @pytest.mark.parametrize(
@@ -345,6 +410,15 @@ def test_passes_and_explain(monkeypatch, capsys) -> None:
     assert "insert_mul" in text
     assert run(monkeypatch, "explain", "smooth-quart") == 2
     assert capsys.readouterr().err == "error: there is no pass 'smooth-quart'; did you mean 'smooth-quant'?\n"
+
+
+def test_a_broken_plugin_is_listed_as_such(monkeypatch, capsys) -> None:
+    def broken(name: str) -> type:
+        raise errors.RecipeError(f"the pass {name!r} cannot be imported")
+
+    monkeypatch.setattr("qcompiler.registry.pass_class", broken)
+    assert run(monkeypatch, "passes") == 0
+    assert "cannot be imported" in capsys.readouterr().out
 
 
 def test_recipes(monkeypatch, capsys, tmp_path) -> None:

@@ -77,6 +77,39 @@ def test_half_precision(layer: str, level: int) -> None:
     assert_same(portable, lowered, tiny.feeds(model), 0.012 if level == 4 else 2e-3)
 
 
+@pytest.mark.parametrize("optimized", [False, True])
+def test_half_precision_between_nodes_that_run_in_float(optimized: bool) -> None:
+    """ONNX Runtime would turn half precision scales by a Cast that hides them from the kernel: silent garbage."""
+    model = tiny.build(
+        "g (float16[M,32] x, float16[32,6] W) => (float16[M,6] y) { h = Tanh(x) [fc] p = MatMul(h, W)  y = Tanh(p) }",
+        W="normal",
+    )
+    portable, lowered, _ = lower(model, accuracy_level=4)
+    for sample in tiny.feeds(model):
+        (got,), (wanted,) = tiny.run(lowered, sample, optimized=optimized), tiny.run(portable, sample)
+        assert tiny.relative_error(got, wanted) <= 0.012
+
+
+@pytest.mark.parametrize("first", ["Gemm<transB=1>(x, V, b)", "MatMul(x, W)"], ids=["gemm", "matmul"])
+def test_a_layer_that_reads_another_layer(first: str) -> None:
+    """The first one is lowered, and gone, when the second one's turn comes."""
+    model = tiny.build(
+        f"""g (float[M,32] x, float[32,6] W, float[6,32] V, float[6] b, float[6,5] U) => (float[M,6] y, float[M,5] z) {{
+        [first] y = {first}  [second] z = MatMul(y, U) }}""",
+        W="normal", V="normal", b="normal", U="normal",
+    )  # fmt: skip
+    portable, lowered, changes = lower(model, accuracy_level=0)
+    assert {changed.site for changed in changes.changed} == {"first", "second"}
+    assert_same(portable, lowered, tiny.feeds(model), 1e-5)
+
+
+@pytest.mark.parametrize(("features", "block"), [(32, 32), (192, 64), (256, 128), (2880, 128)])
+def test_blocks_are_not_padded_where_narrower_ones_store_less(features: int, block: int) -> None:
+    _, lowered, _ = lower(model_of(MATMUL, features))
+    (kernel,) = (node for node in lowered.graph if node.op_type == "MatMulNBits")
+    assert kernel.attributes.get_int("block_size") == block
+
+
 @pytest.mark.parametrize("code", [127, -127])
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_extreme_codes_do_not_saturate(tokens: int, code: int) -> None:

@@ -167,12 +167,17 @@ def test_recurrent_and_transposed_convolutions_are_named() -> None:
 
 def test_what_is_no_site_at_all() -> None:
     model = build(
-        """g (float[B,H,S,4] q, float[B,H,4,S] k, float[1,8,1] F, float[1,1,S] p, uint8[B,4] a, uint8[4,3] Q,
+        """g (float[B,H,S,4] q, float[B,H,4,S] k, float[1,8,1] F, float[1,1,S] p, uint8[B,4] a, uint8[4,B] c,
               float[4] v) => (s, r, t, u) {
-              s = MatMul(q, k) r = MatMul(F, p) t = MatMulInteger(a, Q) u = MatMul(q, v) }""",
-        F=(1, 8, 1), Q=np.ones((4, 3), np.uint8), v=(4,),
+              s = MatMul(q, k) r = MatMul(F, p) t = MatMulInteger(a, c) u = MatMul(q, v) }""",
+        F=(1, 8, 1), v=(4,),
     )  # fmt: skip
     assert list(find_sites(model)) == []
+
+
+def test_what_is_quantized_already_is_reported() -> None:
+    text = "g (uint8[B,4] a, uint8[4,3] Q) => (y) { y = MatMulInteger(a, Q) }"
+    assert reason(build(text, Q=np.ones((4, 3), np.uint8))) == "it is quantized already (MatMulInteger)"
 
 
 def test_fused_matmul_and_a_transposed_weight() -> None:

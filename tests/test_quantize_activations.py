@@ -95,7 +95,15 @@ def test_an_unknown_range(range: str) -> None:
         QuantizeActivations(range=range)
 
 
-@pytest.mark.parametrize("range", ["no_module:Class", "qcompiler.statistics:Nothing", "qcompiler.statistics:finite"])
+@pytest.mark.parametrize(
+    "range",
+    [
+        "no_module:Class",
+        "qcompiler.statistics:Nothing",
+        "qcompiler.statistics:finite",
+        "qcompiler.statistics:Statistic",  # it is no dataclass
+    ],
+)
 def test_an_unknown_statistic(range: str) -> None:
     with pytest.raises(QCompilerError, match=r"quantize-activations\.range"):
         quantize(tiny.build(MATMUL, W="normal"), range=range)

@@ -110,7 +110,7 @@ def test_wrong_passes_are_named(data: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"passes": []}, r"passes should .*at least 1"),
+        ({"passes": []}, "passes should have at least one entry"),
         ({}, r"passes is missing"),
         ({"pases": []}, r"no entry 'pases'; did you mean 'passes'"),
         ({"passes": ["a"], "source": "x"}, r"no entry 'source'"),
@@ -135,7 +135,7 @@ def test_wrong_entries_are_named(data: dict, message: str) -> None:
         ("passes: [a\nname: b", r"not valid YAML \(line 2, column"),
         ("passes: [a]\npasses: [b]", r"not valid YAML \(line 2, .*'passes' occurs twice"),
         ("- a", r"should be a mapping with name and passes, but is list"),
-        ("", r"should be a mapping .* but is NoneType"),
+        ("", "is empty; it needs passes"),
         ("passes: !!python/object/apply:os.system [true]", r"not valid YAML \(line 1"),
     ],
 )

@@ -65,7 +65,7 @@ def report(
         recipe=recipe.name, target=recipe.target, sites=sites, sizes=sizes(facts, sites, before, after),
         passes=pass_reports(runs), outputs={name: item.to_dict() for name, item in comparison.outputs.items()} if
         comparison is not None else {}, versions=versions(), hashes=hashes, warnings=[] if comparison is not None else
-        ["not compared with the float model, as no data was given to run both on"],
+        ["not compared with the float model, which takes data with at least two samples"],
     )  # fmt: skip
 
 

@@ -1,0 +1,121 @@
+"""Whole compilations of small models of many kinds, as plain ONNX Runtime runs the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import onnx_ir as ir
+import pytest
+import tiny
+from pydantic.dataclasses import dataclass as options
+
+import qcompiler
+from qcompiler.errors import ModelError, PassError
+from qcompiler.evaluate import evaluate
+from qcompiler.recipe import Recipe, Step
+from qcompiler.registry import pass_class
+from qcompiler.rewrite import OPTIONS, Changes, Kind, Pass
+from qcompiler.statistics import StatisticsStore
+
+RECIPES, TARGETS = ("int8-static", "smoothquant", "int8-weights"), ("ort-cpu", "portable")
+
+# Linear layers that read one another, residual sums, a bias on the output, norms: each one line of ONNX text.
+MODELS = {
+    "chain": """g (float[M,32] x, float[32,16] A, float[24,16] B, float[24] b, float[24,8] C)
+        => (float[M,24] y, float[M,8] z) {
+        [a] p = MatMul(x, A)  [b] y = Gemm<transB=1>(p, B, b)  [c] z = MatMul(y, C) }""",
+    "norm": """g (float[B,S,32] x, float[32] G, float[32] b, float[32,64] A, float[64] c, float[64,32] C)
+        => (float[B,S,32] y) {
+        n = LayerNormalization(x, G, b)  [up] p = MatMul(n, A)  q = Add(p, c)  r = Relu(q)
+        [down] s = MatMul(r, C)  y = Add(x, s) }""",
+    "half": """g (float16[M,32] x, float16[32,24] A, float16[8,24] B, float16[8] b) => (float16[M,8] y) {
+        [a] p = MatMul(x, A)  t = Tanh(p)  [b] y = Gemm<transB=1>(t, B, b) }""",
+    "tied": """g (int64[B,S] ids, float[32,32] E, float[32,32] A) => (float[B,S,32] y) {
+        [embed] e = Gather(E, ids)  [mix] h = MatMul(e, A)  T = Transpose<perm=[1,0]>(E)  [head] y = MatMul(h, T) }""",
+    "residual": """g (float[2,4,9,9] x, float[4,4,3,3] A, float[4] b, float[4,1,3,3] D) => (float[2,4,9,9] y) {
+        [a] p = Conv<pads=[1,1,1,1]>(x, A, b)  r = Relu(p)  [d] q = Conv<pads=[1,1,1,1], group=4>(r, D)
+        y = Add(q, x) }""",
+}
+
+
+def build(kind: str) -> ir.Model:
+    """Of the inputs, capital letters and biases are constants."""
+    names = [word.strip("(),") for word in MODELS[kind][: MODELS[kind].index("=>")].split() if word[-1] in ",)"]
+    recipes = {name: "gain" if name == "G" else "normal" for name in names}
+    return tiny.build(MODELS[kind], **{name: recipe for name, recipe in recipes.items() if name not in ("x", "ids")})
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_saved_folder_runs_and_stays_close(tmp_path: Path, kind: str, recipe: str, target: str) -> None:
+    import onnxruntime as ort
+
+    model = build(kind)
+    samples = tiny.feeds(model, count=8)
+    compiled = qcompiler.compile(model, recipe, target=target, calibration=samples)
+    assert {site.status for site in compiled.report.sites} == {"quantized"}
+    compiled.save(tmp_path / "out")
+    session = ort.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    for sample in samples[-2:]:
+        for got, wanted in zip(session.run(None, sample), tiny.run(model, sample), strict=True):
+            assert got.dtype == wanted.dtype
+            assert tiny.relative_error(got, wanted) < 0.03
+
+
+def test_what_is_quantized_already_is_said(tmp_path: Path) -> None:
+    model = build("chain")
+    once = qcompiler.compile(model, "int8-weights")
+    twice = qcompiler.compile(once.model, "int8-weights", strict=True)
+    assert len(twice.report.sites) == 3
+    assert {site.status for site in twice.report.sites} == {"skipped"}
+    assert {site.reason for site in twice.report.sites} == {"it is quantized already (MatMulNBits)"}
+    assert twice.report.exit_code == 1
+
+
+def test_evaluating_what_is_no_language_model_says_so(tmp_path: Path) -> None:
+    model = build("chain")
+    ir.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ModelError, match="no language model"):
+        evaluate(tmp_path / "model.onnx", "random")
+
+
+@options(frozen=True, config=OPTIONS)
+class Explode(Pass):
+    name: ClassVar[str] = "explode"
+    kind: ClassVar[Kind] = "rounding"
+
+    def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
+        raise KeyError("boom")
+
+
+def test_the_reproducer_shows_the_failure_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("qcompiler.recipe.pass_class", lambda name: Explode if name == "explode" else pass_class(name))
+    model = build("chain")
+    recipe = Recipe(
+        name="r", passes=(Step(name="quantize-weights"), Step(name="quantize-activations"), Step(name="explode"))
+    )
+    with pytest.raises(PassError, match=r"explode failed: .*boom"):
+        qcompiler.compile(model, recipe, calibration=tiny.feeds(model, 4), dump_dir=tmp_path)
+    folder = tmp_path / "reproduce-explode"
+    with pytest.raises(PassError, match=r"explode failed: .*boom"):
+        qcompiler.compile(
+            folder, folder / "recipe.yaml", statistics=folder / "statistics.safetensors", dump_dir=tmp_path / "again"
+        )
+
+
+def test_a_reproducer_that_cannot_be_written_hides_no_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("qcompiler.recipe.pass_class", lambda name: Explode if name == "explode" else pass_class(name))
+    (tmp_path / "reproduce-explode").touch()
+    model = build("chain")
+    with pytest.raises(PassError, match=r"explode failed: .*boom.*no reproducer"):
+        qcompiler.compile(model, Recipe(name="r", passes=(Step(name="explode"),)), dump_dir=tmp_path)
+
+
+def test_hooks_see_every_sample_once() -> None:
+    model = build("norm")
+    seen: list[tuple[str, tuple[int, ...]]] = []
+    hook = qcompiler.Hook("r", lambda name, batch: seen.append((name, batch.shape)))
+    qcompiler.compile(model, "int8-weights", calibration=tiny.feeds(model, 4), hooks=[hook])
+    assert set(seen) == {("r", (2, 5, 64))}
