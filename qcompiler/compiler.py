@@ -57,9 +57,7 @@ def compile(
         hashes["calibration"] = measured_on.hash()
     if statistics is not None:
         store = load_statistics(Path(statistics), hashes["model"])
-    calibrator = None
-    if measured_on is not None:
-        calibrator = Calibrator(measured_on, memory_limit=memory_limit, progress=progress, hooks=hooks)
+    calibrator = inputs.calibrator(measured_on, hooks, memory_limit, progress)
 
     reference, facts, before = graph.clone(), build.inventory(graph), build.constant_bytes(graph)
     observers: list[pipeline.Observer] = [Verify(held_out, memory_limit)]

@@ -11,8 +11,9 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompiler import model_io
+from qcompiler.calibrate import Calibrator, Hook
 from qcompiler.canonicalize import canonicalize
-from qcompiler.errors import ModelError, PassError
+from qcompiler.errors import DataError, ModelError, PassError
 from qcompiler.match import check_patterns, find_sites
 from qcompiler.recipe import Recipe
 from qcompiler.rewrite import Pass
@@ -83,6 +84,17 @@ def samples(
     total = found.count if found.count is not None else sum(1 for _ in found)
     held_out = min(calibration.held_out, total // 2)
     return found.part(0, total - held_out), found.part(total - held_out, total) if held_out else None
+
+
+def calibrator(
+    measured_on: Samples | None, hooks: Sequence[Hook], memory_limit: int | None, progress: bool
+) -> Calibrator | None:
+    """What measures the model, where there is data; hooks without data are an error, as they would see nothing."""
+    if measured_on is None and hooks:
+        raise DataError("calibration hooks need data to look at: give calibration=…")
+    if measured_on is None:
+        return None
+    return Calibrator(measured_on, memory_limit=memory_limit, progress=progress, hooks=hooks)
 
 
 def finish(graph: ir.Model, recipe: Recipe) -> None:

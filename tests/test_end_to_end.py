@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import tiny
 from pydantic.dataclasses import dataclass as options
 
 import qcompiler
-from qcompiler.errors import ModelError, PassError
+from qcompiler.errors import DataError, ModelError, PassError
 from qcompiler.evaluate import evaluate
 from qcompiler.recipe import Recipe, Step
 from qcompiler.registry import pass_class
@@ -119,3 +120,16 @@ def test_hooks_see_every_sample_once() -> None:
     hook = qcompiler.Hook("r", lambda name, batch: seen.append((name, batch.shape)))
     qcompiler.compile(model, "int8-weights", calibration=tiny.feeds(model, 4), hooks=[hook])
     assert set(seen) == {("r", (2, 5, 64))}
+
+
+def test_hooks_without_data_are_an_error() -> None:
+    model = tiny.build(
+        "g (float[M,8] x, float[8,4] W) => (float[M,4] y) { y = MatMul(x, W) }", W=np.ones((8, 4), np.float32)
+    )
+    with pytest.raises(DataError, match="hooks need data"):
+        qcompiler.compile(model, "int8-weights", hooks=[qcompiler.Hook("*", print)])
+
+
+def test_a_model_without_layers_is_said_to_have_none() -> None:
+    model = tiny.build("g (float[M,8] x) => (float[M,8] y) { y = Relu(x) }")
+    assert any("no layer" in warning for warning in qcompiler.compile(model, "int8-weights").report.warnings)

@@ -61,11 +61,17 @@ def report(
     measured = comparison.values if comparison is not None else {}
     sqnr = {item.name: measured[item.output].sqnr_db for item in facts if item.output in measured}
     sites = [_site_report(item, runs, sqnr.get(item.name)) for item in facts]
+    warnings = []
+    if comparison is None:
+        warnings.append("not compared with the float model, which takes data with at least two samples")
+    if not facts:
+        warnings.append(
+            "the model has no layer that could be quantized: linear, convolution or embedding with constants"
+        )
+    outputs = {name: item.to_dict() for name, item in comparison.outputs.items()} if comparison is not None else {}
     return Report(
         recipe=recipe.name, target=recipe.target, sites=sites, sizes=sizes(facts, sites, before, after),
-        passes=pass_reports(runs), outputs={name: item.to_dict() for name, item in comparison.outputs.items()} if
-        comparison is not None else {}, versions=versions(), hashes=hashes, warnings=[] if comparison is not None else
-        ["not compared with the float model, which takes data with at least two samples"],
+        passes=pass_reports(runs), outputs=outputs, versions=versions(), hashes=hashes, warnings=warnings,
     )  # fmt: skip
 
 
