@@ -38,8 +38,8 @@ from qcompiler.graph import (
     replace_output,
 )
 from qcompiler.match import Linear, find_sites
-from qcompiler.quantize import is_saturation_safe
 from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.saturation import is_saturation_safe
 from qcompiler.statistics import StatisticsStore
 from qcompiler.tensors import derived, read
 

@@ -45,8 +45,9 @@ from qcompiler.graph import (
     replace_output,
 )
 from qcompiler.match import Convolution, Embedding, Linear, find_sites
-from qcompiler.quantize import Quantized, quantize, quantize_weight, saturation_safe_scale
+from qcompiler.quantize import Quantized, quantize, quantize_weight
 from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.saturation import saturation_safe_scale
 from qcompiler.scheme import FORMATS, PerChannel, Scheme
 from qcompiler.statistics import StatisticsStore
 from qcompiler.tensors import derived, read

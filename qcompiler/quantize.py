@@ -151,41 +151,6 @@ def dequantize(
     )
 
 
-PAIR_LIMIT = 128  # 255 · 128 = 32640 still fits in 16 bits
-
-
-def saturation_safe_scale(weight: Array, scale: Array, channel_axis: int) -> Array:
-    """`scale` [] or [channels], raised where two neighbouring int8 codes could add up to more than 128.
-
-    x86 CPUs without VNNI multiply uint8 by int8 codes with an instruction (vpmaddubsw) that adds the products of inputs
-    2i and 2i + 1 in 16 bits and saturates. With |q_2i + q_2i+1| ≤ 128 the sum is at most 255 · 128 and never does, so
-    that the fast kernel is exact. `weight` is a matrix; the pairs lie along the axis that is not `channel_axis`.
-    """
-    rows = np.moveaxis(np.asarray(weight), channel_axis, 0)
-    largest = np.empty(rows.shape[0], np.float32)
-    for part in _slices(rows.shape, 1):
-        block = rows[part].astype(np.float32)
-        even = block.shape[1] // 2 * 2
-        sums = np.abs(block[:, 0:even:2] + block[:, 1:even:2])
-        largest[part] = sums.max(axis=1, initial=0.0)
-    # Each code may be rounded up by a half, so that codes of values that add up to 127 steps add up to 128 at most.
-    needed = largest / (PAIR_LIMIT - 1)
-    needed = needed.max(initial=0.0) if np.ndim(scale) == 0 else needed
-    raised: Array = np.maximum(scale, needed.astype(np.asarray(scale).dtype))
-    return raised
-
-
-def is_saturation_safe(codes: Array, channel_axis: int) -> bool:
-    """Whether no two neighbouring int8 codes add up to more than 128: see `saturation_safe_scale`."""
-    rows = np.moveaxis(np.asarray(codes), channel_axis, 0)
-    even = rows.shape[1] // 2 * 2
-    for part in _slices(rows.shape, 1):
-        block = rows[part].astype(np.int16)
-        if np.abs(block[:, 0:even:2] + block[:, 1:even:2]).max(initial=0) > PAIR_LIMIT:
-            return False
-    return True
-
-
 def quantize_weight(
     weight: Array,
     scheme: Scheme,
@@ -211,7 +176,7 @@ def quantize_weight(
     channel_axis = _check_weight(weight, scheme, channel_axis, search, name)
     granularity = scheme.granularity
     by_channel = np.moveaxis(weight, channel_axis, 0)
-    parts = _slices(by_channel.shape, granularity.rows if isinstance(granularity, PerBlock) else 1)
+    parts = slices(by_channel.shape, granularity.rows if isinstance(granularity, PerBlock) else 1)
 
     def read(part: slice) -> npt.NDArray[np.float32]:
         """The channels of one slice as rows, in float32."""
@@ -246,7 +211,7 @@ def _in_slices(
         return np.asarray(work(x, scale, zero_point))
     out = np.empty(x.shape, dtype)
     scale, zero_point = _both(lambda p: np.broadcast_to(p, x.shape), scale, zero_point)
-    for part in _slices(x.shape):
+    for part in slices(x.shape):
         out[part] = work(x[part], *_both(lambda p, part=part: p[part], scale, zero_point))  # type: ignore[misc]
     return out
 
@@ -351,7 +316,7 @@ def _check_weight(weight: Array, scheme: Scheme, channel_axis: int, search: str,
     return channel_axis % weight.ndim
 
 
-def _slices(shape: tuple[int, ...], multiple: int = 1) -> list[slice]:
+def slices(shape: tuple[int, ...], multiple: int = 1) -> list[slice]:
     """Slices of axis 0 of about `_SLICE_ELEMENTS` elements each; their starts are multiples of `multiple`."""
     step = max(1, _SLICE_ELEMENTS * shape[0] // math.prod(shape))
     step = -(-step // multiple) * multiple
