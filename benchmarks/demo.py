@@ -36,13 +36,11 @@ def main() -> None:
                 "--tokenizer", DEMO / "tokenizer.json", "--seq-len", SEQUENCE, "-o", output, "--overwrite",
             )  # fmt: skip
             rows.append(row(variant, recipe, output / "model.onnx", source, WINDOWS))
-    smoothquant = OUTPUT / "dynamo" / "smoothquant"
-    qcompiler("diff", model_path("dynamo"), smoothquant)
     print_table(rows)
     print(
         "dynamo-outliers is the same function with outliers planted in its activations (models/README.md).\n"
         f"The compiled models are in {OUTPUT.relative_to(ROOT)}/, each with its recipe and a report.json.\n"
-        "Next: qcompiler explain smooth-quant, qcompiler recipes, qcompiler targets, docs/guide.md."
+        "Next: docs/guide.md; and .venv/bin/qcompiler explain smooth-quant, recipes, targets ort-cpu, diff A B."
     )
 
 

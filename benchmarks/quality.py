@@ -33,7 +33,7 @@ from models.export import model_path  # noqa: E402
 from qcompiler import compiler, runtime  # noqa: E402
 from qcompiler.evaluate import evaluate  # noqa: E402
 from qcompiler.model_io import load  # noqa: E402
-from qcompiler.samples import open_samples  # noqa: E402
+from qcompiler.samples import Samples, open_samples  # noqa: E402
 
 DEMO, CACHE = ROOT / "models" / "demo", ROOT / "benchmarks" / ".cache"
 VARIANTS = ("dynamo", "dynamo-outliers")
@@ -92,7 +92,7 @@ def row(variant: str, method: str, model: Path, reference: Path, windows: int | 
 def speed(reference: Path, model: Path, rounds: int = 15) -> float:
     """How many times as fast as the float model: one thread, one window, both in turns, median of the ratios."""
     sessions = [runtime.load_session(path, threads=1) for path in (reference, model)]
-    feed = next(iter(open_samples("random", model=load(reference), limit=1, sequence_length=SEQUENCE)))
+    feed = next(iter(text_windows("heldout.txt", reference, 1)))
     ratios = []
     for _ in range(rounds):
         times = []
@@ -104,14 +104,18 @@ def speed(reference: Path, model: Path, rounds: int = 15) -> float:
     return round(float(np.median(ratios)), 2)
 
 
+def text_windows(name: str, model: Path, count: int) -> Samples:
+    """Windows of one of the demo model's texts, as inputs of `model`."""
+    return open_samples(
+        str(DEMO / name), model=load(model), tokenizer=DEMO / "tokenizer.json", limit=count, sequence_length=SEQUENCE
+    )
+
+
 class Reader:
     """onnxruntime's CalibrationDataReader over the same windows that qcompiler calibrates on."""
 
     def __init__(self, source: Path, samples: int) -> None:
-        self._data = open_samples(
-            str(DEMO / "calibration.txt"), model=load(source), tokenizer=DEMO / "tokenizer.json", limit=samples,
-            sequence_length=SEQUENCE,
-        )  # fmt: skip
+        self._data = text_windows("calibration.txt", source, samples)
         self._iterator = iter(self._data)
 
     def get_next(self) -> dict[str, np.ndarray] | None:

@@ -92,7 +92,7 @@ def _sizes(report: Report) -> str:
     )
     if sizes.quantized_float_bytes:
         ratio = _ratio(sizes.quantized_bytes, sizes.quantized_float_bytes)
-        line += f"   quantized weights {size(sizes.quantized_float_bytes)} → {size(sizes.quantized_bytes)}{ratio}"
+        line += f"\n  quantized weights {size(sizes.quantized_float_bytes)} → {size(sizes.quantized_bytes)}{ratio}"
     return line
 
 
