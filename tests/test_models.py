@@ -145,19 +145,14 @@ def test_planted_gains_are_in_the_graph(variant: str) -> None:
 @torch.no_grad()
 def test_planted_outliers_change_the_activations_and_not_the_function() -> None:
     ids = torch.from_numpy(text_ids()[None, :128])
-    loudest: dict[tuple[bool, str], float] = {}
-
-    def ratio_of(output: Any) -> float:
-        channels = output.abs().amax(dim=(0, 1))
-        return float(channels.max() / channels.median())
-
+    loudness: dict[tuple[bool, str], Any] = {}
     logits = []
     for outliers in (False, True):
         model = torch_model(outliers)
         norms = [(n, m) for n, m in model.named_modules() if n.endswith("layernorm")]
         hooks = [
             norm.register_forward_hook(
-                lambda _m, _i, output, key=(outliers, name): loudest.__setitem__(key, ratio_of(output))
+                lambda _m, _i, output, key=(outliers, name): loudness.__setitem__(key, output.abs().amax(dim=(0, 1)))
             )
             for name, norm in norms
         ]
@@ -166,10 +161,14 @@ def test_planted_outliers_change_the_activations_and_not_the_function() -> None:
             hook.remove()
         assert len(norms) == 2 * LAYERS
     assert relative(logits[1], logits[0]) < 1e-5
-    for (outliers, name), ratio in loudest.items():
-        if outliers:
-            assert ratio > 10, name
-            assert ratio > 4 * loudest[False, name], name
+    peaks = {key: float(channels.max() / channels.median()) for key, channels in loudness.items()}
+    for name in {name for _, name in loudness}:
+        louder = np.sort((loudness[True, name] / loudness[False, name]).numpy())
+        np.testing.assert_allclose(louder[-4:], 50, rtol=1e-2, err_msg=name)
+        np.testing.assert_allclose(louder[:-4], 1, rtol=1e-2, err_msg=name)
+        assert peaks[True, name] > 10, name
+    # A trained norm can be that uneven by itself; most are not.
+    assert np.median([peaks[True, name] / peaks[False, name] for _, name in peaks]) > 4
 
 
 def test_an_unknown_variant_is_named() -> None:
