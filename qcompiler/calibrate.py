@@ -21,8 +21,7 @@ from qcompiler.registry import closest
 from qcompiler.rewrite import Tap
 from qcompiler.samples import Samples
 from qcompiler.statistics import Statistic, StatisticsStore
-
-HASHED_AT_ONCE = 1 << 22
+from qcompiler.tensors import pieces
 
 
 @dataclass(frozen=True)
@@ -177,15 +176,8 @@ def _tensor_digest(tensor: ir.TensorProtocol | None) -> str:
     if tensor is None:
         return digest.hexdigest()
     digest.update(f"{tensor.dtype.name}{tensor.shape};".encode())
-    if not isinstance(tensor, ir.ExternalTensor):
-        digest.update(tensor.tobytes())
-        return digest.hexdigest()
-    with Path(tensor.path).open("rb") as file:
-        file.seek(tensor.offset or 0)
-        left = tensor.nbytes
-        while left and (piece := file.read(min(HASHED_AT_ONCE, left))):
-            digest.update(piece)
-            left -= len(piece)
+    for piece in pieces(tensor):
+        digest.update(piece)
     return digest.hexdigest()
 
 

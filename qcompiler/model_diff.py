@@ -19,9 +19,9 @@ import onnx_ir as ir
 
 from qcompiler import model_io
 from qcompiler.graph import PROVENANCE, constant
+from qcompiler.tensors import pieces
 
 Kind = Literal["added", "removed", "replaced", "changed"]
-PIECE = 1 << 22  # bytes hashed at a time
 
 # Where an operator that reads quantized data has its scales and zero points: (operand, scale, zero point) as indices.
 QUANTIZATION_INPUTS: dict[str, tuple[tuple[str, int, int], ...]] = {
@@ -257,15 +257,8 @@ def _describe(tensor: ir.TensorProtocol) -> str:
 def _digest(tensor: ir.TensorProtocol) -> str:
     """SHA-256 of the bytes; an external file is read in pieces instead of being mapped."""
     digest = hashlib.sha256()
-    if isinstance(tensor, ir.ExternalTensor):
-        with Path(tensor.path).open("rb") as file:
-            file.seek(tensor.offset or 0)
-            left = tensor.nbytes
-            while left and (piece := file.read(min(PIECE, left))):
-                digest.update(piece)
-                left -= len(piece)
-    else:
-        digest.update(tensor.tobytes())
+    for piece in pieces(tensor):
+        digest.update(piece)
     return digest.hexdigest()
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
 Result = TypeVar("Result")
+PIECE = 1 << 22
 
 
 def read(tensor: ir.TensorProtocol, compute: Callable[[np.ndarray], Result]) -> Result:
@@ -21,6 +23,19 @@ def read(tensor: ir.TensorProtocol, compute: Callable[[np.ndarray], Result]) -> 
             # Somebody else is reading the same mapping; the pages belong to the file and can be reclaimed anyway.
             return result
     return result
+
+
+def pieces(tensor: ir.TensorProtocol) -> Iterator[bytes]:
+    """The tensor's bytes as ONNX stores them; an external file is read in pieces instead of being mapped."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        yield tensor.tobytes()
+        return
+    with Path(tensor.path).open("rb") as file:
+        file.seek(tensor.offset or 0)
+        left = tensor.nbytes
+        while left and (piece := file.read(min(PIECE, left))):
+            left -= len(piece)
+            yield piece
 
 
 def derived(
