@@ -57,7 +57,7 @@ def evaluate(
     data: str | Samples,
     *,
     reference: str | Path | None = None,
-    tokenizer: Path | None = None,
+    tokenizer: str | Path | None = None,
     sequence_length: int | None = None,
     limit: int | None = None,
     threads: int | None = None,
@@ -77,7 +77,7 @@ def evaluate(
     samples = data
     if isinstance(samples, str):
         samples = open_samples(
-            samples, model=subject.model, tokenizer=tokenizer or _tokenizer_of(model), limit=limit,
+            samples, model=subject.model, tokenizer=Path(tokenizer) if tokenizer else _tokenizer_of(model), limit=limit,
             sequence_length=sequence_length, contiguous=True,
         )  # fmt: skip
     elif limit is not None:

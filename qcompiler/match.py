@@ -11,6 +11,7 @@ from math import prod
 
 import onnx_ir as ir
 
+from qcompiler.functions import DOMAIN, codebook_format
 from qcompiler.graph import constant
 from qcompiler.module_path import block_of, module_path
 from qcompiler.norms import group_linears
@@ -105,7 +106,7 @@ def _trace(value: ir.Value | None, derived: Derived) -> _Weight | str | None:
     if node is not None and _is(node, "Transpose") and _swaps(node):
         transpose, value = node, node.inputs[0]
         node = value.producer() if value is not None else None
-    if node is not None and _is(node, "DequantizeLinear") and constant(node.inputs[0]) is not None:
+    if node is not None and _dequantizes(node) and constant(node.inputs[0]) is not None:
         dequantize, value = node, node.inputs[0]
     if value is not None and constant(value) is not None:
         return _Weight(value, dequantize, transpose) if dequantize is not None or _is_float(value) else None
@@ -116,6 +117,10 @@ def _trace(value: ir.Value | None, derived: Derived) -> _Weight | str | None:
 
 def _is(node: ir.Node, *op_types: str) -> bool:
     return node.domain in ("", "com.microsoft") and node.op_type in op_types
+
+
+def _dequantizes(node: ir.Node) -> bool:
+    return _is(node, "DequantizeLinear") or codebook_format(node) is not None
 
 
 def _swaps(transpose: ir.Node) -> bool:
@@ -132,7 +137,7 @@ def _derived(graph: ir.Graph) -> Derived:
     for node in graph.all_nodes():
         inputs = [value for value in node.inputs if value is not None]
         has_body = any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values())
-        if not inputs or has_body or node.domain == "qcompiler":
+        if not inputs or has_body or node.domain == DOMAIN:
             continue
         if all(value in derived or constant(value) is not None for value in inputs):
             derived.update(node.outputs)
@@ -228,7 +233,9 @@ def _linear(node: ir.Node, derived: Derived) -> Linear | Unsupported | None:
     bias, bias_node = _gemm_bias(node, outputs) if node.op_type == "Gemm" else _added_bias(node, outputs)
     if isinstance(bias, str):
         return _unsupported(node, bias)
-    path = module_path(node, right.constant if right.transpose is None else None)
+    # A transposed weight is another layer's (tied), unless it is one of the codes that always have a row an output.
+    named = right.transpose is None or (right.dequantize is not None and right.dequantize.domain == DOMAIN)
+    path = module_path(node, right.constant if named else None)
     return Linear(
         node=node, name=node.name or "", module_path=path, block=block_of(path), input=source,
         weight=right.constant, transposed=transposed, dequantize=right.dequantize, transpose=right.transpose,

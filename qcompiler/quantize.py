@@ -10,7 +10,8 @@
 - `x̂` is float32. With float16 scales DequantizeLinear answers in float16: `dequantize(…).astype(np.float16)`.
 
 Formats that QuantizeLinear does not have: 3-bit integers are 4-bit ones with fewer codes; int32 (biases) divides in
-float64, because float32 cannot hold its codes; nf4 takes the nearest entry of `NF4_TABLE`, binary takes the sign.
+float64, because float32 cannot hold its codes; nf4 and fp4_bnb take the nearest entry of a table (`codebooks`), binary
+takes the sign.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from qcompiler.codebooks import CODEBOOKS
 from qcompiler.errors import DataError, SchemeError
 from qcompiler.scheme import (
     Granularity,
@@ -40,19 +42,6 @@ from qcompiler.scheme import (
 
 Array = npt.NDArray[Any]
 Search = Literal["minmax", "mse"]
-
-# The 16 quantiles of a normal distribution, scaled to [-1, 1], zero among them
-# (QLoRA, Dettmers et al. 2023, appendix E).
-NF4_TABLE: npt.NDArray[np.float32] = np.array(
-    [
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    ],
-    dtype=np.float32,
-)
-_NF4_BOUNDARIES = (NF4_TABLE[1:] + NF4_TABLE[:-1]) / 2
 
 # Elements that are worked on at once: 2 MiB of float32, so that the dozen temporaries stay in the cache.
 _SLICE_ELEMENTS = 1 << 19
@@ -143,7 +132,7 @@ def dequantize(
     *,
     format: str | None = None,
 ) -> npt.NDArray[np.float32]:
-    """The float32 values of `codes`: DequantizeLinear. `format` is needed for nf4 only, whose codes are indices."""
+    """The float32 values of `codes`: DequantizeLinear. `format` is needed where codes are indices (nf4, fp4_bnb)."""
     codes = np.asarray(codes)
     view, scale, zero_point = _aligned(codes, scale, zero_point, axis, block_size)
     return _in_slices(partial(_decode, format=format), view, scale, zero_point, np.dtype(np.float32)).reshape(
@@ -157,6 +146,7 @@ def quantize_weight(
     *,
     channel_axis: int,
     search: Search = "minmax",
+    importance: Array | None = None,
     scale_dtype: npt.DTypeLike = np.float32,
     name: str = "the weight",
 ) -> Quantized:
@@ -168,13 +158,17 @@ def quantize_weight(
     it.
 
     `search="minmax"` covers the whole range; `"mse"` shrinks it, per scale, to where the squared error is least, by a
-    search over a grid. Binary has a best scale in closed form, mean |w| (Rastegari et al. 2016, eq. 6), and needs none.
+    search over a grid. With `importance` [inputs] a squared error counts as often as its input says: E[x²] makes the
+    sum the error of the output, were inputs independent (scales per channel or group of a matrix). Binary has a best
+    scale in closed form, mean |w| (Rastegari et al. 2016, eq. 6), and needs none.
     The work is done in slices of channels: what is needed besides weight and result stays below 64 MB for a matrix of
     4096 × 11008. Raises `DataError` for NaN, infinity or an empty weight, `SchemeError` where the scheme does not fit.
     """
     weight = np.asarray(weight)
     channel_axis = _check_weight(weight, scheme, channel_axis, search, name)
     granularity = scheme.granularity
+    if importance is not None and (weight.ndim != 2 or not isinstance(granularity, PerChannel | PerGroup)):
+        raise SchemeError(f"{name}: errors are weighted by input for scales per channel or group of a matrix only.")
     by_channel = np.moveaxis(weight, channel_axis, 0)
     parts = slices(by_channel.shape, granularity.rows if isinstance(granularity, PerBlock) else 1)
 
@@ -187,14 +181,14 @@ def quantize_weight(
 
     # A tensor's scale is chosen on all slices together, any other on the slice that its channels are in.
     together = [parts] if isinstance(granularity, PerTensor) else [[part] for part in parts]
-    chosen = [_choose([partial(read, part) for part in group], scheme, search, scale_dtype) for group in together]
+    chosen = [
+        _choose([partial(read, part) for part in group], scheme, search, importance, scale_dtype) for group in together
+    ]
     scale = np.concatenate([found for found, _ in chosen])
     zero_points = [found for _, found in chosen if found is not None]
     zero_point = np.concatenate(zero_points) if zero_points else None
 
-    scale, zero_point = _both(partial(_laid_out, granularity, channel_axis), scale, zero_point)
-    axis = {PerTensor: None, PerChannel: channel_axis}.get(type(granularity), 1 - channel_axis)
-    block_size = _block_size(granularity)
+    scale, zero_point, axis, block_size = laid_out(scale, zero_point, granularity, channel_axis)
     codes = quantize(weight, scale, zero_point, scheme.format, axis, block_size)
     return Quantized(codes, scale, zero_point, axis, block_size, scheme.format)
 
@@ -233,7 +227,7 @@ def _encode(
     if number_format.kind == "sign":
         return np.where(ratio < 0, -1, 1).astype(dtype)
     if number_format.kind == "codebook":
-        return np.searchsorted(_NF4_BOUNDARIES, ratio).astype(dtype)
+        return CODEBOOKS[number_format.name].encode(ratio)
     if number_format.kind == "float":
         clipped: Array = np.clip(ratio, number_format.qmin, number_format.qmax)
         return clipped.astype(dtype)
@@ -247,7 +241,7 @@ def _encode(
 
 
 def _decode(codes: Array, scale: Array, zero_point: Array | None, format: str | None) -> npt.NDArray[np.float32]:
-    values = NF4_TABLE[codes] if format == "nf4" else codes.astype(np.float32)
+    values = CODEBOOKS[format].table[codes] if format in CODEBOOKS else codes.astype(np.float32)
     if zero_point is not None:
         values -= zero_point.astype(np.float32)
     with np.errstate(over="ignore", under="ignore"):
@@ -329,13 +323,16 @@ def _block_size(granularity: Granularity) -> int | None:
     return granularity.columns if isinstance(granularity, PerBlock) else None
 
 
-def _laid_out(granularity: Granularity, channel_axis: int, parameter: Array) -> Array:
-    """From parameters [channels, blocks] to the layout of DequantizeLinear."""
+def laid_out(
+    scale: Array, zero_point: Array | None, granularity: Granularity, channel_axis: int
+) -> tuple[Array, Array | None, int | None, int | None]:
+    """Parameters [channels, blocks] (per tensor [1, 1]) as scale, zero point, axis and block size of `Quantized`."""
     if isinstance(granularity, PerTensor):
-        return parameter.reshape(())
+        return *_both(lambda p: p.reshape(()), scale, zero_point), None, None
     if isinstance(granularity, PerChannel):
-        return parameter.reshape(-1)
-    return np.ascontiguousarray(parameter if channel_axis == 0 else parameter.T)
+        return *_both(lambda p: p.reshape(-1), scale, zero_point), channel_axis, None
+    turned = _both(lambda p: np.ascontiguousarray(p if channel_axis == 0 else p.T), scale, zero_point)
+    return *turned, 1 - channel_axis, _block_size(granularity)
 
 
 def _cells(rows: Array, granularity: Granularity) -> Array:
@@ -356,11 +353,13 @@ def _cells(rows: Array, granularity: Granularity) -> Array:
 
 
 def _choose(
-    reads: Sequence[Callable[[], Array]], scheme: Scheme, search: Search, scale_dtype: npt.DTypeLike
+    reads: Sequence[Callable[[], Array]], scheme: Scheme, search: Search, importance: Array | None,
+    scale_dtype: npt.DTypeLike,
 ) -> tuple[Array, Array | None]:
     """Scale and zero point [channels, blocks] (per tensor [1, 1]) for rows that are read piece by piece."""
     granularity, number_format = scheme.granularity, scheme.number_format
     kept = _cells(reads[0](), granularity) if len(reads) == 1 else None
+    weights = np.float32(1) if importance is None else _cells(importance[None].astype(np.float32), granularity)
 
     def pieces() -> Iterator[Array]:
         return iter([kept]) if kept is not None else (_cells(read(), granularity) for read in reads)
@@ -380,11 +379,13 @@ def _choose(
             codes = _encode(cells, scale, zero_point, number_format)
             difference = _decode(codes, scale, zero_point, scheme.format)
             difference -= cells
-            total += np.einsum("rgn,rgn->rg", difference, difference)
+            np.square(difference, out=difference)
+            difference *= weights
+            total += difference.sum(-1, dtype=np.float64)
         return total
 
     if search == "mse" and number_format.kind != "sign":
-        lo, hi = _least_error_range(lo, hi, error)
+        lo, hi = least_error_range(lo, hi, error)
     chosen = scale_and_zero_point(lo, hi, scheme, scale_dtype)
     if not isinstance(granularity, PerBlock):
         return chosen
@@ -402,7 +403,7 @@ def _mean_magnitude(reads: Sequence[Callable[[], Array]], granularity: Granulari
     return total / count
 
 
-def _least_error_range(lo: Array, hi: Array, error: Callable[[Array, Array], Array]) -> tuple[Array, Array]:
+def least_error_range(lo: Array, hi: Array, error: Callable[[Array, Array], Array]) -> tuple[Array, Array]:
     """lo and hi, shrunk by the ratio of a grid that gives the least error, for each element by itself."""
     ratio, least = np.ones(lo.shape), error(lo, hi)
     for steps in (_COARSE_STEPS, _FINE_STEPS):

@@ -81,7 +81,9 @@ def summary(name: str) -> str:
 
 def options_of(cls: type[Pass]) -> list[Option]:
     """The options of a pass in the order of their declaration, its own before those that every pass has."""
-    own = set(inspect.get_annotations(cls))
+    from qcompiler.rewrite import Pass
+
+    everyones = set(inspect.get_annotations(Pass))
     help_texts = _help_texts(cls)
     found = [
         Option(
@@ -89,7 +91,7 @@ def options_of(cls: type[Pass]) -> list[Option]:
             type=field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type)),
             default=_default(field),
             help=help_texts.get(field.name, ""),
-            inherited=field.name not in own,
+            inherited=field.name in everyones,
         )
         for field in dataclasses.fields(cls)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +14,9 @@ from pydantic.dataclasses import dataclass as options
 
 from qcompiler.match import Site, matches
 from qcompiler.statistics import Statistic, StatisticsStore
+
+if TYPE_CHECKING:
+    from qcompiler.targets import Target
 
 SiteT = TypeVar("SiteT", bound=Site)
 Kind = Literal["exact", "rounding", "lowering"]
@@ -81,6 +84,17 @@ class Pass(abc.ABC):
     def taps(self, model: ir.Model) -> Sequence[Tap]:
         """What has to be measured before `apply`."""
         return ()
+
+    def stages(self, model: ir.Model) -> Sequence[Pass]:
+        """The pass cut into passes that run in turn, each calibrated on what those before made of the model.
+
+        One that does not care for that is its own single stage.
+        """
+        return (self,)
+
+    def for_target(self, target: Target) -> Pass:
+        """The pass with what its options leave open filled in by what the target runs best."""
+        return self
 
     @abc.abstractmethod
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:

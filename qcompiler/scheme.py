@@ -15,6 +15,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
+from qcompiler.codebooks import CODEBOOKS
 from qcompiler.errors import SchemeError
 
 
@@ -30,7 +31,7 @@ class NumberFormat:
     - 4 bits and fewer use the *full* range, as one code of 16 is worth having: int4 codes are -8..7, the divisor is
       (7 - -8) / 2 = 7.5. A value at +absmax is rounded to 8 and saturates at 7: half a step of error, never more.
     - Unsigned formats are the signed ones moved up by `middle`: symmetric uint8 has zero point 128, codes 1..255.
-    - The float formats map absmax to their largest value, nf4 to 1, binary's scale is the code's magnitude.
+    - The float formats map absmax to their largest value, nf4 and fp4_bnb to 1, binary's scale is the code's magnitude.
     """
 
     name: str
@@ -71,8 +72,8 @@ FORMATS: dict[str, NumberFormat] = {
         _float("fp8_e4m3", 8, 448.0, "FLOAT8E4M3FN", ml_dtypes.float8_e4m3fn),
         _float("fp8_e5m2", 8, 57344.0, "FLOAT8E5M2", ml_dtypes.float8_e5m2),
         _float("fp4", 4, 6.0, "FLOAT4E2M1", ml_dtypes.float4_e2m1fn),
-        # Codes are indices into quantize.NF4_TABLE, whose ends are -1 and 1.
-        NumberFormat("nf4", 4, "codebook", True, 0, 15, 1.0, "UINT4", np.dtype(np.uint8)),
+        # Codes are indices into a table of codebooks.py, whose ends are -1 and 1. fp4_bnb is bitsandbytes' fp4.
+        *(NumberFormat(name, 4, "codebook", True, 0, 15, 1.0, "UINT4", np.dtype(np.uint8)) for name in CODEBOOKS),
         # Codes are -1 and 1; two bits are the narrowest signed type that ONNX has.
         NumberFormat("binary", 1, "sign", True, -1, 1, 1.0, "INT2", np.dtype(np.int8)),
     )

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from oracles import arithmetic as oracle
 
+from qcompiler.codebooks import NF4_TABLE
 from qcompiler.errors import DataError, SchemeError
-from qcompiler.quantize import NF4_TABLE, dequantize, quantize, quantize_weight, scale_and_zero_point
+from qcompiler.quantize import dequantize, quantize, quantize_weight, scale_and_zero_point
 from qcompiler.scheme import FORMATS, Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Scheme
 
 ONNX_INTEGERS = ["int8", "uint8", "int16", "uint16", "int4", "uint4", "int2", "uint2"]
@@ -318,7 +319,7 @@ def test_every_scheme_lays_its_scales_out_for_dequantizelinear(
     again = quantize(weight, quantized.scale, quantized.zero_point, format, quantized.axis, quantized.block_size)
     np.testing.assert_array_equal(again, quantized.codes)
     # Half a step of the coarsest part of each format, relative to the largest weight of its scale.
-    step = {"binary": 2.2, "fp8_e4m3": 0.04, "fp8_e5m2": 0.08, "fp4": 0.17, "nf4": 0.16}.get(
+    step = {"binary": 2.2, "fp8_e4m3": 0.04, "fp8_e5m2": 0.08, "fp4": 0.17, "fp4_bnb": 0.17, "nf4": 0.16}.get(
         format, 0.51 / FORMATS[format].symmetric_divisor
     )
     if search == "minmax":
@@ -367,6 +368,31 @@ def test_mse_search_finds_what_an_exhaustive_search_finds(format: str) -> None:
             values = weight[channel, 48 * group :][:48].astype(float).tolist()
             best = oracle.grid_search(values, number_format.symmetric_divisor, low, high)
             assert errors["mse"][channel, group] <= 1.05 * best
+
+
+@pytest.mark.parametrize("granularity", [PerChannel(), PerGroup(40)], ids=str)
+@pytest.mark.parametrize("channel_axis", [0, 1])
+def test_weighted_search_has_the_least_weighted_error(granularity: Granularity, channel_axis: int) -> None:
+    generator = np.random.default_rng(9)
+    weight = generator.standard_t(4, (6, 96) if channel_axis == 0 else (96, 6)).astype(np.float32)
+    importance = np.exp(2 * generator.standard_normal(96))
+    errors = {}
+    for given in (None, importance):
+        quantized = quantize_weight(
+            weight, Scheme("int4", granularity), channel_axis=channel_axis, search="mse", importance=given
+        )
+        difference = np.moveaxis(quantized.dequantize() - weight, channel_axis, 0).astype(np.float64)
+        weighted = np.square(difference) * importance
+        starts = [0] if isinstance(granularity, PerChannel) else [0, 40, 80]
+        errors[given is None] = np.add.reduceat(weighted, starts, axis=1)
+    assert (errors[False] <= errors[True] * (1 + 1e-6)).mean() > 0.9  # the search is a grid, refined around its best
+    assert errors[False].sum() < 0.97 * errors[True].sum()
+
+
+def test_weights_of_errors_need_scales_of_channels() -> None:
+    weight = np.ones((4, 8), np.float32)
+    with pytest.raises(SchemeError, match="per channel or group"):
+        quantize_weight(weight, Scheme("int8", PerTensor()), channel_axis=0, search="mse", importance=np.ones(8))
 
 
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel()], ids=str)

@@ -208,15 +208,19 @@ def test_formats_that_dequantize_linear_cannot_decode(format: str) -> None:
         QuantizeWeights(format=format)
 
 
-@pytest.mark.parametrize("format", ["binary", "fp4", "int2"])
-def test_formats_that_need_a_newer_opset(format: str) -> None:
-    with pytest.raises(QCompilerError, match=f"opset 21.*{format}"):
-        quantize(tiny.build(MATMUL, W="normal"), format=format)
+def test_formats_that_need_a_newer_opset() -> None:
+    with pytest.raises(QCompilerError, match="opset 21.*fp4"):
+        quantize(tiny.build(MATMUL, W="normal"), format="fp4")
 
 
-def test_two_bits_in_a_newer_opset() -> None:
-    model = tiny.build(MATMUL, opset=25, W="normal")
+@pytest.mark.parametrize("opset", [21, 25])
+def test_two_bits(opset: int) -> None:
+    """Before opset 25 there is no 2-bit type, so the codes lie in 4 bits, and the node says how many they have."""
+    model = tiny.build(MATMUL, opset=opset, W="normal")
     after, _ = quantize(model, format="int2")
+    (node,) = [node for node in after.graph if node.op_type == "DequantizeLinear"]
+    assert node.inputs[0].dtype == (ir.DataType.INT2 if opset == 25 else ir.DataType.INT4)
+    assert node.metadata_props.get("qcompiler.bits") == (None if opset == 25 else "2")
     W = tiny.data(model, "W")
     expected = np.clip(np.round(W / (np.abs(W).max(0) / np.float32(1.5))), -2, 1) * (np.abs(W).max(0) / 1.5)
     np.testing.assert_allclose(effective_weight(after), expected, rtol=1e-5, atol=1e-6)
