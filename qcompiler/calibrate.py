@@ -20,6 +20,7 @@ from qcompiler.progress import progress_bar
 from qcompiler.registry import closest
 from qcompiler.rewrite import Tap
 from qcompiler.samples import Samples
+from qcompiler.stages import run_stages
 from qcompiler.statistics import Statistic, StatisticsStore
 from qcompiler.tensors import pieces
 
@@ -67,6 +68,37 @@ class Calibrator:
         self._sweep(model, measured)
         for value, statistic in measured:
             store.put(value, statistic)
+
+    def collect_in_stages(
+        self, model: ir.Model, stages: Sequence[Sequence[Tap]], rewrite: Callable[[int, StatisticsStore], None],
+        done: Callable[[int], bool],
+    ) -> None:  # fmt: skip
+        """Measure the taps of each stage and hand them to `rewrite`, which changes the model before the next stage.
+
+        Nothing is measured for a stage that is `done`. Statistics live until `rewrite` returns. Raises as `collect`.
+        """
+        statistics: dict[str, list[Statistic]] = {}
+        taps = list({(tap.value, tap.statistic.key): tap for stage in stages for tap in stage}.values())
+
+        def consume(value: str, sample: int, batch: np.ndarray) -> None:
+            if value not in statistics:
+                statistics[value] = [tap.statistic.fresh() for tap in taps if tap.value == value]
+            _update(model.graph, value, sample, batch, statistics[value])
+
+        def rewrite_all(members: Sequence[int]) -> None:
+            store = StatisticsStore()
+            for value, found in statistics.items():
+                for statistic in found:
+                    store.put(value, statistic)
+            statistics.clear()
+            for member in members:
+                rewrite(member, store)
+
+        with progress_bar("quantizing block by block", self._progress) as progress:
+            run_stages(
+                model, self._samples, [{tap.value for tap in stage} for stage in stages], consume, rewrite_all,
+                done=lambda members: all(map(done, members)), memory_limit=self._memory_limit, progress=progress,
+            )  # fmt: skip
 
     def run_hooks(self, model: ir.Model) -> None:
         """Run the hooks now, where they have not run with a sweep of `collect` before."""

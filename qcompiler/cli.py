@@ -116,6 +116,7 @@ def compile_(
     device: RunsOn = Device.cpu,
     dump_dir: Annotated[Path | None, typer.Option(help="Write the graph as text after each pass.")] = None,
     overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.")] = False,
     json_: Json = False,
 ) -> None:
     """Compile a model: run a recipe's passes, check the result, and write it with a report."""
@@ -138,6 +139,8 @@ def compile_(
         options=set_ or (),
         exclude=exclude or (),
         strict=strict,
+        work_dir=output.parent / f".{output.name}.unfinished",
+        resume=resume,
         memory_limit=memory_limit,
         dump_dir=dump_dir,
         progress=True,

@@ -14,8 +14,9 @@ import onnx_ir as ir
 
 from qcompiler import inputs, model_io, pipeline
 from qcompiler.calibrate import Calibrator, Hook, load_statistics, model_hash, save_statistics
-from qcompiler.hooks import Dump, Reproducer, Verify
+from qcompiler.hooks import onlookers
 from qcompiler.inputs import Data
+from qcompiler.journal import Journal
 from qcompiler.recipe import Recipe
 from qcompiler.report import Report, build, check_gates
 from qcompiler.statistics import StatisticsStore
@@ -29,11 +30,14 @@ class Compiled:
     report: Report
     recipe: Recipe
     source: Path | None
+    journal: Journal | None = None
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write model, recipe and report to `folder`, whole or not at all. Raises OutputError."""
         files = {"recipe.yaml": self.recipe.to_yaml(), "report.json": self.report.to_json()}
         model_io.save(self.model, Path(folder), source_folder=self.source, overwrite=overwrite, extra_files=files)
+        if self.journal is not None:
+            self.journal.remove()
 
 
 def compile(
@@ -42,6 +46,7 @@ def compile(
     sequence_length: int | None = None, statistics: str | Path | None = None, options: Sequence[str] = (),
     exclude: Sequence[str] = (), strict: bool = False, memory_limit: int | None = None,
     dump_dir: str | Path | None = None, hooks: Sequence[Hook] = (), progress: bool = False,
+    work_dir: str | Path | None = None, resume: bool = False,
 ) -> Compiled:  # fmt: skip
     """Quantize a model by a recipe for a target; the parameters are those of ``qcompiler compile --help``.
 
@@ -60,11 +65,9 @@ def compile(
     calibrator = inputs.calibrator(measured_on, hooks, memory_limit, progress)
 
     reference, facts, before = graph.clone(), build.inventory(graph), build.constant_bytes(graph)
-    observers: list[pipeline.Observer] = [Verify(held_out, memory_limit)]
-    if dump_dir is not None:
-        observers.append(Dump(Path(dump_dir)))
-    observers.append(Reproducer(Path(dump_dir or "."), plan.recipe))
-    runs = pipeline.run(graph, plan.passes, store, calibrator, observers)
+    observers = onlookers(plan.recipe, held_out, memory_limit, Path(dump_dir) if dump_dir is not None else None)
+    journal = inputs.journal(plan, graph, hashes, work_dir, resume)
+    runs = pipeline.run(graph, plan.passes, store, calibrator, observers, journal)
     if calibrator is not None:
         calibrator.run_hooks(reference)  # where nothing had to be measured, the hooks have not seen the data yet
     runs += pipeline.run(graph, plan.lowering, store, calibrator, observers)
@@ -74,7 +77,7 @@ def compile(
     report = build.report(plan.recipe, facts, runs, comparison, before, build.constant_bytes(graph), hashes)
     report.gates, report.strict = check_gates(plan.recipe.gates, report.outputs), strict
     report.seconds = round(time.perf_counter() - start, 2)
-    return Compiled(graph, report, plan.recipe, source)
+    return Compiled(graph, report, plan.recipe, source, journal)
 
 
 def calibrate(
@@ -89,7 +92,7 @@ def calibrate(
     inputs.check_plan(plan, graph)
     measured_on, _ = inputs.samples(calibration, graph, plan.recipe, tokenizer)
     store = StatisticsStore()
-    taps = [tap for step in plan.passes for tap in step.taps(graph)]
+    taps = [tap for step in plan.passes for tap in pipeline.taps_before(step, graph)]
     calibrator = Calibrator(measured_on, memory_limit=memory_limit, progress=progress)
     pipeline.measure(graph, taps, store, calibrator, plan.passes)
     save_statistics(Path(output), store, model_hash(graph), measured_on.hash())

@@ -121,3 +121,11 @@ class Reproducer:
         save(model, folder, overwrite=True, extra_files={"recipe.yaml": recipe.to_yaml()})
         again, _ = load(folder)  # statistics are taken for the model as it is read
         save_statistics(folder / "statistics.safetensors", statistics, model_hash(again), "")
+
+
+def onlookers(
+    recipe: Recipe, held_out: Samples | None, memory_limit: int | None, dump_dir: Path | None
+) -> list[Verify | Dump | Reproducer]:
+    """What looks on in a compilation, in this order."""
+    dumps = [Dump(dump_dir)] if dump_dir is not None else []
+    return [Verify(held_out, memory_limit), *dumps, Reproducer(dump_dir or Path(), recipe)]

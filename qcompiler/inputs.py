@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ from qcompiler import model_io
 from qcompiler.calibrate import Calibrator, Hook
 from qcompiler.canonicalize import canonicalize
 from qcompiler.errors import DataError, ModelError, PassError
+from qcompiler.journal import Journal
 from qcompiler.match import check_patterns, find_sites
 from qcompiler.recipe import Recipe
+from qcompiler.report import build
 from qcompiler.rewrite import Pass
 from qcompiler.samples import Samples, from_python, open_samples
 from qcompiler.structure import check_structure
@@ -95,6 +98,17 @@ def calibrator(
     if measured_on is None:
         return None
     return Calibrator(measured_on, memory_limit=memory_limit, progress=progress, hooks=hooks)
+
+
+def journal(
+    plan: Plan, graph: ir.Model, hashes: Mapping[str, str], folder: str | Path | None, resume: bool
+) -> Journal | None:
+    """Where passes of several stages note what they have done; None where there is none, or no folder is given."""
+    if folder is None or all(len(step.stages(graph)) == 1 for step in plan.passes):
+        return None
+    recipe = hashlib.sha256(plan.recipe.to_yaml().encode()).hexdigest()
+    versions = ", ".join(f"{name} {version}" for name, version in build.versions().items())
+    return Journal(Path(folder), {**hashes, "recipe": recipe, "versions": versions}, resume=resume)
 
 
 def finish(graph: ir.Model, recipe: Recipe) -> None:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from qcompiler.calibrate import Calibrator
 from qcompiler.errors import DataError
+from qcompiler.journal import Journal
 from qcompiler.rewrite import Changes, Pass, Tap
 from qcompiler.statistics import StatisticsStore
 
@@ -43,14 +44,16 @@ def run(
     statistics: StatisticsStore,
     calibrator: Calibrator | None = None,
     observers: Sequence[Observer] = (),
+    journal: Journal | None = None,
 ) -> list[PassRun]:
     """Rewrite `model` in place. Raises DataError where a pass needs data and there is none, PassError where one fails.
 
     One sweep over the data measures what all passes ask of the model as it is now. Exact passes rescale what was
     measured; a pass whose taps are still missing when its turn comes (it looks at a value that an earlier pass made)
-    has them measured then.
+    has them measured then. A pass of several stages is measured stage by stage, as it rewrites the model; `journal`
+    keeps what its finished stages computed.
     """
-    union = list({(tap.value, tap.statistic.key): tap for step in passes for tap in step.taps(model)}.values())
+    union = list({(tap.value, tap.statistic.key): tap for step in passes for tap in taps_before(step, model)}.values())
     measure(model, union, statistics, calibrator, passes)
     runs = []
     for index, step in enumerate(passes):
@@ -58,8 +61,7 @@ def run(
         for observer in observers:
             observer.before(step, passes[index:], model, statistics)
         try:
-            measure(model, step.taps(model), statistics, calibrator, [step])
-            changes = step.apply(model, statistics)
+            changes = _apply(step, model, statistics, calibrator, journal)
             for value, divisor in changes.rescaled.items():
                 statistics.rescale(value, divisor)
             for observer in observers:
@@ -70,6 +72,37 @@ def run(
             raise
         runs.append(PassRun(step, changes, time.perf_counter() - start, peak_rss()))
     return runs
+
+
+def taps_before(step: Pass, model: ir.Model) -> Sequence[Tap]:
+    """What a pass wants measured before it begins; one of several stages measures on its way."""
+    return step.taps(model) if len(step.stages(model)) == 1 else ()
+
+
+def _apply(
+    step: Pass, model: ir.Model, statistics: StatisticsStore, calibrator: Calibrator | None, journal: Journal | None
+) -> Changes:
+    stages = step.stages(model)
+    if len(stages) == 1:
+        measure(model, step.taps(model), statistics, calibrator, [step])
+        return step.apply(model, statistics)
+    taps = [stage.taps(model) for stage in stages]
+    if calibrator is None:
+        measure(model, [tap for stage in taps for tap in stage], StatisticsStore(), None, [step])
+        return Changes()
+    changes = Changes()
+    finished = journal.stages(step.name) if journal is not None else {}
+
+    def rewrite(number: int, store: StatisticsStore) -> None:
+        store.solved, store.keeps_solved = dict(finished.get(number, {})), journal is not None
+        done = stages[number].apply(model, store)
+        changes.changed.extend(done.changed)
+        changes.skipped.extend(done.skipped)
+        if journal is not None and number not in finished:
+            journal.write(step.name, number, store.solved)
+
+    calibrator.collect_in_stages(model, taps, rewrite, finished.__contains__)
+    return changes
 
 
 def measure(

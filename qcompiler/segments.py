@@ -122,15 +122,15 @@ def plan(graph: ir.Graph, wanted: Collection[str], budget: int | None) -> list[S
 
     A single node with more weights than the budget makes a segment of its own.
     """
-    values = _wanted_values(graph, wanted)
-    steps = _Steps(graph, values)
+    values = wanted_values(graph, wanted)
+    steps = Steps(graph, values)
     if not steps.nodes:
         return []
     ends = [len(steps.nodes)] if budget is None else steps.cut(budget)
     return [steps.segment(start, end, ends[-1]) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _wanted_values(graph: ir.Graph, wanted: Collection[str]) -> set[ir.Value]:
+def wanted_values(graph: ir.Graph, wanted: Collection[str]) -> set[ir.Value]:
     known = {str(value.name): value for value in graph.inputs}
     known.update((str(value.name), value) for node in graph for value in node.outputs)
     for name in wanted:
@@ -141,7 +141,7 @@ def _wanted_values(graph: ir.Graph, wanted: Collection[str]) -> set[ir.Value]:
     return {known[name] for name in wanted}
 
 
-class _Steps:
+class Steps:
     """The nodes that wanted values need, in order, with what each reads.
 
     Values computed from constants alone (Constant, the transpose or the dequantization of a weight) are no steps: each
@@ -161,9 +161,9 @@ class _Steps:
                 needed.update(self._reads[node])
                 nodes.append(node)
         self.nodes = [node for node in reversed(nodes) if not self._is_static(node)]
-        self._position = {value: at for at, node in enumerate(self.nodes) for value in node.outputs}
-        self._last_use = {
-            value: at for at, node in enumerate(self.nodes) for value in self._reads[node] if value in self._position
+        self.position = {value: at for at, node in enumerate(self.nodes) for value in node.outputs}
+        self.last_use = {
+            value: at for at, node in enumerate(self.nodes) for value in self._reads[node] if value in self.position
         }
 
     def _is_static(self, node: ir.Node) -> bool:
@@ -189,7 +189,7 @@ class _Steps:
 
     def cut(self, budget: int) -> list[int]:
         """Ends of segments: each the narrowest place, the last of equals, in the second half of what fits."""
-        width = self._widths()
+        width = self.widths()
         ends: list[int] = []
         start = 0
         while start < len(self.nodes):
@@ -217,13 +217,13 @@ class _Steps:
             fits.append(total)
         return fits
 
-    def _widths(self) -> list[float]:
+    def widths(self) -> list[float]:
         """At each place (before node i), how many computed values cross it; infinite where one is not a tensor."""
         change = [0.0] * (len(self.nodes) + 1)
         blocked = [0.0] * (len(self.nodes) + 1)
-        for value, last in self._last_use.items():
+        for value, last in self.last_use.items():
             counter = blocked if _is_no_tensor(value) else change
-            counter[self._position[value] + 1] += 1
+            counter[self.position[value] + 1] += 1
             counter[last + 1] -= 1
         widths = np.cumsum(change)
         return list(np.where(np.cumsum(blocked) > 0, np.inf, widths))
@@ -232,8 +232,8 @@ class _Steps:
         nodes = self.nodes[start:end]
         made = {value for node in nodes for value in node.outputs}
         reads = {value for node in nodes for value in self._reads[node]}
-        inputs = {value for value in reads - made if value in self._position or value in self._inputs}
-        kept = {value for value in made if self._last_use.get(value, -1) >= end} if end < stop else set()
+        inputs = {value for value in reads - made if value in self.position or value in self._inputs}
+        kept = {value for value in made if self.last_use.get(value, -1) >= end} if end < stop else set()
         behind = frozenset[ir.Value]().union(*(self._behind(value) for value in reads))
         return Segment(
             _names(inputs), _names(kept | (made & self._wanted)), _names(kept), sum(_bytes(value) for value in behind)

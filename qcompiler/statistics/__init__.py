@@ -32,7 +32,7 @@ from __future__ import annotations
 from qcompiler.statistics.channels import ChannelAbsMax, ChannelFolds, ChannelMoments, ChannelRange, SecondMoment
 from qcompiler.statistics.ranges import MSE, Entropy, MinMax, MovingAverageMinMax, Percentile
 from qcompiler.statistics.statistic import Range, Statistic, class_name, finite
-from qcompiler.statistics.store import StatisticsStore
+from qcompiler.statistics.store import Solved, StatisticsStore
 
 __all__ = [
     "ChannelAbsMax",
@@ -46,6 +46,7 @@ __all__ = [
     "Percentile",
     "Range",
     "SecondMoment",
+    "Solved",
     "Statistic",
     "StatisticsStore",
     "class_name",

@@ -1,0 +1,139 @@
+"""A run that was killed goes on where it was and gives the same bytes; the work of another run is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import tiny
+
+import qcompiler
+from qcompiler.errors import OutputError
+from qcompiler.gptq_solver import solve
+from qcompiler.journal import Journal
+from qcompiler.quantize import Quantized
+from qcompiler.recipe import Recipe
+from qcompiler.statistics import Solved
+
+BLOCKS = 3
+RECIPE = {
+    "name": "w4",
+    "target": "portable",
+    "passes": [{"gptq": {"group_size": 16, "damping": 0.02}}],
+    "calibration": {"held_out": 0},
+}
+
+
+def model() -> ir.Model:
+    """Blocks of two linear layers around a nonlinearity, named as exporters name them."""
+    lines, weights = [], {}
+    for i in range(BLOCKS):
+        lines += [
+            f'["model.layers.{i}.mlp.up_proj"] u_{i} = MatMul (h_{i}, U_{i})',
+            f"a_{i} = Tanh (u_{i})",
+            f'["model.layers.{i}.mlp.down_proj"] d_{i} = MatMul (a_{i}, D_{i})',
+            f"h_{i + 1} = Add (h_{i}, d_{i})",
+        ]
+        weights |= {f"U_{i}": "normal", f"D_{i}": "normal"}
+    shapes = ", ".join(f"float[32, 48] U_{i}, float[48, 32] D_{i}" for i in range(BLOCKS))
+    body = "\n".join(["h_0 = Identity (x)", *lines, f"y = Identity (h_{BLOCKS})"])
+    return tiny.build(f"m (float[n, 32] x, {shapes}) => (float[n, 32] y) {{ {body} }}", **weights)
+
+
+def samples(seed: int = 0) -> list[dict[str, np.ndarray]]:
+    generator = np.random.default_rng(seed)
+    mixing = generator.standard_normal((32, 32)).astype(np.float32)
+    return [{"x": generator.standard_normal((40, 32)).astype(np.float32) @ mixing} for _ in range(3)]
+
+
+def compiled(work: Path, *, resume: bool = False, recipe: dict | None = None, seed: int = 0) -> qcompiler.Compiled:
+    return qcompiler.compile(
+        model(), Recipe.from_dict(recipe or RECIPE), calibration=samples(seed), work_dir=work, resume=resume
+    )
+
+
+def weights(result: qcompiler.Compiled) -> dict[str, bytes]:
+    return {name: value.const_value.tobytes() for name, value in result.model.graph.initializers.items()}
+
+
+class Killed(BaseException):
+    pass
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
+    """Let the solver die in its `after`-th call; returns the list that counts the calls."""
+    calls: list[int] = []
+
+    def dying(*args: object, **settings: object) -> Quantized:
+        calls.append(len(calls))
+        if len(calls) == after:
+            raise Killed
+        return solve(*args, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("passes.gptq.solve", dying)
+    return calls
+
+
+def test_the_same_bytes_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = compiled(tmp_path / "whole")
+    interrupt(monkeypatch, after=4)  # in the second block
+    with pytest.raises(Killed):
+        compiled(tmp_path / "work")
+    assert len(list((tmp_path / "work").glob("*.safetensors"))) == 1
+    calls = interrupt(monkeypatch, after=99)
+    resumed = compiled(tmp_path / "work", resume=True)
+    assert len(calls) == 2 * (BLOCKS - 1)  # the first block was not computed again
+    assert weights(resumed) == weights(whole)
+    assert [site.details for site in resumed.report.sites] == [site.details for site in whole.report.sites]
+
+
+def test_what_is_finished_is_removed_once_the_output_is_there(tmp_path: Path) -> None:
+    result = compiled(tmp_path / "work")
+    assert (tmp_path / "work").exists()
+    result.save(tmp_path / "out")
+    assert not (tmp_path / "work").exists()
+
+
+def test_unfinished_work_is_not_thrown_away_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(monkeypatch, after=3)
+    with pytest.raises(Killed):
+        compiled(tmp_path / "work")
+    with pytest.raises(OutputError, match=r"unfinished run.*--resume"):
+        compiled(tmp_path / "work")
+
+
+@pytest.mark.parametrize("other", ["recipe", "calibration"])
+def test_the_work_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+    interrupt(monkeypatch, after=3)
+    with pytest.raises(Killed):
+        compiled(tmp_path / "work")
+    changed = {**RECIPE, "passes": [{"gptq": {"group_size": 16, "damping": 0.03}}]} if other == "recipe" else RECIPE
+    with pytest.raises(OutputError, match=f"another {other}"):
+        compiled(tmp_path / "work", resume=True, recipe=changed, seed=int(other == "calibration"))
+
+
+def test_blocks_are_calibrated_on_the_quantized_blocks_before(tmp_path: Path) -> None:
+    """Sequential and one sweep agree on the first block and on no other."""
+    at_once = {**RECIPE, "passes": [{"gptq": {"group_size": 16, "damping": 0.02, "sequential": False}}]}
+    sequential, together = weights(compiled(tmp_path / "a")), weights(compiled(tmp_path / "b", recipe=at_once))
+    assert sequential["U_0.codes"] == together["U_0.codes"]
+    assert sequential["D_0.codes"] == together["D_0.codes"]
+    assert sequential["U_1.codes"] != together["U_1.codes"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_every_kind_of_codes_survives(tmp_path: Path, dtype: str) -> None:
+    scale = np.array([0.5, 0.25], np.float32).astype(ir.DataType[{"float32": "FLOAT", "float16": "FLOAT16",
+                                                                 "bfloat16": "BFLOAT16"}[dtype]].numpy())  # fmt: skip
+    codes = np.array([[1, -2], [3, 0]], np.int8)
+    before = Solved(Quantized(codes, scale, None, 1, None, "int4"), "a detail")
+    journal = Journal(tmp_path / "work", {"model": "m"}, resume=False)
+    journal.write("gptq", 7, {"W": before})
+    after = Journal(tmp_path / "work", {"model": "m"}, resume=True).stages("gptq")[7]["W"]
+    assert after.detail == before.detail
+    assert after.quantized.scale.dtype == scale.dtype
+    np.testing.assert_array_equal(after.quantized.scale, scale)
+    np.testing.assert_array_equal(after.quantized.codes, codes)
+    assert (after.quantized.axis, after.quantized.block_size, after.quantized.zero_point) == (1, None, None)
