@@ -8,9 +8,9 @@ that reads x by s_j evens them out; x W is the same, and the weights, quantized 
 
 Source: Xiao et al. 2023, "SmoothQuant", equation 4: s_j = max|x_j|^α / max|W_j|^(1-α). The division goes into the gain
 (and bias) of the norm that writes x, so it costs nothing at run time; in a gated MLP, x = a ⊙ (v W_up + b), it goes
-into the columns of W_up (and b). With ``alpha: auto`` each group takes the α of the grid 0, 0.05 … 1 (or no smoothing
-at all) with the smallest expected error of the int8 product, computed from the measured ranges and second moments; the
-model is not run again.
+into the columns of W_up (and b), and likewise through a ReLU. With ``alpha: auto`` each group takes the α of the grid
+0, 0.05 … 1 (or no smoothing at all) with the smallest expected error of the int8 product, computed from the measured
+ranges and second moments; the model is not run again.
 
 Skipped: values that no foldable norm writes, and values that something else than linear layers reads, too (unless
 ``insert_mul: true``, which puts an explicit Mul before the layers); weights that are tied to an embedding or shared
@@ -19,36 +19,25 @@ with another layer (scaling would untie them).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
+from qcompiler import folding
 from qcompiler.errors import SchemeError
-from qcompiler.graph import (
-    Names,
-    add_constant,
-    add_provenance,
-    array,
-    constant,
-    inherit,
-    insert_before,
-    new_node,
-    set_constant,
-)
-from qcompiler.match import Linear, NormGroup, find_linear_groups
+from qcompiler.folding import COLUMNS_AT_ONCE, without_silence
+from qcompiler.graph import Names, constant
+from qcompiler.match import Linear, NormGroup
 from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
 from qcompiler.statistics import ChannelFolds, ChannelMoments, ChannelRange, Statistic, StatisticsStore
-from qcompiler.tensors import derived, read
+from qcompiler.tensors import read
 
 GRID = tuple(np.arange(0, 21) / 20)
-SILENT = 1e-6  # channels that stay this far below the loudest one say nothing about a scale
-COLUMNS_AT_ONCE = 512
 UNSEEN = 4.0  # new text differs more from the calibration text than its stretches do: docs/decisions/0003
 
 
@@ -71,68 +60,35 @@ class SmoothQuant(Pass):
             raise SchemeError(f"smooth-quant.alpha is a number from 0 to 1, or auto, not {self.alpha}.")
 
     def taps(self, model: ir.Model) -> Sequence[Tap]:
-        wanted = [group for group in find_linear_groups(model) if self._obstacle(group) is None]
+        wanted = [group for group, obstacle in self._groups(model) if obstacle is None]
         return [Tap(str(g.output.name), statistic) for g in wanted for statistic in _Measured.STATISTICS]
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
         changes = Changes()
         names = Names(model.graph)
-        for group in find_linear_groups(model):
-            wanted = self.selected(group.linears)
-            if not wanted:
-                continue
-            obstacle = self._obstacle(group)
+        for group, obstacle in self._groups(model):
             if obstacle is not None:
-                changes.skipped.extend(Skipped(linear.name, obstacle) for linear in wanted)
+                changes.skipped.extend(Skipped(linear.name, obstacle) for linear in self.selected(group.linears))
                 continue
             value = str(group.output.name)
             measured = _Measured.at(value, statistics)
             alpha, scale = self._choose(measured, [_Weight(linear) for linear in group.linears])
-            if not _fits(group, scale):
-                reason = "the rescaled gain or weight does not fit its float type"
-                changes.skipped.extend(Skipped(linear.name, reason) for linear in group.linears)
+            if not folding.fits(group, scale):
+                changes.skipped.extend(Skipped(linear.name, folding.NO_ROOM) for linear in group.linears)
                 continue
             if alpha is None:
                 detail = "left as it is: no smoothing has the smallest expected error"
                 changes.changed.extend(Changed(linear.name, detail=detail) for linear in group.linears)
                 continue
-            if _folds(group):
-                _fold(group, scale, names, self.name)
-                changes.rescaled[value] = scale
-                if group.factor is not None:
-                    changes.rescaled[str(group.factor.output.name)] = scale
-            else:
-                _insert_mul(group, scale, names, self.name)
-            for linear in group.linears:
-                _scale_weight(linear, 1 - linear.channel_axis, scale, names, self.name)
-            producer = group.factor or group
-            where = f"folded into {producer.module_path}" if _folds(group) else "divided by a Mul"
+            folding.rescale(group, scale, names, self, changes)
             before, after = np.max(measured.magnitude), np.max(measured.magnitude / scale)
-            detail = f"alpha {alpha:.2f}, input absmax {before:.3g} → {after:.3g}, {where}"
+            detail = f"alpha {alpha:.2f}, input absmax {before:.3g} → {after:.3g}, {folding.place(group)}"
             changes.changed.extend(Changed(linear.name, detail=detail) for linear in group.linears)
         return changes
 
-    def _obstacle(self, group: NormGroup) -> str | None:
-        """Why this group cannot be smoothed, or None."""
-        if not all(self.selects(linear) for linear in group.linears):
-            return "another layer that reads the same value is excluded"
-        if any(linear.dequantize is not None for linear in group.linears):
-            return "its weight is quantized already: smooth-quant comes before quantize-weights"
-        if any(_is_shared(linear) for linear in group.linears):
-            return "its weight is shared (tied) with another node, and scaling it would store it twice"
-        if self.insert_mul:
-            return None
-        factor = group.factor
-        if not group.gains and factor is None:
-            return "no norm writes its input, so the scales cannot be folded (insert_mul: true multiplies explicitly)"
-        if factor is not None and not self.selects(factor):
-            return f"{factor.module_path} would take the scales and is excluded (insert_mul: true would multiply)"
-        if factor is not None and (factor.dequantize is not None or _is_shared(factor)):
-            return f"the weight of {factor.module_path}, which would take the scales, is shared or quantized already"
-        if group.others:
-            kinds = ", ".join(sorted({node.op_type for node in group.others}))
-            return f"its input is read by {kinds}, too (insert_mul: true multiplies explicitly)"
-        return None
+    def _groups(self, model: ir.Model) -> list[tuple[NormGroup, str | None]]:
+        # As in the paper, attention's o_proj is left alone.
+        return folding.rescalable(model, self, insert_mul=self.insert_mul, through_attention=False)
 
     def _choose(self, measured: _Measured, weights: Sequence[_Weight]) -> tuple[float | None, np.ndarray]:
         """The chosen α and scales [K]; α is None where leaving the group alone is expected to be best."""
@@ -257,127 +213,4 @@ def _scales(magnitude: np.ndarray, peak: np.ndarray, alpha: float | None) -> np.
     """Equation 4; ones where there is no α."""
     if alpha is None:
         return np.ones_like(peak)
-    return _without_silence(magnitude) ** alpha / _without_silence(peak) ** (1 - alpha)
-
-
-def _without_silence(channels: np.ndarray) -> np.ndarray:
-    """Channels that were never active, or that no weight reads, count as the quietest of the others.
-
-    Equation 4 has no scale for them, and any other (1, say) could make theirs the largest weights or activations.
-    """
-    heard = channels[channels > SILENT * channels.max()]
-    return np.maximum(channels, heard.min()) if heard.size else np.ones_like(channels)
-
-
-def _is_shared(linear: Linear) -> bool:
-    """Whether another node reads the layer's constant, or the Transpose between."""
-    between = linear.transpose.outputs[0].uses() if linear.transpose is not None else ()
-    return len(linear.weight.uses()) > 1 or len(between) > 1
-
-
-def _folds(group: NormGroup) -> bool:
-    """Whether the producer of the value takes the division; else a Mul does."""
-    factor = group.factor
-    can_take = bool(group.gains) or (factor is not None and factor.dequantize is None and not _is_shared(factor))
-    return can_take and not group.others
-
-
-def _fits(group: NormGroup, scale: np.ndarray) -> bool:
-    """Whether all rescaled constants keep their precision in their own type (float16 has little room)."""
-    for node, index in group.gains if _folds(group) else ():
-        gain = array(node.inputs[index])  # type: ignore[arg-type]
-        if not _keeps_precision([gain.reshape(-1) / scale], gain.dtype):
-            return False
-    if (
-        _folds(group)
-        and group.factor is not None
-        and not _weight_fits(group.factor, group.factor.channel_axis, 1 / scale)
-    ):
-        return False
-    return all(_weight_fits(linear, 1 - linear.channel_axis, scale) for linear in group.linears)
-
-
-def _weight_fits(linear: Linear, axis: int, factors: np.ndarray) -> bool:
-    reader, index = _reader(linear)
-    tensor = constant(reader.inputs[index])
-    if tensor is None or tensor.dtype.itemsize > 2:
-        return True
-
-    def compute(data: np.ndarray) -> bool:
-        rows = np.moveaxis(data, axis, 0)
-        starts = range(0, rows.shape[1], COLUMNS_AT_ONCE)
-        column = factors.astype(np.float32)[:, None]
-        return _keeps_precision(
-            (rows[:, i : i + COLUMNS_AT_ONCE].astype(np.float32) * column for i in starts), data.dtype
-        )
-
-    return read(tensor, compute)
-
-
-def _keeps_precision(parts: Iterable[np.ndarray], dtype: np.dtype) -> bool:
-    """Whether rounding to `dtype` costs no more than its precision, in the norm: what over- or underflows does."""
-    lost, energy = 0.0, 0.0
-    for part in parts:
-        with np.errstate(over="ignore", invalid="ignore"):
-            lost += float(np.sum(np.square(part.astype(dtype).astype(np.float64) - part)))
-        energy += float(np.sum(np.square(part, dtype=np.float64)))
-    return lost <= float(ml_dtypes.finfo(dtype).eps) ** 2 * energy
-
-
-def _fold(group: NormGroup, scale: np.ndarray, names: Names, pass_name: str) -> None:
-    """Divide what writes the value: gain and bias of a norm, or columns and bias of the linear layer in a product."""
-    for node, index in group.gains:
-        _divide_vector(node, index, scale, names, pass_name)
-    factor = group.factor
-    if factor is None:
-        return
-    _scale_weight(factor, factor.channel_axis, 1 / scale, names, pass_name)
-    if factor.bias is not None:
-        node = factor.bias_node or factor.node
-        _divide_vector(node, list(node.inputs).index(factor.bias), scale, names, pass_name)
-
-
-def _divide_vector(node: ir.Node, index: int, scale: np.ndarray, names: Names, pass_name: str) -> None:
-    """Divide a constant of K numbers; inputs that the node leaves out stay out."""
-    value = node.inputs[index]
-    if value is None:
-        return
-    vector = array(value)
-    divided = (vector.astype(np.float64) / scale.reshape((1,) * (vector.ndim - 1) + (-1,))).astype(vector.dtype)
-    set_constant(node, index, divided, names)
-    add_provenance(node, pass_name)
-
-
-def _insert_mul(group: NormGroup, scale: np.ndarray, names: Names, pass_name: str) -> None:
-    source, first = group.output, group.linears[0].node
-    graph = first.graph
-    assert isinstance(graph, ir.Graph)
-    dtype = source.dtype or group.linears[0].weight.dtype or ir.DataType.FLOAT
-    reciprocal = add_constant(graph, names.fresh(f"{source.name}.smoothing"), (1 / scale).astype(dtype.numpy()))
-    mul = new_node("Mul", [source, reciprocal], names.fresh(f"{source.name}.smoothed"), like=source)
-    inherit([mul], first, pass_name)
-    insert_before(first, [mul])
-    for linear in group.linears:
-        linear.node.replace_input_with(0, mul.outputs[0])
-
-
-def _scale_weight(linear: Linear, axis: int, factors: np.ndarray, names: Names, pass_name: str) -> None:
-    """Multiply the constant along an axis, lazily: the scaled matrix exists only while somebody reads it."""
-    reader, index = _reader(linear)
-    source = constant(
-        reader.inputs[index]
-    )  # not `linear.weight`: an earlier group may have scaled it along the other axis
-    assert source is not None
-    column = np.expand_dims(factors.astype(np.float32), 1 - axis)
-
-    def compute(data: np.ndarray) -> np.ndarray:
-        return (data.astype(np.float32) * column).astype(data.dtype)
-
-    shape = tuple(int(size) for size in source.shape.numpy())
-    set_constant(reader, index, derived(source, compute, source.dtype, shape, str(linear.weight.name)), names)
-    add_provenance(linear.node, pass_name)
-
-
-def _reader(linear: Linear) -> tuple[ir.Node, int]:
-    """The node and input that read the layer's constant."""
-    return (linear.transpose, 0) if linear.transpose is not None else (linear.node, 1)
+    return without_silence(magnitude) ** alpha / without_silence(peak) ** (1 - alpha)

@@ -1,4 +1,4 @@
-"""Linear layers that read the same value, and the gains of the norm that writes it."""
+"""Linear layers that read the same value, and what writes it: the gains of a norm, or another linear layer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from qcompiler.factors import find_factor, readers
 from qcompiler.graph import constant
 from qcompiler.module_path import block_of, module_path
-from qcompiler.sites import Linear, NormGroup
+from qcompiler.sites import Factor, Linear, NormGroup
 
 Gains = tuple[tuple[ir.Node, int], ...]
 
@@ -27,23 +28,24 @@ _NORMS: dict[tuple[str, str], tuple[int, ...]] = {
 
 def group_linears(linears: Iterable[Linear]) -> tuple[NormGroup, ...]:
     """The linear layers by the value that they read, with the gains that scale it (`match.find_linear_groups`)."""
-    readers: dict[ir.Value, list[Linear]] = {}
+    by_input: dict[ir.Value, list[Linear]] = {}
     writers: dict[ir.Value, Linear] = {}
     for linear in linears:
-        readers.setdefault(linear.input, []).append(linear)
+        by_input.setdefault(linear.input, []).append(linear)
         writers[linear.output] = linear
     groups = []
-    for value, members in readers.items():
+    for value, members in by_input.items():
         source = _source(value, members[0].in_features)
         node = source.node or value.producer() or members[0].node
         gain = node.inputs[source.gains[0][1]] if source.gains and source.gains[0][0] is node else None
         path = module_path(node, gain)
         nodes = {linear.node for linear in members}
-        others = tuple(node for node in _readers(value) if node not in nodes)
+        others = tuple(node for node in readers(value) if node not in nodes)
+        found = None if source.gains else find_factor(value, members[0].in_features, writers)
         group = NormGroup(
             node=node, name=node.name or "", module_path=path, block=block_of(path), output=value,
             gains=source.gains, linears=tuple(members), others=others + source.others,
-            factor=None if source.gains else _factor(value, writers, members[0].in_features),
+            factor=found if isinstance(found, Factor) else None, refusal=found if isinstance(found, str) else "",
         )  # fmt: skip
         groups.append(group)
     return tuple(groups)
@@ -68,30 +70,8 @@ def _source(value: ir.Value, features: int) -> _Source:
         if not _passes_on(node, features) or node.inputs[0] is None:
             return _Source()
         value = node.inputs[0]
-        others.extend(reader for reader in _readers(value) if reader is not node)
+        others.extend(reader for reader in readers(value) if reader is not node)
     return _Source()
-
-
-def _factor(value: ir.Value, writers: dict[ir.Value, Linear], features: int) -> Linear | None:
-    """The linear layer that is one side of a product of two computed values, and read by nobody else."""
-    node = value.producer()
-    if node is None or node.domain or node.op_type != "Mul" or value.is_graph_output():
-        return None
-    for operand in (node.inputs[1], node.inputs[0]):
-        while operand is not None and len(operand.uses()) == 1 and not operand.is_graph_output():
-            if (linear := writers.get(operand)) is not None:
-                return linear if linear.out_features == features else None
-            producer = operand.producer()
-            if producer is None or not _passes_on(producer, features):
-                break
-            operand = producer.inputs[0]
-    return None
-
-
-def _readers(value: ir.Value) -> list[ir.Node]:
-    """The nodes that read the numbers of a value; a Shape takes only the shape, which no factor changes."""
-    readers = dict.fromkeys(use.node for use in value.uses())
-    return [node for node in readers if node.domain or node.op_type not in ("Shape", "Size")]
 
 
 def _passes_on(node: ir.Node, features: int) -> bool:

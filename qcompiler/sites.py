@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.errors import RecipeError
@@ -113,6 +115,22 @@ class Unsupported(Site):
 
 
 @dataclass(frozen=True, eq=False)
+class Factor:
+    """A linear layer whose output channels, divided by anything positive, divide a value further on and nothing else.
+
+    Between the two stand nodes that are homogeneous in the layer's output: x = a ⊙ (v W + b), x = softmax(…) (v W + b).
+    Dividing column c of W, and b_c, by s_c divides each channel j of x by s of `channels[j]`.
+    """
+
+    linear: Linear
+    channels: npt.NDArray[np.int64]
+    """[K]: the output channel of `linear` that each channel of the value comes from. With grouped queries several come
+    from one, as many as query heads share a head of keys and values."""
+    through_attention: bool
+    """Whether the value is attention's output; else only elementwise nodes stand between."""
+
+
+@dataclass(frozen=True, eq=False)
 class NormGroup(Site):
     """A value that a vector of gains scales, and the linear layers that read it: x = n * gain (+ bias), y_i = x W_i.
 
@@ -128,9 +146,10 @@ class NormGroup(Site):
     linears: tuple[Linear, ...]
     others: tuple[ir.Node, ...]
     """Readers of the value that are no linear layers; while there are any, nothing can be folded."""
-    factor: Linear | None = None
-    """The linear layer whose output alone the value is a product of, x = a ⊙ (v W + b): a gated MLP's up_proj. Dividing
-    the columns of W, and b, divides `output`. Only where there are no gains."""
+    factor: Factor | None = None
+    """The linear layer to fold into where there are no gains (a gated MLP's up_proj, attention's v_proj), or None."""
+    refusal: str = ""
+    """Why attention's v_proj cannot take a factor; empty where it can, or where no attention is near."""
 
 
 @dataclass(frozen=True)

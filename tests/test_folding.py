@@ -1,0 +1,287 @@
+"""folding: dividing what writes a value and multiplying what reads it keeps the function, whatever stands between."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import tiny
+
+from passes.awq import Awq
+from qcompiler import folding
+from qcompiler.canonicalize import canonicalize
+from qcompiler.graph import Names
+from qcompiler.match import NormGroup, find_linear_groups
+from qcompiler.rewrite import Changes
+
+# Attention over [B, S, 8] with heads of 4: four of queries, and as many of keys and values as HEADS says.
+ATTENTION = """g (float[B,S,8] x, float[8,16] Wq, float[8,KV] Wk, float[8,KV] Wv, float[KV] bv, float[16,8] Wo,
+    int64[4] as_q, int64[4] as_kv, int64[1] two, int64[5] times, int64[4] merged, int64[3] flat) => (float[B,S,8] y) {
+    [q_proj] q = MatMul(x, Wq)  [k_proj] k = MatMul(x, Wk)  [v_mul] v0 = MatMul(x, Wv)  v = Add(v0, bv)
+    q4 = Reshape(q, as_q)  k4 = Reshape(k, as_kv)  v4 = Reshape(v, as_kv)
+    qh = Transpose<perm=[0,2,1,3]>(q4)  kh = Transpose<perm=[0,2,1,3]>(k4)  vh = Transpose<perm=[0,2,1,3]>(v4)
+    BODY
+    [o_proj] y = MatMul(o, Wo) }"""
+DECOMPOSED = """ke = Unsqueeze(kh, two)  kx = Expand(ke, times)  kr = Reshape(kx, merged)
+    ve = Unsqueeze(vh, two)  vx = Expand(ve, times)  vr = Reshape(vx, merged)
+    kt = Transpose<perm=[0,1,3,2]>(kr)  scores = MatMul(qh, kt)  probs = Softmax<axis=-1>(scores)
+    oh = MatMul(probs, vr)  o4 = Transpose<perm=[0,2,1,3]>(oh)  o = Reshape(o4, flat)"""
+DIRECT = """kt = Transpose<perm=[0,1,3,2]>(kh)  scores = MatMul(qh, kt)  probs = Softmax<axis=-1>(scores)
+    oh = MatMul(probs, vh)  o4 = Transpose<perm=[0,2,1,3]>(oh)  o = Reshape(o4, flat)"""
+OPERATOR_4D = "oh = Attention(qh, kh, vh)  o4 = Transpose<perm=[0,2,1,3]>(oh)  o = Reshape(o4, flat)"
+OPERATOR_3D = "o = Attention<q_num_heads=4, kv_num_heads=HEADS>(q, k, v)"
+MICROSOFT = "o = com.microsoft.MultiHeadAttention<num_heads=4>(q, k, v)"
+
+
+def attention(body: str, heads: int, **constants: object) -> ir.Model:
+    text = ATTENTION.replace("BODY", body).replace("KV", str(4 * heads)).replace("HEADS", str(heads))
+    shapes = {
+        "as_q": [0, 0, 4, 4], "as_kv": [0, 0, heads, 4], "two": [2], "times": [1, 1, 4 // heads, 1, 1],
+        "merged": [0, 4, -1, 4], "flat": [0, 0, 16],
+    }  # fmt: skip
+    arrays = {name: np.array(shape) for name, shape in shapes.items()}
+    weights = dict.fromkeys(("Wq", "Wk", "Wv", "bv", "Wo"), "normal")
+    return tiny.build(text, opset=23, **arrays, **weights, **constants)
+
+
+def group_of(model: ir.Model, name: str) -> NormGroup:
+    return next(group for group in find_linear_groups(model) if any(linear.name == name for linear in group.linears))
+
+
+def heads_of(heads: int) -> list[int]:
+    """Channel h·4 + d of o_proj's input comes from channel (h // repeats)·4 + d of v_proj."""
+    return [(h // (4 // heads)) * 4 + d for h in range(4) for d in range(4)]
+
+
+FORMS = {
+    "decomposed, grouped": (DECOMPOSED, 2),
+    "decomposed, one head of values": (DECOMPOSED, 1),
+    "decomposed, repeated once": (DECOMPOSED, 4),
+    "decomposed, one head each": (DIRECT, 4),
+    "operator, grouped": (OPERATOR_4D, 2),
+    "operator, one head each": (OPERATOR_4D, 4),
+    "operator of rank 3, grouped": (OPERATOR_3D, 2),
+    "operator of rank 3, one head each": (OPERATOR_3D, 4),
+    "com.microsoft": (MICROSOFT, 4),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_v_proj_takes_factors_for_o_proj(form: str) -> None:
+    body, heads = FORMS[form]
+    model = attention(body, heads)
+    group = group_of(model, "o_proj")
+    assert group.factor is not None
+    assert group.factor.through_attention
+    assert group.factor.linear.name == "v_mul"
+    assert group.factor.channels.tolist() == heads_of(heads)
+    rescaled_at_random(model, [group])
+
+
+def rescaled_at_random(model: ir.Model, groups: list[NormGroup], tolerance: float = 5e-6) -> None:
+    """Rescale by random factors in place and compare all outputs, and the values that are said to be divided."""
+    rng = np.random.default_rng(0)
+    before, changes, names = model.clone(), Changes(), Names(model.graph)
+    for group in groups:
+        squares = folding.shared(group, np.exp(2 * rng.normal(size=group.linears[0].in_features)))
+        folding.rescale(group, np.sqrt(squares), names, Awq(), changes)
+    tiny.check(model)
+    assert changes.rescaled
+    probes = [before, model.clone()]
+    for probe in probes:
+        values = {value.name: value for node in probe.graph for value in node.outputs}
+        probe.graph.outputs.extend(values[name] for name in changes.rescaled)
+    divisors = [np.ones(1)] * len(model.graph.outputs) + list(changes.rescaled.values())
+    for sample in tiny.feeds(model, count=1):
+        then, now = (tiny.run(probe, sample) for probe in probes)
+        for old, new, divisor in zip(then, now, divisors, strict=True):
+            assert tiny.relative_error(new * divisor, old) < tolerance
+
+
+def test_scales_that_differ_within_repeats_are_refused() -> None:
+    model = attention(DECOMPOSED, 2)
+    with pytest.raises(ValueError, match="differ"):
+        folding.rescale(group_of(model, "o_proj"), np.arange(1.0, 17.0), Names(model.graph), Awq(), Changes())
+
+
+def test_shared_is_the_mean_of_the_repeats() -> None:
+    group = group_of(attention(DECOMPOSED, 2), "o_proj")
+    squares = np.arange(16.0)
+    expected = squares.reshape(2, 2, 4).mean(1, keepdims=True).repeat(2, 1).reshape(-1)
+    np.testing.assert_allclose(folding.shared(group, squares), expected)
+
+
+AVERAGE = "oh = MatMul(probs, vh)"
+REFUSED = {
+    "a present": (DIRECT.replace(AVERAGE, f"present = Identity(vh)  {AVERAGE}"), "cache"),
+    "other readers": (f"{DIRECT}  z = Neg(vh)", "read by Neg"),
+    "a bias inside": ("o = com.microsoft.MultiHeadAttention<num_heads=4>(q, k, v, qkv)", "bias"),
+    "a nonlinear node": (DIRECT.replace(AVERAGE, "vs = Tanh(vh)  oh = MatMul(probs, vs)"), "Tanh"),
+    "values twice": (DIRECT.replace(AVERAGE, "vv = Mul(vh, vh)  oh = MatMul(probs, vv)"), "twice"),
+    "values that are given": (DIRECT.replace(AVERAGE, "oh = MatMul(probs, past)"), "given"),
+    "a past": (DIRECT.replace(AVERAGE, "all = Concat<axis=2>(past, vh)  oh = MatMul(more, all)"), "Concat"),
+    "an operator with a past": (
+        OPERATOR_4D.replace("vh)", "vh, , past, past)"),
+        "Attention keeps its values in a cache",
+    ),
+    "sums over channels": (
+        DIRECT.replace(AVERAGE, "vt = Transpose<perm=[0,1,3,2]>(vh)  oh = MatMul(square, vt)"),
+        "do not show which channel goes where",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", REFUSED)
+def test_refusals(form: str) -> None:
+    body, reason = REFUSED[form]
+    text = ATTENTION.replace("BODY", body).replace("KV", "16").replace("HEADS", "4")
+    extra = {"past": "float[B,4,S,4] past", "qkv": "float[48] qkv", "more": "float[B,4,S,T] more"}
+    extra["square"] = "float[B,4,S,4] square"
+    given = ", ".join(extra[name] for name in extra if name in body)
+    text = text.replace("float[B,S,8] x,", f"float[B,S,8] x, {given + ',' if given else ''}")
+    if "present" in body:
+        text = text.replace("(float[B,S,8] y)", "(float[B,S,8] y, float[B,4,S,4] present)")
+    if "z =" in body:
+        text = text.replace("(float[B,S,8] y)", "(float[B,S,8] y, float[B,4,S,4] z)")
+    arrays = {"as_q": [0, 0, 4, 4], "as_kv": [0, 0, 4, 4], "two": [2], "times": [1] * 5, "flat": [0, 0, 16]}
+    weights = dict.fromkeys(("Wq", "Wk", "Wv", "bv", "Wo", *(["qkv"] if "qkv" in body else [])), "normal")
+    model = tiny.build(text, opset=23, **{name: np.array(a) for name, a in arrays.items()}, **weights)
+    group = group_of(model, "o_proj")
+    assert group.factor is None
+    assert reason in group.refusal
+    (found,) = [reason for other, reason in folding.rescalable(model, Awq(), insert_mul=False)
+                if other.linears[0].name == "o_proj"]  # fmt: skip
+    assert group.refusal in str(found)
+
+
+def test_grouped_query_attention_keeps_a_cache() -> None:
+    model = tiny.build(
+        """g (float[B,S,32] qkv, float[B,2,P,8] pk, float[B,2,P,8] pv, int32[B] last, int32 total, float[16,8] Wo)
+        => (float[B,S,8] y, float[B,2,P,8] present_k, float[B,2,P,8] present_v) {
+        o, present_k, present_v = com.microsoft.GroupQueryAttention<num_heads=2, kv_num_heads=2>(
+            qkv, , , pk, pv, last, total)
+        [o_proj] y = MatMul(o, Wo) }""",
+        Wo="normal",
+    )  # fmt: skip
+    assert "GroupQueryAttention keeps its values in a cache" in group_of(model, "o_proj").refusal
+
+
+GATED = """g (float[B,S,8] x, float[8,12] G, float[8,6] U, float[6] b, float[6,8] D, int64[2] parts, int64[2] flat,
+    float[6] h) => (y) { BODY }"""
+ELEMENTWISE = {
+    "product": ("a = MatMul(x, U) u = Add(a, b) s = Tanh(u2) p = Mul(s, u) y = MatMul(p, D)", "a"),
+    "halves of one layer": (
+        "[gu] m = MatMul(x, G) s0, u0 = Split<axis=-1, num_outputs=2>(m) s1 = Tanh(s0) p = Mul(s1, u0)"
+        " y = MatMul(p, D)", "gu"),
+    "relu": ("a = MatMul(x, U) u = Add(a, b) p = Relu(u) y = MatMul(p, D)", "a"),
+    "quotient": ("a = MatMul(x, U) p = Div(a, h) y = MatMul(p, D)", "a"),
+    "then flattened": ("a = MatMul(x, U) s = Mul(a, u2) p = Reshape(s, flat) y = Gemm(p, D)", "a"),
+    "two layers": ("a = MatMul(x, U) y = MatMul(a, D)", "a"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ELEMENTWISE)
+def test_elementwise_factors(form: str) -> None:
+    body, writer = ELEMENTWISE[form]
+    text = GATED.replace("BODY", body)
+    if "u2" in body:
+        text = text.replace("float[6] h)", "float[6] h, float[B,S,6] u2)")
+    constants = {name: "normal" for name in "GUbDh" if f"{name})" in body or f"{name} " in body}
+    for name in ("parts", "flat"):
+        constants[name] = np.array([-1, 6])
+    model = tiny.build(text, **constants)
+    group = next(group for group in find_linear_groups(model) if group.linears[0].node.outputs[0].name == "y")
+    assert group.factor is not None
+    assert not group.factor.through_attention
+    assert group.factor.linear.name == writer
+    offset = 6 if form == "halves of one layer" else 0
+    assert group.factor.channels.tolist() == list(range(offset, offset + 6))
+    rescaled_at_random(model, [group])
+
+
+def test_halves_of_a_sequence_share_their_channels() -> None:
+    """What is split along another axis holds the same channels, and its other half would be divided as well."""
+    model = tiny.build(
+        """g (float[2,4,8] x, float[8,6] U, float[6,8] D) => (y, z) {
+        a = MatMul(x, U) first, second = Split<axis=1, num_outputs=2>(a) p = Relu(first) y = MatMul(p, D)
+        z = Neg(second) }""",
+        U="normal", D="normal",
+    )  # fmt: skip
+    assert group_of(model, "y").factor is None
+
+
+def test_an_excluded_writer_is_not_touched_where_a_mul_is_allowed() -> None:
+    model = tiny.build(
+        "g (float[B,S,8] x, float[8,6] U, float[6,8] D) => (y) { a = MatMul(x, U) p = Relu(a) y = MatMul(p, D) }",
+        U="normal", D="normal",
+    )  # fmt: skip
+    step = Awq(ignore=("a",))
+    ((_, refused),) = folding.rescalable(model, step, insert_mul=False)
+    assert "a would take the scales and is excluded" in str(refused)
+    ((group, obstacle),) = folding.rescalable(model, step, insert_mul=True)
+    assert obstacle is None
+    assert not folding.folds(group)
+    before = tiny.data(model, "U")
+    changes = Changes()
+    folding.rescale(group, np.arange(1.0, 7.0), Names(model.graph), step, changes)
+    assert tiny.operators(model) == ["MatMul", "Relu", "Mul", "MatMul"]
+    assert not changes.rescaled
+    np.testing.assert_array_equal(tiny.data(model, "U"), before)
+
+
+# ---------------------------------------------------------------------------------------------------- real exports
+
+
+def export(variant: str) -> ir.Model:
+    from models.export import model_path
+
+    model = ir.load(Path(model_path(variant)))
+    ir.external_data.load_to_model(model)
+    canonicalize(model)
+    return model
+
+
+@pytest.mark.parametrize("variant", ["dynamo", "opset23", "fp16", "dynamo-past"])
+def test_exports(variant: str) -> None:
+    model = export(variant)
+    groups = [group for group in find_linear_groups(model) if group.gains or group.factor]
+    groups = [group for group in groups if len(group.linears[0].weight.uses()) == 1]  # not the tied lm_head
+    through = [group for group in groups if group.factor is not None and group.factor.through_attention]
+    assert len(groups) == (12 if variant == "dynamo-past" else 16)
+    assert len(through) == (0 if variant == "dynamo-past" else 4)
+    for group in through:
+        assert group.factor is not None
+        assert group.factor.channels.tolist() == [h // 4 * 32 + d for h in range(8) for d in range(32)]
+    before, changes, names = model.clone(), Changes(), Names(model.graph)
+    rng = np.random.default_rng(0)
+    for group in groups:
+        spread = 0.2 if variant == "fp16" else 1.0
+        squares = folding.shared(group, np.exp(spread * rng.normal(size=group.linears[0].in_features)))
+        folding.rescale(group, np.sqrt(squares), names, Awq(), changes)
+    feed = {}
+    for value in model.graph.inputs:
+        shape = [size if isinstance(size, int) else 3 for size in value.shape]
+        if value.name == "attention_mask" and variant == "dynamo-past":
+            shape = [3, 6]
+        ids = rng.integers(1, 3000, shape) if value.name == "input_ids" else np.ones(shape)
+        feed[value.name] = ids.astype(value.dtype.numpy())
+    for now, then in zip(tiny.run(model, feed), tiny.run(before, feed), strict=True):
+        assert tiny.relative_error(now, then) < (5e-3 if variant == "fp16" else 1e-5)
+
+
+@pytest.mark.parametrize("variant", ["dynamo-past", "optimum", pytest.param("genai", marks=pytest.mark.exporters)])
+def test_caches_of_exports(variant: str) -> None:
+    groups = find_linear_groups(export(variant))
+    refused = [group for group in groups if group.refusal]
+    assert {linear.module_path.rsplit(".", 1)[-1] for group in refused for linear in group.linears} == {"o_proj"}
+    assert len(refused) == 4
+    assert all("cache" in group.refusal and "meaning" in group.refusal for group in refused)
+
+
+def test_without_attention_v_proj_is_left_alone() -> None:
+    pairs = folding.rescalable(attention(DIRECT, 4), Awq(), insert_mul=False, through_attention=False)
+    ((group, reason),) = [pair for pair in pairs if pair[0].linears[0].name == "o_proj"]
+    assert group.factor is None
+    assert "no norm" in str(reason)
