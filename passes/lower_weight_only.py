@@ -1,38 +1,56 @@
 """Runs weight-only quantized linear layers as ONNX Runtime's MatMulNBits, which reads the codes as they are stored.
 
-**Before**  y = x · DequantizeLinear(Q_w, s)          **After**  y = MatMulNBits(x, Q_w, s)
+**Before**  y = x · DequantizeLinear(Q_w, s, z)          **After**  y = MatMulNBits(x, Q_w, s, z)
 
-The operator takes unsigned codes [N, K / block, block] with zero point 128 and one scale for each block, so the scale
-of an output channel is repeated for each of its blocks. Without it ONNX Runtime would dequantize the whole weight on
-every run. A tied embedding gathers from the same array, which is stored once. A bias stays an Add. Blocks are
-``block_size`` wide, or narrower where that stores fewer bytes (64 for 192 input features, which two of 128 would pad).
+The operator takes unsigned codes of 2, 4 or 8 bits [N, K / block, block · bits / 8] with a scale, and where not all are
+the middle a zero point, for each block. Codes of 3 bits live in 4. Without the operator ONNX Runtime would dequantize
+the whole weight on every run. A bias stays an Add.
 
-Layers in half precision run in float32 between two Casts, as the CPU kernel would do inside: given half precision
-scales, ONNX Runtime 1.32 turns them by a Cast of its own where the nodes around run in float32, and below the full
-optimization level the kernel then misses the scales and writes garbage without a word.
+Blocks are the groups of the codes where these are 16, 32, 64, 128 or 256 wide, else the widest of these that divides a
+group; the scale is repeated. The scale of an output channel (or tensor) goes into blocks of ``block_size``, or narrower
+ones where that stores fewer bytes (64 for 192 input features, which two of 128 would pad).
+
+Embeddings that gather from a weight (tied embeddings) gather from the operator's array, which is stored once: they
+become GatherBlockQuantized here.
+
+Weights in NF4 and FP4 become MatMulBnb4, which ONNX Runtime has for compatibility: on CPUs it is slower than float.
+
+``fused_kernel`` is for CUDA, whose fast kernel takes 16-bit models without zero points in blocks of 32 (64 for 2 bits):
+these are chosen wherever the kernel would take the layer, and the report says of each other layer why it would not.
+
+``half_precision`` lets the operator compute in the model's own type. Without it, layers in half precision run in
+float32 between two Casts, as the CPU kernel would do inside: given half precision scales, ONNX Runtime 1.32 turns them
+by a Cast of its own where the nodes around run in float32, and below the full optimization level the kernel then misses
+the scales and writes garbage without a word.
 
 ``accuracy_level`` 4 lets the CPU kernel round the activation to 8 bits block by block, which is what makes it fast; 0
 keeps the activation in float.
 
-Skipped: layers whose codes have not 8 bits, or whose zero point is not the middle.
+Skipped: groups that are no multiple of 16 (NF4, FP4: no power of two), and scales that are computed or lie along the
+inputs.
 """
 
 from __future__ import annotations
 
-from math import prod
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
 from pydantic.dataclasses import dataclass as options
 
+from qcompiler import bnb4
+from qcompiler.block_gather import KERNEL as GATHER
+from qcompiler.block_gather import gather_from_packed
+from qcompiler.blocks import CodeMatrix, code_matrix, pack
+from qcompiler.codes import BITS
+from qcompiler.embeddings import QuantizedEmbedding, find_quantized_embeddings
+from qcompiler.functions import DOMAIN, block_scales, codebook_format
 from qcompiler.graph import (
     Names,
     add_constant,
-    array,
     constant,
     inherit,
-    insert_after,
     insert_before,
     new_node,
     node_graph,
@@ -42,11 +60,55 @@ from qcompiler.graph import (
 from qcompiler.match import Linear, find_sites
 from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped
 from qcompiler.statistics import StatisticsStore
-from qcompiler.tensors import derived
 
 KERNEL = "MatMulNBits"
-BLOCK_SIZES = (16, 32, 64, 128, 256)
+BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256)
 SCALE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What CUDA's fused kernel (fpA_intB) takes of weights of some bits, and how far the others get."""
+
+    block: int
+    outputs: int
+    """The layer's outputs are a multiple of this."""
+    tokens: int
+    """From so many tokens on, the other kernels dequantize the whole weight."""
+
+
+FUSED = {2: Fused(64, 128, 9), 4: Fused(32, 64, 17), 8: Fused(32, 32, 6)}
+FUSED_FEATURES = 64
+"""Inputs must be a multiple of this. ONNX Runtime 1.31 only checks that they are one of the block, and fails from 9
+tokens on where they are not: "No valid fpA_intB MatMulNBits tactic"."""
+
+
+def fused_obstacle(bits: int, block: int, features: int, outputs: int, dtype: ir.DataType, zero_points: bool) -> str:
+    """Why CUDA's fused kernel will not take a MatMulNBits without bias input; empty where it will."""
+    fused = FUSED[bits]
+    if dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+        return f"the model computes in {dtype.name.lower()}, not in 16 bits"
+    if zero_points:
+        return "its codes have zero points"
+    if outputs % fused.outputs:
+        return f"N = {outputs} is no multiple of {fused.outputs}"
+    if features % FUSED_FEATURES:
+        return f"K = {features} is no multiple of {FUSED_FEATURES}"
+    if block != fused.block:
+        return f"its blocks are {block} wide, not {fused.block}"
+    return ""
+
+
+@dataclass(frozen=True, eq=False)
+class _Operator:
+    """An operator that multiplies by a constant: all of its inputs but the first."""
+
+    op_type: str
+    inputs: tuple[ir.Value, ...]
+    attributes: dict[str, object]
+    dtype: ir.DataType
+    """What the model computes the layer in."""
+    detail: str
 
 
 @options(frozen=True, config=OPTIONS)
@@ -55,85 +117,160 @@ class LowerWeightOnly(Pass):
     kind: ClassVar[Kind] = "lowering"
 
     block_size: Literal[16, 32, 64, 128, 256] = 128
-    """Input features that share a scale in the operator, at most."""
+    """Input features that share a scale in the operator, at most, where the codes have one scale for all of them."""
     accuracy_level: Literal[0, 1, 4] = 4
     """4: activations rounded to 8 bits in blocks (fast on CPUs); 0 or 1: float32 activations."""
+    half_precision: bool = False
+    """Compute in the model's own type, as CUDA's kernels do, and not in float32 between Casts."""
+    fused_kernel: bool = False
+    """Choose the blocks that CUDA's fused kernel takes, and report of each layer whether it does."""
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
         changes = Changes()
         names = Names(model.graph)
         model.graph.opset_imports.setdefault("com.microsoft", 1)
-        packed: dict[tuple[ir.Value, bool], tuple[ir.Value, ir.Value]] = {}
+        embeddings = find_quantized_embeddings(model)
+        made: dict[object, _Operator] = {}
         for site in self.selected(find_sites(model).linears):
             if site.dequantize is None or _reads_codes(site.node):
                 continue
-            obstacle = _obstacle(site)
-            if obstacle is not None:
-                changes.skipped.append(Skipped(site.name, obstacle))
-                continue
-            key = site.weight, site.transposed  # two layers can read one square constant in both directions
-            if key not in packed:
-                packed[key] = self._pack(site, names)
-            self._lower(site, *packed[key], names)
-            changes.changed.append(Changed(site.name, kernel=KERNEL))
+            # Two layers can read one square constant in both directions.
+            key = site.weight, site.transposed, *site.dequantize.inputs[1:]
+            if key not in made:
+                if codebook_format(site.dequantize) is None:
+                    operator = self._blocks(site, embeddings, names, changes)
+                else:
+                    operator = self._codebook(site, names)
+                if isinstance(operator, str):
+                    changes.skipped.append(Skipped(site.name, operator))
+                    continue
+                made[key] = operator
+            changes.changed.append(Changed(site.name, kernel=made[key].op_type, detail=made[key].detail))
+            _lower(site, made[key], names, self.name)
+        _remove_unused_functions(model)
         return changes
 
-    def _pack(self, site: Linear, names: Names) -> tuple[ir.Value, ir.Value]:
-        """Codes [N, blocks, block] and scales [N, blocks] of a constant, shared by its embedding where it has one."""
-        assert site.dequantize is not None
-        assert site.dequantize.inputs[1] is not None
-        graph, base, block = node_graph(site.node), str(site.weight.name), self._block(site)
-        n, k, transposed = site.out_features, site.in_features, site.transposed
-        blocks = -(-k // block)
-
-        def arrange(data: np.ndarray) -> np.ndarray:
-            codes = data if data.dtype == np.uint8 else (data.astype(np.int16) + 128).astype(np.uint8)
-            rows = codes if transposed else codes.T
-            full = np.full((n, blocks * block), 128, np.uint8)  # what is added to the last block stands for zero
-            full[:, :k] = rows
-            return full.reshape(n, blocks, block)
-
-        tensor = constant(site.weight)
-        assert tensor is not None
+    def _blocks(
+        self, site: Linear, embeddings: tuple[QuantizedEmbedding, ...], names: Names, changes: Changes
+    ) -> _Operator | str:
+        """MatMulNBits, and the embeddings that share its codes lowered; or why not."""
+        matrix = _matrix(site)
+        block = matrix if isinstance(matrix, str) else self._block(matrix)
+        if isinstance(matrix, str) or isinstance(block, str):
+            return str(block)
+        graph, base = node_graph(site.node), str(site.weight.name)
         name = names.fresh(f"{base}.blocks")
-        codes = add_constant(graph, name, derived(tensor, arrange, ir.DataType.UINT8, (n, blocks, block), name))
-        per_channel = np.broadcast_to(array(site.dequantize.inputs[1]).astype(np.float32).reshape(-1, 1), (n, 1))
-        scales = add_constant(graph, names.fresh(f"{base}.block_scales"), np.repeat(per_channel, blocks, axis=1))
-        if site.transposed and site.weight.dtype == ir.DataType.UINT8:
-            _gather_from_blocks(site.weight, codes, k, names, self.name)
-        return codes, scales
+        codes = add_constant(graph, name, matrix.packed(block, name))
+        scale = matrix.scales(block)
+        if not self.half_precision:
+            scale = scale.astype(np.float32, copy=False)
+        inputs = [codes, add_constant(graph, names.fresh(f"{base}.block_scales"), scale)]
+        points = matrix.zero_points(block)
+        if points is not None:
+            packed_points = pack(points, matrix.bits)
+            inputs.append(add_constant(graph, names.fresh(f"{base}.block_zero_points"), packed_points))
+        for embedding in _tied(site, embeddings):
+            if embedding.ids.shape is None:
+                changes.skipped.append(Skipped(embedding.name, "its ids have an unknown number of dimensions"))
+                continue
+            gather_from_packed(embedding, matrix, inputs[0], inputs[1], block, names, self.name)
+            changes.changed.append(Changed(embedding.name, kernel=GATHER))
+        attributes: dict[str, object] = {
+            "K": matrix.features, "N": matrix.rows, "bits": matrix.bits, "block_size": block,
+            "accuracy_level": self.accuracy_level,
+        }  # fmt: skip
+        return _Operator(KERNEL, tuple(inputs), attributes, _dtype(matrix), self._detail(matrix, block))
 
-    def _block(self, site: Linear) -> int:
-        """The block size, up to the option's, with the fewest bytes of codes and scales; the widest of several."""
-        sizes = [size for size in BLOCK_SIZES if size <= self.block_size]
-        return min(reversed(sizes), key=lambda size: -(-site.in_features // size) * (size + SCALE_BYTES))
+    def _codebook(self, site: Linear, names: Names) -> _Operator | str:
+        """MatMulBnb4, or why not."""
+        node, tensor = site.dequantize, constant(site.weight)
+        assert node is not None
+        assert tensor is not None
+        block, scales, format = node.attributes.get_int("block_size", 0), block_scales(node), codebook_format(node)
+        if scales is None:
+            return "the scales of its weight are computed, and the operator's are constants"
+        if not site.transposed:
+            return "the blocks of its weight run along its outputs, and the operator's along the inputs"
+        obstacle = bnb4.block_obstacle(block)
+        if obstacle is not None:
+            return obstacle
+        dtype = node.outputs[0].dtype or ir.DataType.FLOAT
+        graph, base = node_graph(site.node), str(site.weight.name)
+        name = names.fresh(f"{base}.pairs")
+        codes = add_constant(graph, name, bnb4.packed(tensor, name))
+        absmax = scales.astype(dtype.numpy()) if self.half_precision else scales
+        attributes: dict[str, object] = {
+            "K": site.in_features, "N": site.out_features, "block_size": block,
+            "quant_type": bnb4.QUANT_TYPES[str(format)],
+        }  # fmt: skip
+        inputs = codes, add_constant(graph, names.fresh(f"{base}.absmax"), absmax)
+        return _Operator(bnb4.KERNEL, inputs, attributes, dtype, f"blocks of {block}")
 
-    def _lower(self, site: Linear, codes: ir.Value, scales: ir.Value, names: Names) -> None:
-        assert site.dequantize is not None
-        product, source = site.node.outputs[0], site.node.inputs[0]  # not site.input, which may be replaced by now
-        assert source is not None
-        dtype = site.dequantize.outputs[0].dtype or site.dequantize.inputs[1].dtype  # type: ignore[union-attr]
-        kernel = new_node(
-            KERNEL, [source, codes, scales], names.fresh(f"{site.name}.weight_only"),
-            domain="com.microsoft", dtype=ir.DataType.FLOAT, shape=product.shape,
-            attributes={"K": site.in_features, "N": site.out_features, "bits": 8, "block_size": self._block(site),
-                        "accuracy_level": self.accuracy_level},
-        )  # fmt: skip
-        new, result = [kernel], kernel.outputs[0]
-        if dtype is not None and dtype != ir.DataType.FLOAT:
-            before = _cast(source, ir.DataType.FLOAT, names.fresh(f"{site.name}.float"))
-            after = _cast(result, dtype, names.fresh(f"{site.name}.cast"))
-            kernel.replace_input_with(0, before.outputs[0])
-            new, result = [before, kernel, after], after.outputs[0]
-        if site.bias is not None and site.bias_node is None:  # Gemm's own bias
-            add = new_node("Add", [result, site.bias], names.fresh(f"{site.name}.bias_added"), like=product)
-            new, result = [*new, add], add.outputs[0]
-        inherit(new, site.node, self.name)
-        insert_before(site.node, new)
-        weight = site.weight
-        replace_output(site.node, result)
-        remove_unused_constant(weight)
-        kernel.name = site.name
+    def _block(self, matrix: CodeMatrix) -> int | str:
+        """The block size, or why there is none."""
+        fused, allowed = FUSED[matrix.bits].block, BLOCK_SIZES
+        if self.fused_kernel and matrix.features % FUSED_FEATURES:
+            allowed = tuple(size for size in BLOCK_SIZES if size != fused)  # or else it fails when it runs
+        if self.fused_kernel and (matrix.group % fused == 0 or matrix.scale.shape[1] == 1):
+            zero_points = matrix.zero_point is not None
+            if not fused_obstacle(matrix.bits, fused, matrix.features, matrix.rows, _dtype(matrix), zero_points):
+                return fused
+        if matrix.scale.shape[1] > 1:
+            fitting = [size for size in allowed if matrix.group % size == 0]
+            return max(fitting, default=f"groups of {matrix.group} features are no multiple of 16, the least block")
+        sizes = [size for size in reversed(allowed) if size <= self.block_size]
+        # The fewest bytes of codes and scales; the widest of several.
+        return min(sizes, key=lambda size: -(-matrix.features // size) * (size * matrix.bits // 8 + SCALE_BYTES))
+
+    def _detail(self, matrix: CodeMatrix, block: int) -> str:
+        detail = f"{matrix.bits} bits in blocks of {block}"
+        if not self.fused_kernel:
+            return detail
+        zero_points = matrix.zero_point is not None
+        reason = fused_obstacle(matrix.bits, block, matrix.features, matrix.rows, _dtype(matrix), zero_points)
+        if not reason:
+            return f"{detail}, fpA_intB"
+        return f"{detail}, dequantized from {FUSED[matrix.bits].tokens} tokens on: {reason}"
+
+
+def _tied(site: Linear, embeddings: tuple[QuantizedEmbedding, ...]) -> list[QuantizedEmbedding]:
+    """The embeddings that gather rows of the layer's codes, with the same scales and zero points."""
+    assert site.dequantize is not None
+    scale, zero_point = (*site.dequantize.inputs, None)[1:3]
+    return [
+        embedding
+        for embedding in embeddings
+        if embedding.codes is site.weight
+        and embedding.row_axis == site.channel_axis
+        and embedding.scale is scale
+        and embedding.zero_point is zero_point
+    ]
+
+
+def _lower(site: Linear, operator: _Operator, names: Names, pass_name: str) -> None:
+    """Put the operator in the place of the layer, between Casts where it computes in another type than the model."""
+    product, source = site.node.outputs[0], site.node.inputs[0]  # not site.input, which may be replaced by now
+    assert source is not None
+    dtype, computed = product.dtype or operator.dtype, operator.inputs[1].dtype
+    kernel = new_node(
+        operator.op_type, [source, *operator.inputs], names.fresh(f"{site.name}.weight_only"),
+        domain="com.microsoft", dtype=computed, shape=product.shape, attributes=operator.attributes,
+    )  # fmt: skip
+    new, result = [kernel], kernel.outputs[0]
+    if computed is not None and dtype != computed:
+        before = _cast(source, computed, names.fresh(f"{site.name}.float"))
+        after = _cast(result, dtype, names.fresh(f"{site.name}.cast"))
+        kernel.replace_input_with(0, before.outputs[0])
+        new, result = [before, kernel, after], after.outputs[0]
+    if site.bias is not None and site.bias_node is None:  # Gemm's own bias
+        add = new_node("Add", [result, site.bias], names.fresh(f"{site.name}.bias_added"), like=product)
+        new, result = [*new, add], add.outputs[0]
+    inherit(new, site.node, pass_name)
+    insert_before(site.node, new)
+    weight = site.weight
+    replace_output(site.node, result)
+    remove_unused_constant(weight)
+    kernel.name = site.name
 
 
 def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
@@ -146,47 +283,27 @@ def _reads_codes(layer: ir.Node) -> bool:
     return producer is not None and producer.op_type == "DequantizeLinear"
 
 
-def _obstacle(site: Linear) -> str | None:
-    assert site.dequantize is not None
-    if site.weight.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
-        return f"its weight has {site.weight.dtype} codes, and this lowering knows 8 bits"
-    if site.dequantize.attributes.get_int("block_size", 0):
-        return "its weight has blocked scales, and this lowering knows one for each output channel"
-    scale = site.dequantize.inputs[1]
-    if constant(scale) is None:
-        return "the scales of its weight are computed, and the operator's are constants"
-    axis = site.dequantize.attributes.get_int("axis", 1)
-    if array(scale).size > 1 and axis % 2 != site.channel_axis:  # type: ignore[arg-type]
-        return "its weight has scales along the inputs, and this lowering knows one for each output channel"
-    zero_point = site.dequantize.inputs[2] if len(site.dequantize.inputs) > 2 else None
-    middle = 128 if site.weight.dtype == ir.DataType.UINT8 else 0
-    if zero_point is not None and np.any(array(zero_point) != middle):
-        return "its weight is asymmetric, and this lowering knows symmetric weights"
-    return None
+def _matrix(site: Linear) -> CodeMatrix | str:
+    """The layer's weight with a row for each output, or why it cannot be read so."""
+    node = site.dequantize
+    assert node is not None
+    scale, zero_point = (*node.inputs, None)[1:3]
+    noted = node.metadata_props.get(BITS)
+    return code_matrix(
+        site.weight, scale, zero_point, row_axis=site.channel_axis, axis=node.attributes.get_int("axis", 1),
+        block_size=node.attributes.get_int("block_size", 0), bits=None if noted is None else int(noted),
+    )  # fmt: skip
 
 
-def _gather_from_blocks(weight: ir.Value, codes: ir.Value, features: int, names: Names, pass_name: str) -> None:
-    """Embeddings that gather rows of the codes gather them from the operator's array, and flatten the blocks."""
-    for use in list(weight.uses()):
-        gather = use.node
-        if gather.op_type != "Gather" or use.idx != 0 or gather.attributes.get_int("axis", 0) != 0:
-            continue
-        rows, ids = gather.outputs[0], gather.inputs[1]
-        if ids is None or ids.shape is None:
-            continue  # its rank decides how the rows are flattened
-        graph, base, rank = node_graph(gather), gather.name, len(ids.shape)
+def _dtype(matrix: CodeMatrix) -> ir.DataType:
+    """The type that the model computes the layer in: that of its scales."""
+    return ir.DataType.from_numpy(matrix.scale.dtype)
 
-        def place(kind: str, numbers: list[int], graph: ir.Graph = graph, base: str | None = base) -> ir.Value:
-            return add_constant(graph, names.fresh(f"{base}.{kind}"), np.array(numbers, np.int64))
 
-        blocks = new_node("Gather", [codes, ids], names.fresh(f"{base}.blocks"), dtype=codes.dtype)
-        flat = place("flat", [0] * rank + [-1])
-        whole = new_node("Reshape", [blocks.outputs[0], flat], names.fresh(f"{base}.rows"), dtype=codes.dtype)
-        new = [blocks, whole]
-        if prod(codes.const_value.shape.numpy()[1:]) > features:  # type: ignore[union-attr]
-            cut = [whole.outputs[0], place("begin", [0]), place("end", [features]), place("axis", [rank])]
-            new.append(new_node("Slice", cut, names.fresh(f"{base}.features"), dtype=codes.dtype))
-        new[-1].outputs[0].shape = rows.shape
-        inherit(new, gather, pass_name)
-        insert_after(gather, new)
-        replace_output(gather, new[-1].outputs[0])
+def _remove_unused_functions(model: ir.Model) -> None:
+    """Drop the functions that decoded what is multiplied as it is now."""
+    used = {node.op_identifier() for node in model.graph.all_nodes()}
+    for identifier in [key for key in model.functions if key[0] == DOMAIN and key not in used]:
+        del model.functions[identifier]
+    if not any(domain == DOMAIN for domain, _, _ in model.functions):
+        model.graph.opset_imports.pop(DOMAIN, None)

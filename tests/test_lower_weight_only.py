@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -11,6 +13,7 @@ from oracles import quantized_linear as oracle
 from passes.lower_weight_only import LowerWeightOnly
 from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
+from qcompiler.errors import PassError
 from qcompiler.match import find_sites
 from qcompiler.rewrite import Changes
 
@@ -24,10 +27,11 @@ TIED_GEMM = """g (int64[M] ids, float[12,K] E, float[12] b) => (float[M,12] logi
 ALL = {"matmul": MATMUL, "add": ADD, "gemm": GEMM, "tied": TIED, "tied-gemm": TIED_GEMM}
 
 
-def model_of(text: str, features: int = 32, half: bool = False) -> ir.Model:
+def model_of(text: str, features: int = 32, half: bool = False, opset: int = 21) -> ir.Model:
     text = text.replace("K]", f"{features}]").replace("[K,", f"[{features},")
     names = [name for name in ("W", "E", "b") if f"] {name}," in text or f"] {name})" in text]
-    return tiny.build(text.replace("float[", "float16[") if half else text, **dict.fromkeys(names, "normal"))
+    text = text.replace("float[", "float16[") if half else text
+    return tiny.build(text, opset=opset, **dict.fromkeys(names, "normal"))
 
 
 def lower(model: ir.Model, weights: dict | None = None, **options: object) -> tuple[ir.Model, ir.Model, Changes]:
@@ -55,17 +59,108 @@ def test_the_kernel_gives_what_the_graph_means(layer: str, features: int, block:
     model = model_of(ALL[layer], features)
     portable, lowered, changes = lower(model, weights, block_size=block, accuracy_level=0)
     assert not changes.skipped
-    assert {c.kernel for c in changes.changed} == {"MatMulNBits"}
+    assert {c.kernel for c in changes.changed if c.site != "embed"} == {"MatMulNBits"}
+    assert {c.kernel for c in changes.changed if c.site == "embed"} <= {"GatherBlockQuantized"}
     assert not {"MatMul", "Gemm", "DequantizeLinear", "Transpose"} & set(tiny.operators(lowered))
     assert_same(portable, lowered, tiny.feeds(model), 1e-5)
+
+
+GROUPS = [{}, {"granularity": "tensor"}, *({"granularity": "group", "group_size": g} for g in (16, 32, 48, 256, 512))]
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("groups", GROUPS, ids=lambda groups: "-".join(map(str, groups.values())) or "channel")
+@pytest.mark.parametrize(
+    ("format", "opset"),
+    [("int2", 25), ("uint2", 25), ("int2", 21), ("uint2", 21), ("int3", 21), ("uint3", 21), ("int4", 21),
+     ("uint4", 21), ("int8", 21), ("uint8", 21)],
+)  # fmt: skip
+def test_codes_of_all_kinds(format: str, opset: int, groups: dict, symmetric: bool) -> None:
+    """Groups that the operator has and has not, whole ones and a shorter last one, stored by row and by column."""
+    for layer, features in product((MATMUL, GEMM), (96, 200, 520)):
+        model = model_of(layer, features, opset=opset)
+        weights = {"format": format, "symmetric": symmetric, **groups}
+        portable, lowered, changes = lower(model, weights, accuracy_level=0)
+        assert not changes.skipped
+        assert not {"MatMul", "Gemm", "DequantizeLinear"} & set(tiny.operators(lowered))
+        (kernel,) = (node for node in lowered.graph if node.op_type == "MatMulNBits")
+        assert kernel.attributes.get_int("bits") == {"2": 2, "3": 4, "4": 4, "8": 8}[format[-1]]
+        movable = "3" in format and groups.get("granularity") == "tensor"  # one zero point, and room to move it
+        assert len(kernel.inputs) == (3 if symmetric or movable else 4)
+        assert_same(portable, lowered, tiny.feeds(model), 1e-5)
+
+
+@pytest.mark.parametrize(("group", "block"), [(16, 16), (32, 32), (48, 16), (96, 32), (256, 256), (512, 256)])
+def test_blocks_are_the_groups_or_the_widest_that_divide_them(group: int, block: int) -> None:
+    weights = {"format": "int4", "granularity": "group", "group_size": group}
+    _, lowered, _ = lower(model_of(MATMUL, 1024), weights, block_size=64)
+    (kernel,) = (node for node in lowered.graph if node.op_type == "MatMulNBits")
+    assert kernel.attributes.get_int("block_size") == block
+
+
+def test_what_the_operator_reads() -> None:
+    """Low nibble first, rows of outputs; zero points in pairs of blocks; what pads the last block is a zero point."""
+    codes = np.random.default_rng(0).integers(0, 16, (24, 3)).astype(np.uint8)
+    points = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
+    model = blocked(ir.Tensor(codes, dtype=ir.DataType.UINT4), np.ones((2, 3), np.float32),
+                    ir.Tensor(points, dtype=ir.DataType.UINT4), block_size=16)  # fmt: skip
+    tiny.compile(model, [LowerWeightOnly()], [])
+    packed = tiny.data(model, "Q.blocks")
+    assert packed.shape == (3, 2, 8)
+    full = np.concatenate([codes, np.repeat(points[1:], 8, axis=0)]).T.reshape(3, 2, 16)
+    np.testing.assert_array_equal(packed & 15, full[..., 0::2])
+    np.testing.assert_array_equal(packed >> 4, full[..., 1::2])
+    np.testing.assert_array_equal(tiny.data(model, "Q.block_zero_points"), [[1 | 4 << 4], [2 | 5 << 4], [3 | 6 << 4]])
+
+
+def test_unsigned_codes_without_zero_point_start_at_zero() -> None:
+    codes = np.random.default_rng(0).integers(0, 16, (32, 3)).astype(np.uint8)
+    model = blocked(ir.Tensor(codes, dtype=ir.DataType.UINT4), np.full((2, 3), 0.1, np.float32), None, block_size=16)
+    lowered = model.clone()
+    tiny.compile(lowered, [LowerWeightOnly(accuracy_level=0)], [])
+    assert_same(model, lowered, tiny.feeds(model), 1e-5)
+
+
+def test_codes_wider_than_noted_are_refused() -> None:
+    codes = np.full((32, 3), 5, np.int8)
+    model = blocked(ir.Tensor(codes, dtype=ir.DataType.INT4), np.ones((2, 3), np.float32), None, block_size=16)
+    next(node for node in model.graph if node.op_type == "DequantizeLinear").metadata_props["qcompiler.bits"] = "2"
+    with pytest.raises(PassError, match="2 bits"):
+        tiny.compile(model, [LowerWeightOnly()], [])
+
+
+def blocked(codes: ir.Tensor, scale: np.ndarray, zero_point: ir.Tensor | None, block_size: int) -> ir.Model:
+    """y = x DequantizeLinear(Q, s[, z]) in blocks along the inputs."""
+    features, outputs = codes.shape.numpy()
+    model = tiny.build(
+        f"""g (float[M,{features}] x, float[{features},{outputs}] W) => (float[M,{outputs}] y) {{
+        [fc] y = MatMul(x, W) }}""",
+        W="zeros",
+    )
+    values = []
+    for name, tensor in (("Q", codes), ("s", ir.tensor(scale)), ("z", zero_point)):
+        if tensor is not None:
+            values.append(ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor))
+            model.graph.register_initializer(values[-1])
+    attributes = [ir.AttrInt64("axis", 0), ir.AttrInt64("block_size", block_size)]
+    node = ir.Node("", "DequantizeLinear", values, attributes, name="decoded")
+    (layer,) = model.graph
+    node.outputs[0].name, node.outputs[0].type = "decoded", ir.TensorType(ir.DataType.FLOAT)
+    node.outputs[0].shape = codes.shape
+    model.graph.insert_before(layer, [node])
+    layer.replace_input_with(1, node.outputs[0])
+    del model.graph.initializers["W"]
+    return model
 
 
 @pytest.mark.parametrize("level", [0, 1, 4])
 def test_accuracy_levels(level: int) -> None:
     """4 rounds the activation to 8 bits in blocks: about half a percent."""
     model = model_of(MATMUL, 128)
-    portable, lowered, _ = lower(model, accuracy_level=level)
-    assert_same(portable, lowered, tiny.feeds(model), 0.01 if level == 4 else 1e-5)
+    for weights in ({"format": "uint8"}, {"format": "int4", "granularity": "group", "group_size": 32},
+                    {"format": "uint4", "symmetric": False}):  # fmt: skip
+        portable, lowered, _ = lower(model, weights, accuracy_level=level)
+        assert_same(portable, lowered, tiny.feeds(model), 0.01 if level == 4 else 1e-5)
 
 
 @pytest.mark.parametrize("level", [0, 4])
@@ -75,6 +170,17 @@ def test_half_precision(layer: str, level: int) -> None:
     portable, lowered, changes = lower(model, accuracy_level=level)
     assert not changes.skipped
     assert_same(portable, lowered, tiny.feeds(model), 0.012 if level == 4 else 2e-3)
+
+
+@pytest.mark.parametrize("weights", [{"format": "int8"}, {"format": "uint4", "symmetric": False}])
+@pytest.mark.parametrize("layer", ALL)
+def test_half_precision_in_the_operator(layer: str, weights: dict) -> None:
+    model = model_of(ALL[layer], half=True)
+    portable, lowered, _ = lower(model, weights, accuracy_level=0, half_precision=True)
+    assert "Cast" not in tiny.operators(lowered)
+    kernels = [node for node in lowered.graph if node.op_type == "MatMulNBits"]
+    assert {node.inputs[2].dtype for node in kernels} == {ir.DataType.FLOAT16}
+    assert_same(portable, lowered, tiny.feeds(model), 2e-3)
 
 
 @pytest.mark.parametrize("optimized", [False, True])
@@ -134,6 +240,19 @@ def test_random_codes_of_full_range_do_not_saturate() -> None:
     assert tiny.relative_error(tiny.run(lowered, {"x": x}, optimized=True)[0], exact) < 1e-5
 
 
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("type", ["uint8", "uint4"])
+def test_extreme_codes_with_zero_points_do_not_saturate(type: str, tokens: int) -> None:
+    """The rounded activations are all ±127, and every code is the largest, next to zero points that are the least."""
+    largest, blocks = {"uint8": 255, "uint4": 15}[type], np.full((4, 64), 2.0**-7, np.float32)
+    dtype = ir.DataType[type.upper()]
+    model = blocked(ir.Tensor(np.full((256, 64), largest, np.uint8), dtype=dtype), blocks,
+                    ir.Tensor(np.zeros((4, 64), np.uint8), dtype=dtype), block_size=64)  # fmt: skip
+    tiny.compile(model, [LowerWeightOnly(accuracy_level=4)], [])
+    got = tiny.run(model, {"x": np.ones((tokens, 256), np.float32)}, optimized=True)[0]
+    np.testing.assert_allclose(got, np.full((tokens, 64), 256 * largest / 128), rtol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------- what is stored
 
 
@@ -171,15 +290,39 @@ def test_one_square_constant_read_in_both_directions() -> None:
     assert_same(portable, lowered, tiny.feeds(portable), 1e-5)
 
 
+@pytest.mark.parametrize(("format", "size"), [("int2", 4), ("int3", 2), ("uint4", 2), ("uint8", 1)])
+def test_codes_take_the_bits_that_they_have(format: str, size: int) -> None:
+    _, lowered, _ = lower(model_of(MATMUL, 64), {"format": format}, block_size=16)
+    assert lowered.graph.initializers["W.codes.blocks"].const_value.nbytes == 64 * 6 // size
+
+
+def test_large_codes_are_computed_when_they_are_written() -> None:
+    text = MATMUL.replace("6]", "2048]")
+    portable, lowered, _ = lower(model_of(text, 2048), {"format": "int4", "granularity": "group", "group_size": 32})
+    tensor = lowered.graph.initializers["W.codes.blocks"].const_value
+    assert isinstance(tensor, ir.LazyTensor)
+    assert isinstance(portable.graph.initializers["W.codes"].const_value, ir.LazyTensor)
+    assert tensor.nbytes == tensor.numpy().nbytes == 2048 * 1024
+
+
+@pytest.mark.parametrize("weights", [{"format": "int8"}, {"format": "uint4"}], ids=["int8", "uint4"])
+@pytest.mark.parametrize("layer", ALL)
+def test_every_layer_is_the_operator_when_it_runs(layer: str, weights: dict, tmp_path) -> None:
+    _, lowered, _ = lower(model_of(ALL[layer]), weights)
+    found = [node.op_type for node in tiny.optimized_nodes(lowered, tmp_path / "optimized.onnx")]
+    assert "MatMulNBits" in found
+    assert not {"MatMul", "Gemm", "DequantizeLinear", "FusedMatMul", "Transpose"} & set(found)
+
+
 # ------------------------------------------------------------------------------------------------- what is not done
 
 
 @pytest.mark.parametrize(
     ("weights", "reason"),
     [
-        ({"format": "uint8", "symmetric": False}, "asymmetric"),
-        ({"format": "int4"}, "8 bits"),
-        ({"granularity": "group", "group_size": 16}, "blocked"),
+        ({"format": "int16"}, "INT16 codes"),
+        ({"granularity": "group", "group_size": 8}, "groups of 8 features are no multiple of 16"),
+        ({"granularity": "group", "group_size": 24}, "groups of 24 features are no multiple of 16"),
     ],
 )
 def test_skipped_with_the_reason(weights: dict, reason: str) -> None:
@@ -195,7 +338,7 @@ def test_scales_along_the_inputs_are_skipped_with_the_reason() -> None:
     (site,) = find_sites(portable).linears
     site.dequantize.attributes["axis"] = ir.AttrInt64("axis", 0)
     (changes,) = tiny.compile(portable, [LowerWeightOnly()], [])
-    assert "channel" in tiny.reasons(changes)["fc"]
+    assert "along its inputs" in tiny.reasons(changes)["fc"]
 
 
 def test_layers_with_quantized_activations_are_left_to_others() -> None:

@@ -85,6 +85,8 @@ class Target(_Data):
     session_options: dict[str, str] = {}
     """Entries of the session configuration (`SessionOptions.add_session_config_entry`)."""
     disabled_optimizers: tuple[str, ...] = ()
+    block_size: int | None = None
+    """Input features that share a scale in the fastest kernel for weights of few bits."""
     lowering: tuple[str, ...] = ()
     """The passes that run after the recipe's own."""
     pass_defaults: dict[str, dict[str, Any]] = {}
