@@ -2,8 +2,14 @@
 
 PASSES = {
     "smooth-quant": "passes.smooth_quant:SmoothQuant",
+    "awq": "passes.awq:Awq",
+    "mixed-precision": "passes.mixed_precision:MixedPrecision",
+    "gptq": "passes.gptq:Gptq",
     "quantize-weights": "passes.quantize_weights:QuantizeWeights",
+    "hqq": "passes.hqq:Hqq",
+    "nf4": "passes.nf4:Nf4",
     "quantize-activations": "passes.quantize_activations:QuantizeActivations",
     "lower-int8": "passes.lower_int8:LowerInt8",
     "lower-weight-only": "passes.lower_weight_only:LowerWeightOnly",
+    "lower-embedding": "passes.lower_embedding:LowerEmbedding",
 }
