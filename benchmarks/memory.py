@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,38 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.quality import machine, versions
 
-HIDDEN, INNER, HEADS, KV_HEADS, VOCABULARY = 2048, 5632, 32, 8, 16384
-KV = HIDDEN // HEADS * KV_HEADS
-LAYER_PARAMETERS = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV + 3 * HIDDEN * INNER + 2 * HIDDEN
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama; every figure but the layers as in models of about a billion parameters."""
+
+    layers: int
+    hidden: int = 2048
+    inner: int = 5632
+    heads: int = 32
+    kv_heads: int = 8
+    vocabulary: int = 16384
+    tied: bool = True
+
+    @property
+    def kv(self) -> int:
+        return self.hidden // self.heads * self.kv_heads
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of a block's linear layers."""
+        h, inner = self.hidden, self.inner
+        return {"q_proj": (h, h), "k_proj": (h, self.kv), "v_proj": (h, self.kv), "o_proj": (h, h),
+                "gate_proj": (h, inner), "up_proj": (h, inner), "down_proj": (inner, h)}  # fmt: skip
+
+    @property
+    def block_parameters(self) -> int:
+        return sum(k * n for k, n in self.linears.values()) + 2 * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        tables = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        return self.layers * self.block_parameters + tables + self.hidden
 
 
 class Builder:
@@ -68,13 +98,18 @@ class Builder:
         return values[0] if outputs == 1 else values
 
 
-def build(gigabytes: float, folder: Path) -> Path:
+def shape_of(gigabytes: float) -> Shape:
+    """As many layers as make so many gigabytes of float32."""
+    one = Shape(1)
+    return Shape(max(1, math.ceil((gigabytes * 1e9 / 4 - one.vocabulary * one.hidden) / one.block_parameters)))
+
+
+def build(shape: Shape, folder: Path) -> Path:
     """Write the model with external data; returns its path."""
-    layers = max(1, math.ceil((gigabytes * 1e9 / 4 - VOCABULARY * HIDDEN) / LAYER_PARAMETERS))
     b = Builder()
     ids = ir.Value(name="input_ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch", "sequence"]))
     mask = ir.Value(name="attention_mask", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch", "total"]))
-    table = b.weight("model.embed_tokens.weight", VOCABULARY, HIDDEN)
+    table = b.weight("model.embed_tokens.weight", shape.vocabulary, shape.hidden)
     x = b.node("Gather", [table, ids], "/model/embed_tokens")
     lengths = b.node("ReduceSum", [mask, b.constant("one", np.array([1], np.int64))], "/model/lengths", keepdims=0)
     lengths = b.node("Sub", [lengths, b.constant("minus", np.array(1, np.int64))], "/model/last")
@@ -82,37 +117,37 @@ def build(gigabytes: float, folder: Path) -> Path:
     total = b.node("Shape", [mask], "/model/shape")
     total = b.node("Gather", [total, b.constant("second", np.array(1, np.int64))], "/model/total64")
     total = b.node("Cast", [total], "/model/total", to=6)
-    for i in range(layers):
+    for i in range(shape.layers):
         at = f"/model/layers.{i}"
 
-        def linear(value: ir.Value, name: str, k: int, n: int, at: str = at) -> Any:
-            return b.node(
-                "MatMul", [value, b.weight(f"{at[1:].replace('/', '.')}.{name}.weight", k, n)], f"{at}/{name}"
-            )
+        def linear(value: ir.Value, name: str, at: str = at) -> Any:
+            weight = b.weight(f"{at[1:].replace('/', '.')}.{name}.weight", *shape.linears[name])
+            return b.node("MatMul", [value, weight], f"{at}/{name}")
 
         def norm(value: ir.Value, name: str, at: str = at) -> Any:
-            gain = b.weight(f"{at[1:].replace('/', '.')}.{name}.weight", HIDDEN, scale=0.2)
+            gain = b.weight(f"{at[1:].replace('/', '.')}.{name}.weight", shape.hidden, scale=0.2)
             return b.node("SimplifiedLayerNormalization", [value, gain], f"{at}/{name}", epsilon=1e-5, axis=-1)
 
         n = norm(x, "input_layernorm")
-        q, k, v = linear(n, "q_proj", HIDDEN, HIDDEN), linear(n, "k_proj", HIDDEN, KV), linear(n, "v_proj", HIDDEN, KV)
+        q, k, v = linear(n, "q_proj"), linear(n, "k_proj"), linear(n, "v_proj")
         attention = b.node(
             "GroupQueryAttention", [q, k, v, None, None, lengths, total], f"{at}/attn", 3, "com.microsoft",
-            num_heads=HEADS, kv_num_heads=KV_HEADS,
+            num_heads=shape.heads, kv_num_heads=shape.kv_heads,
         )  # fmt: skip
-        x = b.node("Add", [x, linear(attention[0], "o_proj", HIDDEN, HIDDEN)], f"{at}/residual")
+        x = b.node("Add", [x, linear(attention[0], "o_proj")], f"{at}/residual")
         n = norm(x, "post_attention_layernorm")
-        gate, up = linear(n, "gate_proj", HIDDEN, INNER), linear(n, "up_proj", HIDDEN, INNER)
+        gate, up = linear(n, "gate_proj"), linear(n, "up_proj")
         silu = b.node("Mul", [gate, b.node("Sigmoid", [gate], f"{at}/act")], f"{at}/silu")
-        x = b.node(
-            "Add", [x, linear(b.node("Mul", [silu, up], f"{at}/product"), "down_proj", INNER, HIDDEN)], f"{at}/out"
-        )
-    gain = b.weight("model.norm.weight", HIDDEN, scale=0.2)
+        x = b.node("Add", [x, linear(b.node("Mul", [silu, up], f"{at}/product"), "down_proj")], f"{at}/out")
+    gain = b.weight("model.norm.weight", shape.hidden, scale=0.2)
     x = b.node("SimplifiedLayerNormalization", [x, gain], "/model/norm", epsilon=1e-5, axis=-1)
-    head = b.node("Transpose", [table], "/lm_head/turn", perm=[1, 0])
+    if shape.tied:
+        head = b.node("Transpose", [table], "/lm_head/turn", perm=[1, 0])
+    else:
+        head = b.weight("lm_head.weight", shape.hidden, shape.vocabulary)
     logits = b.node("MatMul", [x, head], "/lm_head")
     logits.name, logits.type = "logits", ir.TensorType(ir.DataType.FLOAT)
-    logits.shape = ir.Shape(["batch", "sequence", VOCABULARY])
+    logits.shape = ir.Shape(["batch", "sequence", shape.vocabulary])
     graph = ir.Graph([ids, mask], [logits], nodes=b.nodes, initializers=b.initializers,
                      opset_imports={"": 21, "com.microsoft": 1}, name="llama")  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,10 +176,11 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
-        source = build(arguments.gigabytes, folder / "source")
+        shape = shape_of(arguments.gigabytes)
+        source = build(shape, folder / "source")
         weights = (folder / "source" / "model.onnx.data").stat().st_size
         generator = np.random.default_rng(0)
-        ids = generator.integers(0, VOCABULARY, (arguments.samples, arguments.sequence))
+        ids = generator.integers(0, shape.vocabulary, (arguments.samples, arguments.sequence))
         np.savez(folder / "data.npz", input_ids=ids)
         rows = []
         for recipe, extra in (

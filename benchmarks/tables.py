@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,67 @@ def memory(report: dict[str, Any]) -> str:
     return "\n\n".join([table(head, rows), title + source(report, "benchmarks/memory.py")])
 
 
+def weight_only(report: dict[str, Any]) -> str:
+    parts = []
+    for bits, symmetric in dict.fromkeys((row["bits"], row["symmetric"]) for row in report["rows"] if "bits" in row):
+        rows = [row for row in report["rows"] if (row.get("bits"), row.get("symmetric")) == (bits, symmetric)]
+        groups = sorted({row["group"] for row in rows}, reverse=True)
+        found = {(row["tool"], row["method"], row["group"]): row for row in rows}
+        lines = []
+        for tool, method in dict.fromkeys((row["tool"], row["method"]) for row in rows):
+            cells = [f"**{method}**" if tool == "qcompiler" else f"{tool} {method}"]
+            for group in groups:
+                row = found.get((tool, method, group), {})
+                cells += [f"{row['kl']:.5f}" if row else "", f"{row['closed']:.0%}" if "closed" in row else "",
+                          f"{row['perplexity']:.2f}" if row else ""]  # fmt: skip
+            lines.append(cells)
+        title = f"{bits} bits, {'symmetric' if symmetric else 'with zero points'}"
+        head = [title, *(name for group in groups for name in (f"KL, group {group}", "closed", "perplexity"))]
+        parts.append(table(head, lines))
+    parts.append(as_they_come(report))
+    note = f"{report['tokens']:,} tokens, calibrated on {report['calibration']}; only the blocks' linear layers are "
+    note += "quantized, and all arithmetic is float, except in the last table. "
+    return "\n\n".join([*parts, note + source(report, "benchmarks/weight_only.py")])
+
+
+def as_they_come(report: dict[str, Any]) -> str:
+    """The recipes with their own settings, embedding and lm_head included, with the kernels of ort-cpu."""
+    rows = [
+        [row["method"] if row["method"] == "float" else f"**{row['method']}**", f"{row['kl']:.5f}",
+         f"{row['perplexity']:.2f}", f"{row['top1']:.1%}", f"{row['bytes'] / 1e6:.2f}"]
+        for row in report["rows"] if row.get("shipped")
+    ]  # fmt: skip
+    return table(["as they come, for ort-cpu", "KL", "perplexity", "same top-1", "MB"], rows)
+
+
+def weight_only_memory(report: dict[str, Any]) -> str:
+    rows = [
+        [f"{row['tool']} {row['recipe']}", f"{row['blocks']}", f"{row['parameters'] / 1e9:.2f}",
+         f"{row['peak_gb']:.2f} GB", f"{row['seconds']:.0f} s",
+         f"{row['floor_seconds']:.0f} s" if "floor_seconds" in row else ""]
+        for row in report["rows"]
+    ]  # fmt: skip
+    head = ["GPTQ of a Llama-shaped model", "blocks", "10⁹ parameters", "peak memory", "time", "floor"]
+    data = f"{report['samples']} samples of {report['sequence']} tokens"
+    title = f"{data}, {report['cores']} cores, --memory-limit {report['memory_limit']}; the floor is operations ÷ "
+    title += "measured GEMM rate. "
+    return "\n\n".join([table(head, rows), title + source(report, "benchmarks/weight_only_memory.py")])
+
+
+TABLES = {
+    "quality": quality, "speed": speed, "memory": memory, "weight_only": weight_only,
+    "weight_only_memory": weight_only_memory,
+}  # fmt: skip
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for name, render in (("quality", quality), ("speed", speed), ("memory", memory)):
+    for name in re.findall(r"^<!-- (\w+) -->$", text, re.MULTILINE):
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, rest = text.split(begin)
         report = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        text = f"{before}{begin}\n{render(report)}\n{end}{rest.split(end)[1]}"
+        text = f"{before}{begin}\n{TABLES[name](report)}\n{end}{rest.split(end)[1]}"
     readme.write_text(text, encoding="utf-8")
 
 

@@ -353,7 +353,10 @@ def _cells(rows: Array, granularity: Granularity) -> Array:
 
 
 def _choose(
-    reads: Sequence[Callable[[], Array]], scheme: Scheme, search: Search, importance: Array | None,
+    reads: Sequence[Callable[[], Array]],
+    scheme: Scheme,
+    search: Search,
+    importance: Array | None,
     scale_dtype: npt.DTypeLike,
 ) -> tuple[Array, Array | None]:
     """Scale and zero point [channels, blocks] (per tensor [1, 1]) for rows that are read piece by piece."""

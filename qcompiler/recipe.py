@@ -121,14 +121,39 @@ class Recipe(_Data):
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
 
     def with_options(self, settings: Sequence[str]) -> Recipe:
-        """Apply settings ``PASS.OPTION=VALUE``, values in YAML; a pass that occurs twice gets them twice."""
+        """Apply settings ``PASS.OPTION=VALUE``, values in YAML.
+
+        A pass that occurs several times gets them wherever they make sense: ``quantize-weights.group_size=32`` leaves
+        a second step alone that has one scale for each channel. Raises where they make sense nowhere.
+        """
         recipe = self
         for setting in settings:
             recipe = recipe._with_option(setting)
-        if settings:  # only all settings together need to make sense
-            for step in (*recipe.passes, *(recipe.lowering or ())):
-                recipe._build(step)
-        return recipe
+        update: dict[str, object] = {}
+        for key in ("passes", "lowering") if settings else ():  # only all settings together need to make sense
+            before, after = getattr(self, key) or (), getattr(recipe, key) or ()
+            update[key] = tuple(recipe._sensible(*pair, after) for pair in zip(before, after, strict=True))
+        if recipe.lowering is None:
+            update.pop("lowering", None)
+        return recipe.model_copy(update=update)
+
+    def _sensible(self, before: Step, after: Step, group: Sequence[Step]) -> Step:
+        """The step with its settings; as it was where they only make sense for others of its name."""
+        try:
+            self._build(after)
+        except SchemeError:
+            if not any(self._builds(step) for step in group if step.name == after.name and step is not after):
+                raise
+            self._build(before)
+            return before
+        return after
+
+    def _builds(self, step: Step) -> bool:
+        try:
+            self._build(step)
+        except SchemeError:
+            return False
+        return True
 
     def for_target(self, target: str | None = None) -> Recipe:
         """The recipe for another target (or its own, where None), with the lowering that the target lists.

@@ -13,7 +13,7 @@ def minimal(**more: object) -> Recipe:
 
 
 def test_built_in_recipes_build_for_every_target_that_takes_them() -> None:
-    assert recipe_names() == ["int8-static", "int8-weights", "smoothquant"]
+    assert {"int8-static", "int8-weights", "smoothquant", "gptq-w4", "awq-w4", "nf4"} <= set(recipe_names())
     for name in recipe_names():
         for target in ("portable", "ort-cpu", "ort-cuda"):
             resolved = Recipe.load(name).resolved(target)
@@ -40,7 +40,9 @@ def test_target_preferences_fill_only_what_the_recipe_leaves_open() -> None:
 
 def test_another_target_brings_its_own_lowering() -> None:
     resolved = Recipe.load("int8-weights").resolved("ort-cpu")
-    assert [step.name for step in resolved.lowering or ()] == ["lower-int8", "lower-weight-only"]
+    assert [step.name for step in resolved.lowering or ()] == [
+        "lower-int8", "lower-weight-only", "lower-embedding",
+    ]  # fmt: skip
     assert resolved.resolved("portable").lowering == ()
     assert resolved.resolved("ort-cuda").build_lowering()[0].block_size == 32
 
@@ -62,10 +64,23 @@ def test_settings_parse_yaml_values_and_reach_the_lowering() -> None:
 
 
 def test_settings_need_to_make_sense_only_together() -> None:
-    settings = ["quantize-weights.granularity=group", "quantize-weights.group_size=32"]
+    settings = ["quantize-weights.group_size=32", "quantize-weights.granularity=group"]
     assert minimal().with_options(settings).build()[0].group_size == 32
     with pytest.raises(SchemeError, match="group_size"):
         minimal().with_options(settings[:1])
+
+
+def test_settings_go_where_they_make_sense() -> None:
+    recipe = Recipe.load("rtn-w4").with_options(["quantize-weights.group_size=32"])
+    assert [built.group_size for built in recipe.build()] == [32, None]
+    with pytest.raises(SchemeError, match="int5"):
+        Recipe.load("rtn-w4").with_options(["quantize-weights.format=int5"])
+
+
+def test_an_open_group_size_is_what_the_target_runs_fastest() -> None:
+    sizes = {t: Recipe.load("gptq-w4").resolved(t).build()[0].group_size for t in ("ort-cpu", "ort-cuda", "portable")}
+    assert sizes == {"ort-cpu": 128, "ort-cuda": 32, "portable": None}
+    assert Recipe.load("gptq-w4").with_options(["gptq.group_size=64"]).resolved("ort-cuda").build()[0].group_size == 64
 
 
 def test_a_pass_that_occurs_twice_gets_the_setting_twice() -> None:
@@ -178,7 +193,7 @@ def test_wrong_settings(setting: str, message: str) -> None:
 
 def test_a_scheme_error_says_where_it_is() -> None:
     with pytest.raises(SchemeError, match=r"recipe mine: pass quantize-weights: .*group_size"):
-        minimal(passes=[{"quantize-weights": {"granularity": "group"}}]).build()
+        minimal(passes=[{"quantize-weights": {"group_size": 32}}]).build()
 
 
 def test_unknown_target() -> None:
