@@ -26,6 +26,9 @@ bench: .venv/.ready
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/weight_only.py
+	$(BIN)/python benchmarks/weight_only_memory.py
+	$(BIN)/python benchmarks/tables.py
 
 clean:
 	rm -rf .venv models/.cache benchmarks/.cache demo-output

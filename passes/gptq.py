@@ -37,7 +37,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
 from qcompiler.errors import SchemeError
-from qcompiler.gptq_solver import RAISES, Factor, Search, factorise, plain, solve
+from qcompiler.gptq_solver import RAISES, Factor, Search, check_device, factorise, plain, solve
 from qcompiler.graph import Names
 from qcompiler.match import Linear, Site, find_sites
 from qcompiler.quantize import Array, Quantized, quantize, quantize_weight
@@ -78,6 +78,7 @@ class Gptq(WeightPass):
             raise SchemeError(f"gptq.format: gptq rounds to integers, not to {self.format}: choose int4, uint4 …")
 
     def taps(self, model: ir.Model) -> Sequence[Tap]:
+        check_device(self.device)
         inputs = dict.fromkeys(name for found in self.constants(model, Changes()) for name in _inputs(found))
         return [Tap(name, SecondMoment()) for name in inputs]
 

@@ -82,7 +82,7 @@ MemoryLimit = Annotated[
     int | None,
     typer.Option("--memory-limit", metavar="SIZE", parser=parse_size, help="What calibration may use, e.g. 4GiB."),
 ]
-RunsOn = Annotated[Device, typer.Option("--device", help="Where calibration runs and linear algebra is done.")]
+RunsOn = Annotated[Device, typer.Option("--device", help="Where linear algebra is done; models run on the CPU.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
@@ -120,7 +120,7 @@ def compile_(
     json_: Json = False,
 ) -> None:
     """Compile a model: run a recipe's passes, check the result, and write it with a report."""
-    check_device(device)
+    settings = [*device_settings(device, recipe), *(set_ or ())]
     check_output(output, model)
     from qcompiler.compiler import compile
     from qcompiler.model_io import check_free
@@ -136,7 +136,7 @@ def compile_(
         samples=samples,
         sequence_length=seq_len,
         statistics=statistics,
-        options=set_ or (),
+        options=settings,
         exclude=exclude or (),
         strict=strict,
         work_dir=output.parent / f".{output.name}.unfinished",
@@ -173,7 +173,7 @@ def calibrate(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure what a recipe needs, once; `compile --statistics` then needs no data."""
-    check_device(device)
+    settings = [*device_settings(device, recipe), *(set_ or ())]
     check_output(output, model)
     if output.exists() and not overwrite:
         raise OutputError(f"{output} exists already; choose another name, or give --overwrite")
@@ -188,7 +188,7 @@ def calibrate(
         tokenizer=tokenizer,
         samples=samples,
         sequence_length=seq_len,
-        options=set_ or (),
+        options=settings,
         exclude=exclude or (),
         memory_limit=memory_limit,
         progress=True,
@@ -307,9 +307,18 @@ def targets(
     render_target(Target.load(name), console())
 
 
-def check_device(device: Device) -> None:
-    if device is Device.cuda:
-        raise TargetError("--device cuda: no pass of this version computes on a GPU; leave the option out")
+def device_settings(device: Device, recipe: str) -> list[str]:
+    """The settings that move linear algebra to the device. Raises TargetError where the recipe has none to move."""
+    if device is Device.cpu:
+        return []
+    from qcompiler.recipe import Recipe
+    from qcompiler.registry import options_of, pass_class
+
+    names = dict.fromkeys(step.name for step in Recipe.load(recipe).passes)
+    movable = [name for name in names if any(option.name == "device" for option in options_of(pass_class(name)))]
+    if not movable:
+        raise TargetError(f"--device cuda: no pass of the recipe {recipe} computes on a GPU; leave the option out")
+    return [f"{name}.device={device.value}" for name in movable]
 
 
 def check_output(output: Path, model: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -37,6 +38,17 @@ NOISE = 1e-7  # H is measured in float32: what is smaller than this part of its 
 def plain(search: Search) -> PlainSearch:
     """The nearest search that needs no Hessian."""
     return "mse" if search == "weighted" else search
+
+
+def check_device(device: str) -> None:
+    """Raise RecipeError where there is no torch, or none that computes on the device."""
+    if find_spec("torch") is None:
+        raise RecipeError("gptq computes with torch, which is not installed: pip install 'onnx-qcompiler[torch]'")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise RecipeError("gptq.device: torch finds no CUDA device; take cpu, or install torch with CUDA")
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +280,7 @@ class _Grid:
         return found.astype(self.scheme.number_format.dtype)
 
     def _parameters(self, lo: Array, hi: Array) -> tuple[Array, Array | None]:
-        return scale_and_zero_point(lo, hi, self.scheme, self.scale.dtype)
+        return scale_and_zero_point(lo, hi, self.scheme, self.scale.dtype, either_sign=self.search != "minmax")
 
     def _step(self, scale: Array, zero_point: Array | None, like: Tensor) -> _Step:
         import torch

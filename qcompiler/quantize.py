@@ -73,7 +73,12 @@ class Quantized:
 
 
 def scale_and_zero_point(
-    lo: npt.ArrayLike, hi: npt.ArrayLike, scheme: Scheme, scale_dtype: npt.DTypeLike = np.float32
+    lo: npt.ArrayLike,
+    hi: npt.ArrayLike,
+    scheme: Scheme,
+    scale_dtype: npt.DTypeLike = np.float32,
+    *,
+    either_sign: bool = False,
 ) -> tuple[Array, Array | None]:
     """The scale and zero point with which `scheme` covers the range lo … hi, element by element over any shape.
 
@@ -82,6 +87,9 @@ def scale_and_zero_point(
     *normal* one of float32 and bfloat16, as processors may flush what is below; the smallest subnormal of float16).
     The scale is rounded to `scale_dtype` here, before anything is quantized with it. The zero point is None where the
     scheme has none (symmetric signed, float formats). Raises `DataError` where the range is not finite or upside down.
+
+    `either_sign` lets the symmetric scales of few-bit integers be negative where the upper end is the larger one: int4
+    has a code more below 0 than above, and so the larger end gets it, and is represented exactly.
     """
     lows, highs = np.asarray(lo, np.float64), np.asarray(hi, np.float64)
     if not (np.isfinite(lows).all() and np.isfinite(highs).all()):
@@ -91,7 +99,11 @@ def scale_and_zero_point(
     lows, highs = np.minimum(lows, 0), np.maximum(highs, 0)
     number_format = scheme.number_format
     if scheme.symmetric:
-        scale = _storable(np.maximum(-lows, highs) / number_format.symmetric_divisor, scale_dtype)
+        either_sign = either_sign and number_format.kind == "integer" and number_format.bits < 8
+        divisor = number_format.middle - number_format.qmin if either_sign else number_format.symmetric_divisor
+        scale = _storable(np.maximum(-lows, highs) / divisor, scale_dtype)
+        if either_sign:
+            scale = np.where(highs > -lows, -scale, scale)
         if number_format.middle == 0:
             return scale, None
         return scale, np.full(scale.shape, number_format.middle, number_format.dtype)
@@ -158,9 +170,10 @@ def quantize_weight(
     it.
 
     `search="minmax"` covers the whole range; `"mse"` shrinks it, per scale, to where the squared error is least, by a
-    search over a grid. With `importance` [inputs] a squared error counts as often as its input says: E[x²] makes the
-    sum the error of the output, were inputs independent (scales per channel or group of a matrix). Binary has a best
-    scale in closed form, mean |w| (Rastegari et al. 2016, eq. 6), and needs none.
+    search over a grid (and lets symmetric scales of few bits be negative, see `scale_and_zero_point`). With
+    `importance` [inputs] a squared error counts as often as its input says: E[x²] makes the sum the error of the
+    output, were inputs independent (scales per channel or group of a matrix). Binary has a best scale in closed form,
+    mean |w| (Rastegari et al. 2016, eq. 6), and needs none.
     The work is done in slices of channels: what is needed besides weight and result stays below 64 MB for a matrix of
     4096 × 11008. Raises `DataError` for NaN, infinity or an empty weight, `SchemeError` where the scheme does not fit.
     """
@@ -364,6 +377,8 @@ def _choose(
     kept = _cells(reads[0](), granularity) if len(reads) == 1 else None
     weights = np.float32(1) if importance is None else _cells(importance[None].astype(np.float32), granularity)
 
+    parameters = partial(scale_and_zero_point, scheme=scheme, scale_dtype=scale_dtype, either_sign=search == "mse")
+
     def pieces() -> Iterator[Array]:
         return iter([kept]) if kept is not None else (_cells(read(), granularity) for read in reads)
 
@@ -376,7 +391,7 @@ def _choose(
         hi = np.maximum(np.max([high for _, high in ranges], axis=0), 0.0)
 
     def error(lo: Array, hi: Array) -> Array:
-        scale, zero_point = _both(lambda p: p[..., None], *scale_and_zero_point(lo, hi, scheme, scale_dtype))
+        scale, zero_point = _both(lambda p: p[..., None], *parameters(lo, hi))
         total = np.zeros(lo.shape)
         for cells in pieces():
             codes = _encode(cells, scale, zero_point, number_format)
@@ -389,7 +404,7 @@ def _choose(
 
     if search == "mse" and number_format.kind != "sign":
         lo, hi = least_error_range(lo, hi, error)
-    chosen = scale_and_zero_point(lo, hi, scheme, scale_dtype)
+    chosen = parameters(lo, hi)
     if not isinstance(granularity, PerBlock):
         return chosen
     channels = reads[0]().shape[0]  # one slice: only a tensor's scale is chosen on several

@@ -30,6 +30,7 @@ class NumberFormat:
       nothing. (Code -128 is met only where a range is chosen narrower than the values, which then saturate.)
     - 4 bits and fewer use the *full* range, as one code of 16 is worth having: int4 codes are -8..7, the divisor is
       (7 - -8) / 2 = 7.5. A value at +absmax is rounded to 8 and saturates at 7: half a step of error, never more.
+      (A search for the least error may take a negative scale, which gives the code -8 to the larger end.)
     - Unsigned formats are the signed ones moved up by `middle`: symmetric uint8 has zero point 128, codes 1..255.
     - The float formats map absmax to their largest value, nf4 and fp4_bnb to 1, binary's scale is the code's magnitude.
     """
