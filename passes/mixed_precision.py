@@ -12,6 +12,8 @@ Stored bits are codes, scales and zero points as kernels have them (int4 in grou
 bits are stored in 4. Give the same format, granularity and symmetry as to the pass that rounds: ``quantize-weights``,
 ``gptq``, ``hqq``, any that takes its format from this one's note on the node.
 
+Skipped: nothing here; what cannot be rounded is for the rounding pass to report.
+
 Source: the knapsack is that of Yao et al. 2021, "HAWQ-V3", with the output error in the place of the Hessian's trace.
 """
 
