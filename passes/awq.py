@@ -45,7 +45,7 @@ from pydantic.dataclasses import dataclass as options
 from qcompiler import folding
 from qcompiler.graph import Names
 from qcompiler.match import Linear, NormGroup
-from qcompiler.quantize import quantize_weight
+from qcompiler.quantize_weight import quantize_weight
 from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
 from qcompiler.scheme import Scheme
 from qcompiler.statistics import SecondMoment, StatisticsStore

@@ -40,7 +40,8 @@ from qcompiler.errors import SchemeError
 from qcompiler.gptq_solver import RAISES, Factor, Search, check_device, factorise, plain, solve
 from qcompiler.graph import Names
 from qcompiler.match import Linear, Site, find_sites
-from qcompiler.quantize import Array, Quantized, quantize, quantize_weight
+from qcompiler.quantize import Array, Quantized, quantize
+from qcompiler.quantize_weight import quantize_weight
 from qcompiler.rewrite import OPTIONS, Changes, Kind, Pass, Tap
 from qcompiler.scheme import find_format
 from qcompiler.statistics import SecondMoment, Solved, StatisticsStore

@@ -45,7 +45,8 @@ from pydantic.dataclasses import dataclass as options
 
 from qcompiler.errors import SchemeError
 from qcompiler.graph import Names
-from qcompiler.quantize import Quantized, Search, quantize, quantize_weight, slices
+from qcompiler.quantize import Quantized, quantize, slices
+from qcompiler.quantize_weight import Search, quantize_weight
 from qcompiler.rewrite import OPTIONS, Changes, Kind
 from qcompiler.scheme import NumberFormat, Scheme, find_format
 from qcompiler.statistics import StatisticsStore

@@ -29,7 +29,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
 from qcompiler.errors import SchemeError
-from qcompiler.quantize import Quantized, quantize_weight
+from qcompiler.quantize import Quantized
+from qcompiler.quantize_weight import quantize_weight
 from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Tap
 from qcompiler.scheme import FORMATS
 from qcompiler.statistics import ChannelMoments, StatisticsStore

@@ -50,7 +50,8 @@ from qcompiler.graph import (
     remove_unused_constant,
 )
 from qcompiler.match import Linear, Sites, find_sites
-from qcompiler.quantize import dequantize, quantize, quantize_weight, scale_and_zero_point, slices
+from qcompiler.quantize import dequantize, quantize, scale_and_zero_point, slices
+from qcompiler.quantize_weight import quantize_weight
 from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped
 from qcompiler.scheme import PerGroup, Scheme
 from qcompiler.statistics import StatisticsStore

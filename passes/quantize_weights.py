@@ -33,7 +33,8 @@ from pydantic.dataclasses import dataclass as options
 from qcompiler.errors import SchemeError
 from qcompiler.graph import Names
 from qcompiler.match import Convolution
-from qcompiler.quantize import Quantized, quantize_weight
+from qcompiler.quantize import Quantized
+from qcompiler.quantize_weight import quantize_weight
 from qcompiler.rewrite import OPTIONS, Changes, Kind, Tap
 from qcompiler.saturation import saturation_safe_scale
 from qcompiler.scheme import Scheme

@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.errors import DataError, RecipeError
-from qcompiler.quantize import Array, Quantized, laid_out, least_error_range, quantize_weight, scale_and_zero_point
-from qcompiler.quantize import Search as PlainSearch
+from qcompiler.quantize import Array, Quantized, scale_and_zero_point
+from qcompiler.quantize_weight import Search as PlainSearch
+from qcompiler.quantize_weight import laid_out, least_error_range, quantize_weight
 from qcompiler.scheme import PerGroup, PerTensor, Scheme
 
 if TYPE_CHECKING:

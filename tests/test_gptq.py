@@ -20,7 +20,7 @@ from qcompiler import gptq_solver
 from qcompiler.errors import DataError, SchemeError
 from qcompiler.gptq_solver import Factor, factorise, solve
 from qcompiler.match import find_sites
-from qcompiler.quantize import quantize_weight
+from qcompiler.quantize_weight import quantize_weight
 from qcompiler.rewrite import Changes
 from qcompiler.scheme import PerChannel, PerGroup, PerTensor, Scheme
 from qcompiler.statistics import StatisticsStore

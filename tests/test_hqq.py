@@ -13,7 +13,8 @@ from oracles import hqq as oracle
 from passes.hqq import Hqq, hqq
 from qcompiler.errors import QCompilerError
 from qcompiler.match import find_sites
-from qcompiler.quantize import Quantized, quantize_weight
+from qcompiler.quantize import Quantized
+from qcompiler.quantize_weight import quantize_weight
 from qcompiler.rewrite import Changes
 from qcompiler.scheme import FORMATS, PerChannel, PerGroup, Scheme
 

@@ -17,7 +17,8 @@ from oracles import arithmetic as oracle
 
 from qcompiler.codebooks import NF4_TABLE
 from qcompiler.errors import DataError, SchemeError
-from qcompiler.quantize import dequantize, quantize, quantize_weight, scale_and_zero_point
+from qcompiler.quantize import dequantize, quantize, scale_and_zero_point
+from qcompiler.quantize_weight import quantize_weight
 from qcompiler.scheme import FORMATS, Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Scheme
 
 ONNX_INTEGERS = ["int8", "uint8", "int16", "uint16", "int4", "uint4", "int2", "uint2"]
@@ -377,14 +378,14 @@ def test_weighted_search_has_the_least_weighted_error(granularity: Granularity, 
     weight = generator.standard_t(4, (6, 96) if channel_axis == 0 else (96, 6)).astype(np.float32)
     importance = np.exp(2 * generator.standard_normal(96))
     errors = {}
-    for given in (None, importance):
+    for weights in (None, importance):
         quantized = quantize_weight(
-            weight, Scheme("int4", granularity), channel_axis=channel_axis, search="mse", importance=given
+            weight, Scheme("int4", granularity), channel_axis=channel_axis, search="mse", importance=weights
         )
         difference = np.moveaxis(quantized.dequantize() - weight, channel_axis, 0).astype(np.float64)
         weighted = np.square(difference) * importance
         starts = [0] if isinstance(granularity, PerChannel) else [0, 40, 80]
-        errors[given is None] = np.add.reduceat(weighted, starts, axis=1)
+        errors[weights is None] = np.add.reduceat(weighted, starts, axis=1)
     assert (errors[False] <= errors[True] * (1 + 1e-6)).mean() > 0.9  # the search is a grid, refined around its best
     assert errors[False].sum() < 0.97 * errors[True].sum()
 

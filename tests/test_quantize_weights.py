@@ -209,7 +209,7 @@ def test_formats_that_dequantize_linear_cannot_decode(format: str) -> None:
 
 
 def test_formats_that_need_a_newer_opset() -> None:
-    with pytest.raises(QCompilerError, match="opset 21.*fp4"):
+    with pytest.raises(QCompilerError, match=r"opset 21.*fp4"):
         quantize(tiny.build(MATMUL, W="normal"), format="fp4")
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompiler.quantize import quantize, quantize_weight
+from qcompiler.quantize import quantize
+from qcompiler.quantize_weight import quantize_weight
 from qcompiler.saturation import is_saturation_safe, saturation_safe_scale
 from qcompiler.scheme import PerChannel, PerTensor, Scheme
 
