@@ -30,26 +30,21 @@ class Journal:
     def __init__(self, folder: Path, fingerprint: Mapping[str, str], *, resume: bool) -> None:
         """Begin, or go on with `resume`. Raises OutputError where the folder holds the work of another run, or of an
         unfinished one that nobody said to go on with."""
-        self._folder = folder
+        self._folder, self._fingerprint = folder, dict(fingerprint)
         noted = folder / FINGERPRINT
-        if noted.exists() and not resume:
+        if not noted.exists():
+            return
+        if not resume:
             raise OutputError(
                 f"{folder} holds the work of an unfinished run; go on with it (--resume), or remove the folder"
             )
-        if noted.exists():
-            before = _read_json(noted)
-            for key in fingerprint:
-                if before.get(key) != fingerprint[key]:
-                    raise OutputError(
-                        f"{folder} holds the work of a run with another {key}, which cannot be gone on with; "
-                        "remove the folder to start anew"
-                    )
-            return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            noted.write_text(json.dumps(dict(fingerprint), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
+        before = _read_json(noted)
+        for key in fingerprint:
+            if before.get(key) != fingerprint[key]:
+                raise OutputError(
+                    f"{folder} holds the work of a run with another {key}, which cannot be gone on with; "
+                    "remove the folder to start anew"
+                )
 
     def stages(self, pass_name: str) -> dict[int, dict[str, Solved]]:
         """What the finished stages of a pass computed, by number; constants by name. Raises DataError."""
@@ -76,6 +71,7 @@ class Journal:
         path = self._folder / f"{pass_name}.{stage:05}.safetensors"
         partial = path.with_suffix(".partial")
         try:
+            self._begin()
             save_file(tensors, partial, metadata={"entries": json.dumps(entries)})
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
@@ -83,9 +79,17 @@ class Journal:
         except (OSError, SafetensorError) as error:
             raise OutputError(f"{path} cannot be written: {error}") from error
 
+    def _begin(self) -> None:
+        """Make the folder with the first finished stage, so that a run that fails before leaves nothing."""
+        noted = self._folder / FINGERPRINT
+        if not noted.exists():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            noted.write_text(json.dumps(self._fingerprint, indent=2) + "\n", encoding="utf-8")
+
     def remove(self) -> None:
         """The run is finished and its output written."""
-        shutil.rmtree(self._folder)
+        if self._folder.exists():
+            shutil.rmtree(self._folder)
 
 
 def _read(path: Path) -> dict[str, Solved]:

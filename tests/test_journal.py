@@ -96,6 +96,13 @@ def test_what_is_finished_is_removed_once_the_output_is_there(tmp_path: Path) ->
     assert not (tmp_path / "work").exists()
 
 
+def test_a_run_that_finished_no_stage_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(monkeypatch, after=2)
+    with pytest.raises(Killed):
+        compiled(tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
 def test_unfinished_work_is_not_thrown_away_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(monkeypatch, after=3)
     with pytest.raises(Killed):
