@@ -88,7 +88,7 @@ class SmoothQuant(Pass):
 
     def _groups(self, model: ir.Model) -> list[tuple[NormGroup, str | None]]:
         # As in the paper, attention's o_proj is left alone.
-        return folding.rescalable(model, self, insert_mul=self.insert_mul, through_attention=False)
+        return folding.rescalable(model, self, insert_mul=self.insert_mul, products_only=True)
 
     def _choose(self, measured: _Measured, weights: Sequence[_Weight]) -> tuple[float | None, np.ndarray]:
         """The chosen α and scales [K]; α is None where leaving the group alone is expected to be best."""

@@ -42,18 +42,16 @@ SILENT = 1e-6  # channels that stay this far below the loudest one say nothing a
 
 
 def rescalable(
-    model: ir.Model, step: Pass, *, insert_mul: bool, through_attention: bool = True
+    model: ir.Model, step: Pass, *, insert_mul: bool, products_only: bool = False
 ) -> list[tuple[NormGroup, str | None]]:
     """The groups of layers of which the pass selects any, and why it cannot rescale a group, or None.
 
-    Without `through_attention` v_proj takes nothing on behalf of o_proj.
+    With `products_only` a linear layer takes a factor where it is one side of a product (a gated MLP), and neither
+    through attention nor on behalf of the next layer in a chain.
     """
     groups = [group for group in find_linear_groups(model) if any(step.selects(linear) for linear in group.linears)]
-    if not through_attention:
-        groups = [
-            group if group.factor is None or not group.factor.through_attention else replace(group, factor=None)
-            for group in groups
-        ]
+    if products_only:
+        groups = [group if _is_product(group) else replace(group, factor=None) for group in groups]
     found = []
     for group in groups:
         obstacle, no_fold = _obstacle(group, step), _no_fold(group, step)
@@ -62,6 +60,12 @@ def rescalable(
         else:
             found.append((group, obstacle or no_fold))
     return found
+
+
+def _is_product(group: NormGroup) -> bool:
+    node = group.output.producer()
+    attends = group.factor is not None and group.factor.through_attention
+    return node is not None and node.op_type == "Mul" and not attends
 
 
 def _obstacle(group: NormGroup, step: Pass) -> str | None:

@@ -281,7 +281,7 @@ def test_caches_of_exports(variant: str) -> None:
 
 
 def test_without_attention_v_proj_is_left_alone() -> None:
-    pairs = folding.rescalable(attention(DIRECT, 4), Awq(), insert_mul=False, through_attention=False)
+    pairs = folding.rescalable(attention(DIRECT, 4), Awq(), insert_mul=False, products_only=True)
     ((group, reason),) = [pair for pair in pairs if pair[0].linears[0].name == "o_proj"]
     assert group.factor is None
     assert "no norm" in str(reason)
