@@ -66,7 +66,7 @@ def main() -> None:
     models = {"float": source}
     generator = np.random.default_rng(0)
     samples = [{"input_ids": generator.integers(0, 512, (1, 128))} for _ in range(8)]
-    for recipe in ("smoothquant", "int8-weights"):
+    for recipe in ("smoothquant", "int8-weights", "rtn-w4"):
         folder = CACHE / f"block-{arguments.hidden}-{recipe}"
         compiler.compile(source, recipe, calibration=samples).save(folder, overwrite=True)
         models[recipe] = folder / "model.onnx"
