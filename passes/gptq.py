@@ -16,6 +16,9 @@ error of a column times E[x²] of its input, which is what the output sees of it
 the loudest inputs come first; all scales are then chosen beforehand, on the original weight ("static groups"), and the
 codes are written in their usual order, so that the layer costs the same at run time.
 
+``refine: 4`` goes over the columns again when all are rounded, now that every column knows what the others became, and
+fits the scales to the codes (`qcompiler/coordinate_descent.py`; Behdin et al. 2023, "QuantEase", algorithm 1).
+
 With ``sequential: true`` each block of the model is measured on what the rounded blocks before it answer.
 
 An input that was never active during calibration says nothing: its column is rounded to nearest. (The paper sets it to
@@ -36,6 +39,7 @@ import onnx_ir as ir
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
+from qcompiler.coordinate_descent import refine
 from qcompiler.errors import SchemeError
 from qcompiler.gptq_solver import RAISES, Factor, Search, check_device, factorise, plain, solve
 from qcompiler.graph import Names
@@ -68,6 +72,8 @@ class Gptq(WeightPass):
     """What is added to the diagonal of the Hessian, in units of its mean."""
     act_order: bool = False
     """Round the columns of the loudest inputs first (with scales that are chosen beforehand)."""
+    refine: int = Field(default=0, ge=0)
+    """Sweeps of coordinate descent over codes and scales afterwards; each costs about twice what the rounding did."""
     sequential: bool = True
     """Calibrate each block of the model on the outputs of the rounded blocks before it."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -136,6 +142,11 @@ class Gptq(WeightPass):
                     "give more calibration samples"
                 )
             quantized = solve(data, factor, found.scheme, search=self.search, **settings)
+            if self.refine:
+                quantized = refine(
+                    data, quantized, hessian, found.scheme, channel_axis=found.channel_axis, damping=factor.damping,
+                    sweeps=self.refine, device=self.device,
+                )  # fmt: skip
             before, after = _output_errors(data, quantized, found, hessian, self.search, self.device)
             detail = f"output error {after:.3g}, round-to-nearest {before:.3g}"
             if factor.damping != self.damping:
