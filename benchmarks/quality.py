@@ -38,6 +38,10 @@ from qcompiler.samples import Samples, open_samples  # noqa: E402
 DEMO, CACHE = ROOT / "models" / "demo", ROOT / "benchmarks" / ".cache"
 VARIANTS = ("dynamo", "dynamo-outliers")
 SEQUENCE = 256
+RECIPES = (
+    "int8-static", "smoothquant", "smoothquant-o2", "smoothquant-o1", "int8-dynamic-tensor", "int8-dynamic", "llm-int8",
+    "int8-weights", "fp8-tensor", "fp8", "w4a8", "binary",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -58,7 +62,7 @@ def measure(variant: str, samples: int, windows: int | None) -> Iterator[dict[st
     source = model_path(variant)
     folder = CACHE / variant
     yield row(variant, "float", source, source, windows)
-    for recipe in ("int8-static", "smoothquant", "int8-weights"):
+    for recipe in RECIPES:
         compiled = compiler.compile(
             source.parent, recipe, calibration=str(DEMO / "calibration.txt"), tokenizer=DEMO / "tokenizer.json",
             samples=samples, sequence_length=SEQUENCE,

@@ -27,8 +27,8 @@ def quality(report: dict[str, Any]) -> str:
     for variant, title in (("dynamo", "as it is"), ("dynamo-outliers", "with planted outliers")):
         rows = []
         for row in (row for row in report["rows"] if row["variant"] == variant):
-            ours = row["method"] in ("smoothquant", "int8-static", "int8-weights")
-            name = f"**{row['method']}**" if ours else row["method"]
+            peer = row["method"].startswith("onnxruntime") or row["method"] == "float"
+            name = row["method"] if peer else f"**{row['method']}**"
             rows.append([
                 name, f"{row['perplexity']:.3f}", f"{row['perplexity'] / base[variant]:.4f}",
                 f"{row['kl']:.5f}" if "kl" in row else "", f"{row['top1']:.1%}" if "top1" in row else "",

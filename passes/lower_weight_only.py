@@ -13,6 +13,8 @@ ones where that stores fewer bytes (64 for 192 input features, which two of 128 
 Embeddings that gather from a weight (tied embeddings) gather from the operator's array, which is stored once: they
 become GatherBlockQuantized here.
 
+Binary weights become 2-bit codes, 1 and 3 about the zero point 2: the operator knows no single bits.
+
 Weights in NF4 and FP4 become MatMulBnb4, which ONNX Runtime has for compatibility: on CPUs it is slower than float.
 
 ``fused_kernel`` is for CUDA, whose fast kernel takes 16-bit models without zero points in blocks of 32 (64 for 2 bits):
@@ -22,6 +24,9 @@ these are chosen wherever the kernel would take the layer, and the report says o
 float32 between two Casts, as the CPU kernel would do inside: given half precision scales, ONNX Runtime 1.32 turns them
 by a Cast of its own where the nodes around run in float32, and below the full optimization level the kernel then misses
 the scales and writes garbage without a word.
+
+Layers whose activations are quantized dynamically and whose scales are blocked (W4A8 in groups) read the float
+activation again, as no integer kernel takes both: with ``accuracy_level`` 4 the operator rounds it to 8 bits itself.
 
 ``accuracy_level`` 4 lets the CPU kernel round the activation to 8 bits block by block, which is what makes it fast; 0
 keeps the activation in float.
@@ -40,12 +45,14 @@ import onnx_ir as ir
 from pydantic.dataclasses import dataclass as options
 
 from qcompiler import bnb4
+from qcompiler.activations import DynamicPair, dynamic_pair
+from qcompiler.binary import is_binary, two_bit_matrix
 from qcompiler.block_gather import KERNEL as GATHER
 from qcompiler.block_gather import gather_from_packed
 from qcompiler.blocks import CodeMatrix, code_matrix, pack
 from qcompiler.codes import BITS
 from qcompiler.embeddings import QuantizedEmbedding, find_quantized_embeddings
-from qcompiler.functions import DOMAIN, block_scales, codebook_format
+from qcompiler.functions import block_scales, codebook_format, remove_unused_functions
 from qcompiler.graph import (
     Names,
     add_constant,
@@ -54,9 +61,11 @@ from qcompiler.graph import (
     insert_before,
     new_node,
     node_graph,
+    remove_node_if_unused,
     remove_unused_constant,
     replace_output,
 )
+from qcompiler.integer_weights import is_blocked
 from qcompiler.match import Linear, find_sites
 from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped
 from qcompiler.statistics import StatisticsStore
@@ -132,7 +141,8 @@ class LowerWeightOnly(Pass):
         embeddings = find_quantized_embeddings(model)
         made: dict[object, _Operator] = {}
         for site in self.selected(find_sites(model).linears):
-            if site.dequantize is None or _reads_codes(site.node):
+            pair = dynamic_pair(site.input)
+            if site.dequantize is None or (not is_blocked(site) if pair is not None else _reads_codes(site.node)):
                 continue
             # Two layers can read one square constant in both directions.
             key = site.weight, site.transposed, *site.dequantize.inputs[1:]
@@ -145,10 +155,20 @@ class LowerWeightOnly(Pass):
                     changes.skipped.append(Skipped(site.name, operator))
                     continue
                 made[key] = operator
-            changes.changed.append(Changed(site.name, kernel=made[key].op_type, detail=made[key].detail))
+            detail = made[key].detail
+            if pair is not None:
+                detail = f"{detail}, {self._activation(made[key])}"
+                _read_float(site, pair)
+            changes.changed.append(Changed(site.name, kernel=made[key].op_type, detail=detail))
             _lower(site, made[key], names, self.name)
-        _remove_unused_functions(model)
+        remove_unused_functions(model)
         return changes
+
+    def _activation(self, operator: _Operator) -> str:
+        """What becomes of an activation that the recipe wants rounded, for the report."""
+        if operator.op_type == KERNEL and self.accuracy_level == 4:
+            return f"the activation rounded to 8 bits by the kernel, in blocks of {operator.attributes['block_size']}"
+        return "the activation stays float"
 
     def _blocks(
         self, site: Linear, embeddings: tuple[QuantizedEmbedding, ...], names: Names, changes: Changes
@@ -277,8 +297,17 @@ def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
     return new_node("Cast", [value], name, dtype=dtype, shape=value.shape, attributes={"to": int(dtype)})
 
 
+def _read_float(site: Linear, pair: DynamicPair) -> None:
+    """Take a dynamic pair away from the layer: the operator takes scales in blocks and a float activation alone."""
+    quantized = site.node.inputs[0]
+    site.node.replace_input_with(0, pair.source)
+    producer = quantized.producer() if quantized is not None else None
+    if producer is not None:
+        remove_node_if_unused(producer)
+
+
 def _reads_codes(layer: ir.Node) -> bool:
-    """Whether the activation is quantized, too: then the layer is another pass's business."""
+    """Whether the activation is quantized statically, too: then the layer is another pass's business."""
     producer = layer.inputs[0].producer() if layer.inputs[0] is not None else None
     return producer is not None and producer.op_type == "DequantizeLinear"
 
@@ -287,6 +316,8 @@ def _matrix(site: Linear) -> CodeMatrix | str:
     """The layer's weight with a row for each output, or why it cannot be read so."""
     node = site.dequantize
     assert node is not None
+    if is_binary(node):
+        return two_bit_matrix(node)
     scale, zero_point = (*node.inputs, None)[1:3]
     noted = node.metadata_props.get(BITS)
     return code_matrix(
@@ -298,12 +329,3 @@ def _matrix(site: Linear) -> CodeMatrix | str:
 def _dtype(matrix: CodeMatrix) -> ir.DataType:
     """The type that the model computes the layer in: that of its scales."""
     return ir.DataType.from_numpy(matrix.scale.dtype)
-
-
-def _remove_unused_functions(model: ir.Model) -> None:
-    """Drop the functions that decoded what is multiplied as it is now."""
-    used = {node.op_identifier() for node in model.graph.all_nodes()}
-    for identifier in [key for key in model.functions if key[0] == DOMAIN and key not in used]:
-        del model.functions[identifier]
-    if not any(domain == DOMAIN for domain, _, _ in model.functions):
-        model.graph.opset_imports.pop(DOMAIN, None)

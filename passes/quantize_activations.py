@@ -1,38 +1,52 @@
-"""Quantizes the inputs of layers whose weights are quantized, with one static scale for each value.
+"""Quantizes the inputs of layers whose weights are quantized, with scales from calibration or found at run time.
 
 **Before**  y = x · DequantizeLinear(Q_w, …)
-**After**   y = DequantizeLinear(QuantizeLinear(x, s, z), s, z) · DequantizeLinear(Q_w, …)
+**After**   static                y = DequantizeLinear(QuantizeLinear(x, s, z), s, z) · DequantizeLinear(Q_w, …)
+            dynamic               y = DequantizeLinear(DynamicQuantizeLinear(x)) · DequantizeLinear(Q_w, …)
+            dynamic, per token    y = DequantizePerToken(DynamicQuantizePerToken(x)) · DequantizeLinear(Q_w, …)
 
-Each value gets one QuantizeLinear/DequantizeLinear pair, whichever layers share it. The range comes from calibration:
-the extremes (``minmax``), their moving average, a percentile (``percentile``), the range with the smallest squared
-error (``mse``) or with the smallest Kullback-Leibler divergence (``entropy``). Scale and zero point follow from it as
-in ONNX's QuantizeLinear: s = (hi - lo) / (levels - 1), z = round(qmin - lo / s), and 0 is always exact.
+Each value gets one pair of nodes, whichever layers share it.
+
+Static: the range comes from calibration: the extremes (``minmax``), their moving average, a percentile
+(``percentile``), the range with the smallest squared error (``mse``) or with the smallest Kullback-Leibler divergence
+(``entropy``). Scale and zero point follow from it as in ONNX's QuantizeLinear: s = (hi - lo) / (levels - 1),
+z = round(qmin - lo / s), and 0 is always exact.
 
 ``outputs`` puts a pair behind each convolution, too (behind the Relu or Clip that follows it), because a kernel that
 keeps integers from layer to layer needs to know the scale of its result.
 
-Skipped: layers whose weight is float, as there is nothing to win, and inputs that are quantized already.
+``dynamic``: the range is that of the value itself, each time that the model runs, so nothing needs to be measured.
+``granularity: tensor`` has one range for the whole value, and so for all samples of a batch: uint8, asymmetric.
+``granularity: token`` has one scale for each row of x [..., K]: s = max |row| / 127, codes = round(row / s). Together
+with weights that have a scale for each output channel that is vector-wise quantization, as a row's scale and a
+column's multiply the integer product from the outside: y_ij ≈ s_i t_j Σ_k X_ik W_kj (Dettmers et al. 2022,
+"LLM.int8()", section 2.2, eq. 3 and 4). It is always symmetric: a zero point for each row would need the sums of the
+weight's columns multiplied in, and no kernel does that. With ``format: int4`` codes are -7 … 7.
+
+Skipped: layers whose weight is float, as there is nothing to win; inputs that are quantized already; convolutions
+where scales are per token, as their inputs have no rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from difflib import get_close_matches
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
+from qcompiler.activations import Build, Pairs, Quantizable, is_quantized, tensor_pair, token_pair
 from qcompiler.errors import RecipeError, SchemeError
-from qcompiler.graph import Names, add_constant, inherit, insert_after, insert_before, new_node, node_graph
+from qcompiler.graph import Names, add_constant, new_node
 from qcompiler.match import Convolution, Linear, find_sites
 from qcompiler.quantize import scale_and_zero_point
 from qcompiler.registry import users_own
 from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
-from qcompiler.scheme import FORMATS, PerTensor, Scheme
+from qcompiler.scheme import PerTensor, PerToken, Scheme
 from qcompiler.statistics import (
     MSE,
     ChannelRange,
@@ -45,7 +59,11 @@ from qcompiler.statistics import (
     StatisticsStore,
 )
 
-Quantizable = Linear | Convolution
+if TYPE_CHECKING:
+    from qcompiler.targets import Target
+
+FORMATS = ("uint8", "int8", "uint16", "int16")
+TOKEN_FORMATS = ("int8", "int4")
 RANGES = ("minmax", "moving-average", "percentile", "mse", "entropy")
 
 
@@ -54,16 +72,20 @@ class QuantizeActivations(Pass):
     name: ClassVar[str] = "quantize-activations"
     kind: ClassVar[Kind] = "rounding"
 
-    format: Literal["uint8", "int8", "uint16", "int16"] = "uint8"
-    """Number format of the activations."""
-    symmetric: bool = False
-    """Without a zero point of its own (uint8 then has zero point 128)."""
+    format: str | None = None
+    """uint8, int8, uint16 or int16; int8 or int4 where scales are per token. Open: uint8, or int8 per token."""
+    symmetric: bool | None = None
+    """Without a zero point of its own (uint8 then has zero point 128); open: only where scales are per token."""
+    granularity: Literal["tensor", "token"] = "tensor"
+    """What shares one scale: the whole value, or a row of it (token), which is always dynamic."""
+    dynamic: bool | None = None
+    """Find scales at run time, and not by calibration; open: where they are per token."""
     range: str = "minmax"
-    """How the range is chosen: minmax, moving-average, percentile, mse, entropy, or `module:Class` (your Statistic)."""
+    """How a static range is chosen: minmax, moving-average, percentile, mse, entropy, or `module:Class` (your own)."""
     percent: float = Field(default=99.999, gt=50, le=100)
     """Share of the values that `range: percentile` keeps."""
     outputs: bool = True
-    """Quantize the outputs of convolutions, too."""
+    """Quantize the outputs of convolutions, too, where scales are static."""
 
     def __post_init__(self) -> None:
         if self.range not in RANGES and ":" not in self.range:
@@ -73,40 +95,49 @@ class QuantizeActivations(Pass):
             )
         if ":" in self.range:
             _own_statistic(self.range)  # a mistake shows at once, and saved statistics of the class can be read
+        _check(self.scheme(), self.range)
 
     def scheme(self) -> Scheme:
-        return Scheme(self.format, PerTensor(), self.symmetric)
+        """The options as a scheme, with what they leave open; raises `SchemeError` where they do not go together."""
+        per_token = self.granularity == "token"
+        return Scheme(
+            format=self.format or ("int8" if per_token else "uint8"),
+            granularity=PerToken() if per_token else PerTensor(),
+            symmetric=per_token if self.symmetric is None else self.symmetric,
+            dynamic=per_token if self.dynamic is None else self.dynamic,
+        )
+
+    def for_target(self, target: Target) -> Pass:
+        scheme = self.scheme()
+        return replace(self, format=scheme.format, symmetric=scheme.symmetric, dynamic=scheme.dynamic)
 
     def taps(self, model: ir.Model) -> Sequence[Tap]:
+        if self.scheme().dynamic:
+            return ()
         taps: list[Tap] = []
         for site in self._sites(model):
-            if not _is_dequantized(site.input):
+            if not is_quantized(site.input):
                 taps.append(Tap(str(site.input.name), self._statistic(site)))
             if self.outputs and isinstance(site, Convolution):
                 taps.append(Tap(str(_end_of(site).name), self._statistic(site)))
         return list({(tap.value, tap.statistic.key): tap for tap in taps}.values())
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
-        changes = Changes()
+        changes, scheme = Changes(), self.scheme()
         names = Names(model.graph)
-        pairs: dict[ir.Value, ir.Value] = {}
+        pairs = Pairs(self.name)
         sites = self._sites(model)
         for site in sites:
-            if site.dequantize is None:
-                changes.skipped.append(Skipped(site.name, "its weight is float (quantize-weights comes first)"))
+            obstacle = _obstacle(site, scheme)
+            if obstacle is not None:
+                changes.skipped.append(Skipped(site.name, obstacle))
                 continue
-            source = site.input
-            if _is_dequantized(source):
-                changes.skipped.append(Skipped(site.name, "its input is quantized already"))
-                continue
-            if source not in pairs:
-                pairs[source] = self._insert_pair(source, site, statistics, names)
-            site.node.replace_input_with(0, pairs[source])
-            changes.changed.append(Changed(site.name, scheme=f"activations {self.scheme()}"))
-        if self.outputs:
+            pairs.read(site, self._build(model, site, statistics, names))
+            changes.changed.append(Changed(site.name, scheme=f"activations {scheme}"))
+        if self.outputs and not scheme.dynamic:
             for site in sites:
                 if isinstance(site, Convolution) and site.dequantize is not None:
-                    self._quantize_output(site, pairs, statistics, names)
+                    self._quantize_output(site, pairs, self._build(model, site, statistics, names))
         return changes
 
     def _sites(self, model: ir.Model) -> list[Quantizable]:
@@ -114,6 +145,7 @@ class QuantizeActivations(Pass):
         return [site for site in found if isinstance(site, Linear | Convolution) and self.selects(site)]
 
     def _statistic(self, site: Quantizable) -> Statistic:
+        scheme = self.scheme()
         match self.range:
             case "minmax":
                 # Per channel where that is possible: smoothing can rescale it, so that nothing is measured twice.
@@ -123,20 +155,29 @@ class QuantizeActivations(Pass):
             case "percentile":
                 return Percentile(percent=self.percent)
             case "mse":
-                return MSE(format=self.format, symmetric=self.symmetric)
+                return MSE(format=scheme.format, symmetric=scheme.symmetric)
             case "entropy":
-                return Entropy(bits=min(FORMATS[self.format].bits, 8))
+                return Entropy(bits=min(scheme.number_format.bits, 8))
             case path:
                 return _own_statistic(path)
 
-    def _insert_pair(self, source: ir.Value, site: Quantizable, statistics: StatisticsStore, names: Names) -> ir.Value:
-        """QuantizeLinear and DequantizeLinear right behind the producer of `source`, so before all readers."""
-        assert site.dequantize is not None
+    def _build(self, model: ir.Model, site: Quantizable, statistics: StatisticsStore, names: Names) -> Build:
+        """Makes the pair of nodes for a value that the site reads or writes."""
+        scheme = self.scheme()
+        if not scheme.dynamic:
+            return lambda source, dtype: self._static_pair(model.graph, source, dtype, site, statistics, names)
+        if isinstance(scheme.granularity, PerToken):
+            return lambda source, dtype: token_pair(model, source, dtype, names, scheme.number_format.qmax)
+        return lambda source, dtype: tensor_pair(source, dtype, names)
+
+    def _static_pair(
+        self, graph: ir.Graph, source: ir.Value, dtype: ir.DataType, site: Quantizable, statistics: StatisticsStore,
+        names: Names,
+    ) -> list[ir.Node]:  # fmt: skip
+        scheme = self.scheme()
         bounds = _bounds(statistics.get(str(source.name), self._statistic(site)))
-        # Shape inference stops at operators of ONNX Runtime; the layer's other operand has the type, too.
-        dtype = source.dtype or site.dequantize.outputs[0].dtype or ir.DataType.FLOAT
-        scale, zero_point = scale_and_zero_point(bounds.lo, bounds.hi, self.scheme(), scale_dtype=dtype.numpy())
-        number_format, graph = FORMATS[self.format], node_graph(site.node)
+        scale, zero_point = scale_and_zero_point(bounds.lo, bounds.hi, scheme, scale_dtype=dtype.numpy())
+        number_format = scheme.number_format
         if zero_point is None:
             zero_point = np.zeros((), number_format.dtype)
         s = add_constant(graph, names.fresh(f"{source.name}.scale"), np.asarray(scale))
@@ -145,34 +186,53 @@ class QuantizeActivations(Pass):
                             dtype=ir.DataType[number_format.storage], shape=source.shape)  # fmt: skip
         dequantize = new_node("DequantizeLinear", [quantize.outputs[0], s, z],
                               names.fresh(f"{source.name}.dequantized"), dtype=dtype, shape=source.shape)  # fmt: skip
-        inherit([quantize, dequantize], site.node, self.name)
-        producer = source.producer()
-        if producer is not None:
-            insert_after(producer, [quantize, dequantize])
-        else:
-            insert_before(site.node, [quantize, dequantize])
-        return dequantize.outputs[0]
+        return [quantize, dequantize]
 
-    def _quantize_output(
-        self, site: Convolution, pairs: dict[ir.Value, ir.Value], statistics: StatisticsStore, names: Names
-    ) -> None:
+    def _quantize_output(self, site: Convolution, pairs: Pairs, build: Build) -> None:
         """Every reader of the convolution's result reads the pair behind it; readers that have one already stay."""
         end = _end_of(site)
         if end.is_graph_output():
             return
-        if end not in pairs:
-            if any(use.node.op_type == "QuantizeLinear" for use in end.uses()):
-                return  # the model came with a pair of its own
-            pairs[end] = self._insert_pair(end, site, statistics, names)
-        pair = pairs[end]
+        if end not in pairs and any(use.node.op_type == "QuantizeLinear" for use in end.uses()):
+            return  # the model came with a pair of its own
+        pair = pairs.at(end, site, build)
         for use in list(end.uses()):
             if use.node.op_type != "QuantizeLinear":
                 use.node.replace_input_with(use.idx, pair)
 
 
-def _is_dequantized(value: ir.Value) -> bool:
-    producer = value.producer()
-    return producer is not None and producer.op_type == "DequantizeLinear"
+def _check(scheme: Scheme, range: str) -> None:
+    """Raise `SchemeError` where activations cannot have the scheme, or a range is to be measured for nothing."""
+    per_token = isinstance(scheme.granularity, PerToken)
+    if scheme.dynamic and range != "minmax":
+        raise SchemeError(f"range {range} is measured on calibration data, and dynamic scales need none: leave it out.")
+    if scheme.dynamic and not per_token and (scheme.format != "uint8" or scheme.symmetric):
+        raise SchemeError(
+            "dynamic activations with one scale for the tensor are uint8 with a zero point, as DynamicQuantizeLinear "
+            "makes them: leave format and symmetric out, or set granularity to token."
+        )
+    if per_token and not scheme.symmetric:
+        raise SchemeError(
+            "activations with a scale for each token are symmetric, as no kernel takes a zero point for each row: "
+            "leave symmetric out, or set granularity to tensor."
+        )
+    formats = TOKEN_FORMATS if per_token else FORMATS
+    if scheme.format not in formats:
+        raise SchemeError(
+            f"activations with a scale for each {'token' if per_token else 'tensor'} are {', '.join(formats[:-1])} or "
+            f"{formats[-1]}, not {scheme.format}."
+        )
+
+
+def _obstacle(site: Quantizable, scheme: Scheme) -> str | None:
+    """Why the input of a layer stays as it is, or None."""
+    if site.dequantize is None:
+        return "its weight is float (quantize-weights comes first)"
+    if is_quantized(site.input):
+        return "its input is quantized already"
+    if isinstance(site, Convolution) and isinstance(scheme.granularity, PerToken):
+        return "the input of a convolution has no rows to scale: use granularity tensor"
+    return None
 
 
 def _end_of(site: Convolution) -> ir.Value:

@@ -17,6 +17,12 @@ int8 kernel adds the products of two neighbouring inputs in 16 bits and saturate
 channel is raised until two neighbouring codes never add up to more than 128 (about 1.3 × on Gaussian weights), and
 convolutions are stored as uint8, whose kernel is exact.
 
+``format: binary`` keeps the sign of each weight, and α = mean |W| for each output channel or group, which is the
+nearest such matrix (Rastegari et al. 2016, "XNOR-Net", eq. 6; ``search: weighted`` weighs the mean with E[x²]). The
+weight is then one node, the function `qcompiler::DequantizeBinary`, which reads 8 signs from each byte. This is a
+scheme to train models with: it takes most of its quality from one that was trained in float, and the report says how
+much. Linear layers alone can have it.
+
 Skipped: constants in forms that no pass handles (inside If or Loop bodies, batched weights, …), each with its reason.
 """
 
@@ -27,9 +33,12 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from pydantic.dataclasses import dataclass as options
 
+from qcompiler.binary import DEQUANTIZE, add_binary_function
+from qcompiler.binary import FORMAT as BINARY
 from qcompiler.errors import SchemeError
 from qcompiler.graph import Names
 from qcompiler.match import Convolution
@@ -68,8 +77,13 @@ class QuantizeWeights(WeightPass):
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
         changes = Changes()
         names = Names(model.graph)
-        for constant in self.constants(model, changes):
-            self.install(constant, self._quantized(constant, statistics), names, changes, nearest=True)
+        constants = self.constants(model, changes)
+        if self.format == BINARY and constants:
+            add_binary_function(model, DEQUANTIZE)
+        for constant in constants:
+            quantized = self._quantized(constant, statistics)
+            details = _bits_a_weight(constant, quantized) if self.format == BINARY else None
+            self.install(constant, quantized, names, changes, details=details, nearest=True)
         return changes
 
     def _quantized(self, constant: WeightConstant, statistics: StatisticsStore) -> Quantized:
@@ -79,9 +93,12 @@ class QuantizeWeights(WeightPass):
         importance = _energy(constant, statistics) if weighted else None
         search: Literal["minmax", "mse"] = "minmax" if self.search == "minmax" else "mse"
 
+        def scale_dtype(data: np.ndarray) -> npt.DTypeLike:
+            return np.float32 if scheme.format == BINARY else data.dtype
+
         def choose(data: np.ndarray) -> Quantized:
             found = quantize_weight(
-                data, scheme, channel_axis=axis, search=search, importance=importance, scale_dtype=data.dtype,
+                data, scheme, channel_axis=axis, search=search, importance=importance, scale_dtype=scale_dtype(data),
                 name=constant.name,
             )  # fmt: skip
             if safe and scheme.format == "int8" and scheme.symmetric and found.block_size is None:
@@ -95,6 +112,14 @@ class QuantizeWeights(WeightPass):
         if self.saturation_safe and self.format == "int8" and any(isinstance(site, Convolution) for site in readers):
             return replace(scheme, format="uint8")
         return scheme
+
+
+def _bits_a_weight(constant: WeightConstant, quantized: Quantized) -> dict[str, str]:
+    """What a binary weight takes in the file, for the report."""
+    linear = constant.linears[0]
+    stored = 8 * -(-linear.in_features // 8) * linear.out_features + 32 * quantized.scale.size
+    bits = stored / quantized.codes.size
+    return {reader.name: f"{bits:.2f} bits a weight" for reader in constant.readers}
 
 
 def _energy(constant: WeightConstant, statistics: StatisticsStore) -> np.ndarray:

@@ -3,6 +3,7 @@
 compiled = qcompiler.compile("model.onnx", "smoothquant", calibration="text.txt", tokenizer="tokenizer.json")
 compiled.save("out")
 session = qcompiler.load_session("out")
+written = qcompiler.generate("out", [17, 4, 99])  # language models
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from qcompiler.calibrate import Hook
     from qcompiler.compiler import Compiled, compile
     from qcompiler.errors import QCompilerError
+    from qcompiler.generation import generate
     from qcompiler.model_diff import diff
     from qcompiler.recipe import Recipe
     from qcompiler.rewrite import Pass
@@ -30,10 +32,13 @@ _PUBLIC = {
     "Statistic": "statistics",
     "compile": "compiler",
     "diff": "model_diff",  # not diff.py: a submodule of that name would hide the function
+    "generate": "generation",
     "load_session": "runtime",
 }
 
-__all__ = ["Compiled", "Hook", "Pass", "QCompilerError", "Recipe", "Statistic", "compile", "diff", "load_session"]
+__all__ = [
+    "Compiled", "Hook", "Pass", "QCompilerError", "Recipe", "Statistic", "compile", "diff", "generate", "load_session",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ from qcompiler.rewrite import Tap
 from qcompiler.samples import Samples
 from qcompiler.stages import run_stages
 from qcompiler.statistics import Statistic, StatisticsStore
+from qcompiler.stored_past import Adapted, StoredPasts
 from qcompiler.tensors import pieces
 
 
@@ -96,13 +97,17 @@ class Calibrator:
 
         with progress_bar("quantizing block by block", self._progress) as progress:
             run_stages(
-                model, self._samples, [{tap.value for tap in stage} for stage in stages], consume, rewrite_all,
+                model, self._read_by(model), [{tap.value for tap in stage} for stage in stages], consume, rewrite_all,
                 done=lambda members: all(map(done, members)), memory_limit=self._memory_limit, progress=progress,
             )  # fmt: skip
 
     def run_hooks(self, model: ir.Model) -> None:
         """Run the hooks now, where they have not run with a sweep of `collect` before."""
         self._sweep(model, [])
+
+    def _read_by(self, model: ir.Model) -> Samples | Adapted:
+        """The samples; where the model has its caches quantized by now, as it reads them."""
+        return Adapted(self._samples, model) if StoredPasts(model) else self._samples
 
     def _sweep(self, model: ir.Model, measured: Sequence[tuple[str, Statistic]]) -> None:
         hooks = _hooks_by_value(model.graph, self._waiting)
@@ -120,7 +125,7 @@ class Calibrator:
 
         with progress_bar("calibrating", self._progress) as progress:
             segments.run(
-                model, self._samples, {*statistics, *hooks}, consume,
+                model, self._read_by(model), {*statistics, *hooks}, consume,
                 memory_limit=self._memory_limit, progress=progress,
             )  # fmt: skip
         self._waiting = ()

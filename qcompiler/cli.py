@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qcompiler.cli_generate import generate
 from qcompiler.errors import OutputError, PassError, QCompilerError, RecipeError, TargetError
 
 if TYPE_CHECKING:
@@ -206,11 +207,20 @@ def eval_(
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json; by default the one beside the model.")] = None,
     seq_len: SequenceLength = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Stop after so many samples.")] = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Read in steps through the cache, so that its errors are in the figures.")
+    ] = False,
+    chunk: Annotated[int, typer.Option(min=1, help="With --decode: tokens a step.")] = 1,
+    prefill: Annotated[
+        int | None, typer.Option(min=1, help="With --decode: tokens of the first step; by default as many.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of ONNX Runtime.")] = None,
     json_: Json = False,
 ) -> None:
     """Measure the perplexity of a language model and, with --reference, how close it is to another."""
-    from qcompiler.evaluate import evaluate
+    if not decode and (chunk > 1 or prefill is not None):
+        raise typer.BadParameter("--chunk and --prefill say how --decode reads; give --decode, too")
+    from qcompiler.evaluate import Steps, evaluate
     from qcompiler.report.table import evaluation_rows
 
     figures = evaluate(
@@ -220,6 +230,7 @@ def eval_(
         tokenizer=tokenizer,
         sequence_length=seq_len,
         limit=samples,
+        decode=Steps(chunk, prefill) if decode else None,
         threads=threads,
         progress=True,
     ).to_dict()
@@ -227,6 +238,9 @@ def eval_(
         print_json(figures)
     else:
         print_table(("measure", "value"), evaluation_rows(figures))
+
+
+app.command("generate")(generate)
 
 
 @app.command("diff")

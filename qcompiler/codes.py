@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from qcompiler.binary import DEQUANTIZE, packed_signs
+from qcompiler.functions import DOMAIN
 from qcompiler.graph import (
     Names,
     add_constant,
@@ -150,3 +152,54 @@ class Codes:
         inherit(new, gather, pass_name)
         insert_before(gather, new)
         replace_output(gather, scaled.outputs[0])
+
+
+class BinaryCodes:
+    """A constant of signs in the graph: bits [N, ⌈K / 8⌉] (computed when written), scales, one DequantizeBinary.
+
+    The model must have that function.
+    """
+
+    def __init__(self, site: Linear, quantized: Quantized, names: Names) -> None:
+        """`site` is the first layer in graph order that reads the constant."""
+        weight = constant(site.weight)
+        assert weight is not None  # recognisers only report constants
+        self.dtype = weight.dtype
+        # The codes of a tied weight carry the layer's name: recognisers take a layer's path from its weight's name.
+        self.base = str(site.weight.name if site.transpose is None else site.name)
+        graph, name = node_graph(site.node), names.fresh(f"{self.base}.codes")
+        self.codes = add_constant(graph, name, packed_signs(weight, site.channel_axis, name))
+        scale = quantized.scale if quantized.block_size is None or site.channel_axis == 0 else quantized.scale.T
+        self.scale = add_constant(graph, names.fresh(f"{self.base}.scale"), scale)
+        self.block_size = quantized.block_size or site.in_features
+        self._dequantized: ir.Value | None = None
+        self._transposed: ir.Value | None = None
+
+    def dequantize_for(self, site: Linear, names: Names, pass_name: str) -> None:
+        """Let the layer read the dequantized constant [N, K], through a Transpose where it multiplies by [K, N]."""
+        if self._dequantized is None:
+            shape = ir.Shape((site.out_features, site.in_features))
+            node = new_node(
+                DEQUANTIZE, [self.codes, self.scale], names.fresh(f"{self.base}.dequantized"), domain=DOMAIN,
+                dtype=self.dtype, shape=shape, attributes={
+                    "in_features": site.in_features, "block_size": self.block_size, "output_dtype": int(self.dtype),
+                },
+            )  # fmt: skip
+            inherit([node], site.node, pass_name)
+            insert_before(site.node, [node])
+            self._dequantized = node.outputs[0]
+        source = self._dequantized
+        if not site.node.attributes.get_int("transB", 0):
+            source = self._transposed = self._transposed or self._transposed_for(site, source, names, pass_name)
+        site.node.replace_input_with(1, source)
+        add_provenance(site.node, pass_name)
+        if site.transpose is not None and site.transpose.graph is not None:
+            remove_node_if_unused(site.transpose)
+
+    def _transposed_for(self, site: Linear, dequantized: ir.Value, names: Names, pass_name: str) -> ir.Value:
+        shape = ir.Shape((site.in_features, site.out_features))
+        turned = new_node("Transpose", [dequantized], names.fresh(f"{dequantized.name}.transposed"), like=dequantized,
+                          shape=shape, attributes={"perm": [1, 0]})  # fmt: skip
+        inherit([turned], site.node, pass_name)
+        insert_before(site.node, [turned])
+        return turned.outputs[0]

@@ -70,10 +70,10 @@ def compile(
     runs = pipeline.run(graph, plan.passes, store, calibrator, observers, journal)
     if calibrator is not None:
         calibrator.run_hooks(reference)  # where nothing had to be measured, the hooks have not seen the data yet
+    portable = graph.clone()
     runs += pipeline.run(graph, plan.lowering, store, calibrator, observers)
     inputs.finish(graph, plan.recipe)
-
-    comparison = build.comparison(reference, graph, held_out, facts, runs, memory_limit, progress)
+    comparison = build.comparison(reference, graph, portable, held_out, facts, runs, memory_limit, progress)
     report = build.report(plan.recipe, facts, runs, comparison, before, build.constant_bytes(graph), hashes)
     report.gates, report.strict = check_gates(plan.recipe.gates, report.outputs), strict
     report.seconds = round(time.perf_counter() - start, 2)

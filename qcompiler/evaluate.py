@@ -7,20 +7,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 
 from qcompiler import model_io
+from qcompiler.companions import tokenizer_beside
+from qcompiler.decoder import Decoder, logits_output
 from qcompiler.errors import DataError, ModelError
 from qcompiler.likelihood import Difference, Divergence, Likelihood
 from qcompiler.progress import progress_bar
 from qcompiler.runtime import load_session, one_line
 from qcompiler.samples import Samples, open_samples
-from qcompiler.signature import Signature
+from qcompiler.signature import PAST, Signature
+from qcompiler.stored_past import StoredPasts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import onnxruntime
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How a text is read through the cache: the first `prefill` tokens at once (default: one chunk), then chunks."""
+
+    chunk: int = 1
+    prefill: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ def evaluate(
     tokenizer: str | Path | None = None,
     sequence_length: int | None = None,
     limit: int | None = None,
+    decode: Steps | None = None,
     threads: int | None = None,
     providers: Sequence[str] | None = None,
     progress: bool = False,
@@ -68,17 +79,18 @@ def evaluate(
 
     `data` is a SPEC (see `samples`) or Samples opened for this model. A text is read whole, in windows of
     `sequence_length` tokens that follow one another; `limit` stops after so many. Windows are independent: caches start
-    empty. With `reference`, another model with the same vocabulary, both are run on the same samples.
+    empty. With `reference`, another model with the same vocabulary, both are run on the same samples. With `decode`,
+    both read each row in steps, through their caches, so that what a quantized cache loses is in the figures.
 
     Raises ModelError where a model cannot be run or gives no logits, DataError where the data does not fit.
     """
-    subject = _Runner(model, threads, providers)
-    other = None if reference is None else _Runner(reference, threads, providers)
+    subject = _Runner(model, threads, providers, decode)
+    other = None if reference is None else _Runner(reference, threads, providers, decode)
     samples = data
     if isinstance(samples, str):
         samples = open_samples(
-            samples, model=subject.model, tokenizer=Path(tokenizer) if tokenizer else _tokenizer_of(model), limit=limit,
-            sequence_length=sequence_length, contiguous=True,
+            samples, model=subject.model, tokenizer=Path(tokenizer) if tokenizer else tokenizer_beside(model),
+            limit=limit, sequence_length=sequence_length, contiguous=True,
         )  # fmt: skip
     elif limit is not None:
         samples = samples.part(0, limit)
@@ -115,20 +127,15 @@ def evaluate(
     )  # fmt: skip
 
 
-def _tokenizer_of(model: str | Path) -> Path | None:
-    """The tokenizer that lies beside a model, as exporters and the compiler put it there."""
-    path = Path(model)
-    file = (path if path.is_dir() else path.parent) / "tokenizer.json"
-    return file if file.is_file() else None
-
-
 class _Runner:
     """A language model, open in onnxruntime."""
 
-    def __init__(self, path: str | Path, threads: int | None, providers: Sequence[str] | None) -> None:
+    def __init__(
+        self, path: str | Path, threads: int | None, providers: Sequence[str] | None, steps: Steps | None
+    ) -> None:
         self.path = path
         self.model = model_io.load(path)
-        self._signature = Signature(self.model)
+        self._signature, self._pasts = Signature(self.model), StoredPasts(self.model)
         try:
             self._tokens = self._signature.token_input()
         except DataError as error:
@@ -136,17 +143,44 @@ class _Runner:
                 f"{path} is no language model, as no single input takes token ids; how close a compiled model of "
                 "another kind is to its float model stands in the report.json that `compile --calibration` writes"
             ) from error
-        self._logits = _logits_output(self.model, path)
-        self._session: onnxruntime.InferenceSession = load_session(path, threads=threads, providers=providers)
+        self._logits = logits_output(self.model, path)
+        self._steps = steps
+        self._decoder: Decoder | None = None
+        if steps is not None:
+            self._decoder = Decoder(path, threads=threads, providers=providers)
+            self._session: onnxruntime.InferenceSession = self._decoder.session
+        else:
+            self._session = load_session(path, threads=threads, providers=providers)
 
     def logits(self, sample: Mapping[str, np.ndarray], index: int) -> np.ndarray:
         """[batch, sequence, vocabulary]"""
-        feed = self._signature.adopt(sample, f"sample {index}")
+        if self._decoder is not None and self._steps is not None:
+            return self._decoded(self._decoder, self._steps, sample, index)
+        feed = self._signature.adopt(self._pasts.encode(sample), f"sample {index}")
         try:
             found = self._session.run([self._logits], feed)[0]
         except Exception as error:  # onnxruntime's errors share no base class
             raise DataError(f"sample {index} does not go through {self.path}: {one_line(error)}") from error
         return np.asarray(found)
+
+    def _decoded(self, decoder: Decoder, steps: Steps, sample: Mapping[str, np.ndarray], index: int) -> np.ndarray:
+        """Row by row, without its padding, where the logits are 0: so rows need no padding that suits the cache."""
+        ids = np.atleast_2d(sample[self._tokens])
+        past = next((name for name, array in sample.items() if PAST.match(name) and array.size), None)
+        if past is not None:
+            raise DataError(
+                f"sample {index} has a past of its own ({past!r}); decoding begins with an empty one, so leave it out"
+            )
+        mask = sample.get("attention_mask")
+        known = np.ones(ids.shape, bool) if mask is None or mask.shape != ids.shape else mask.astype(bool)
+        rows = [
+            decoder.read(row[counts], prefill=steps.prefill or steps.chunk, chunk=steps.chunk)
+            for row, counts in zip(ids, known, strict=True)
+        ]
+        logits = np.zeros((*ids.shape, rows[0].shape[-1]), np.float32)
+        for place, counts, row in zip(logits, known, rows, strict=True):
+            place[counts] = row
+        return logits
 
     def tokens(
         self, sample: Mapping[str, np.ndarray], logits: np.ndarray, index: int
@@ -159,22 +193,3 @@ class _Runner:
                 f"(sample {index}); evaluation needs logits for every token, [batch, sequence, vocabulary]"
             )
         return ids, mask if mask is not None and mask.shape == ids.shape else None
-
-
-def _logits_output(model: ir.Model, path: str | Path) -> str:
-    names = [str(value.name) for value in model.graph.outputs]
-    if "logits" in names:
-        return "logits"
-    floats = [
-        str(value.name)
-        for value in model.graph.outputs
-        if value.dtype is not None
-        and value.dtype.is_floating_point()
-        and value.shape is not None
-        and len(value.shape) == 3
-    ]
-    if len(floats) != 1:
-        raise ModelError(
-            f"{path} is no language model: no output is called 'logits'; its outputs are {', '.join(names)}"
-        )
-    return floats[0]

@@ -73,7 +73,7 @@ def _obstacle(group: NormGroup, step: Pass) -> str | None:
         return "another layer that reads the same value is excluded"
     if any(linear.dequantize is not None for linear in group.linears):
         return f"its weight is quantized already: {step.name} comes before the passes that quantize weights"
-    if any(_is_shared(linear) for linear in group.linears):
+    if any(is_shared(linear) for linear in group.linears):
         return "its weight is shared (tied) with another node, and scaling it would store it twice"
     return None
 
@@ -87,7 +87,7 @@ def _no_fold(group: NormGroup, step: Pass) -> str | None:
         writer = group.factor.linear
         if not step.selects(writer):
             return f"{writer.module_path} would take the scales and is excluded (insert_mul: true would multiply)"
-        if writer.dequantize is not None or _is_shared(writer):
+        if writer.dequantize is not None or is_shared(writer):
             return f"the weight of {writer.module_path}, which would take the scales, is shared or quantized already"
     if group.others:
         kinds = ", ".join(sorted({node.op_type for node in group.others}))
@@ -160,7 +160,7 @@ def rescale(group: NormGroup, scale: np.ndarray, names: Names, step: Pass, chang
         _scale_weight(linear, 1 - linear.channel_axis, scale, names, step.name)
 
 
-def _is_shared(linear: Linear) -> bool:
+def is_shared(linear: Linear) -> bool:
     """Whether another node reads the layer's constant, or the Transpose between."""
     between = linear.transpose.outputs[0].uses() if linear.transpose is not None else ()
     return len(linear.weight.uses()) > 1 or len(between) > 1
@@ -168,7 +168,7 @@ def _is_shared(linear: Linear) -> bool:
 
 def weight_of(linear: Linear) -> ir.TensorProtocol:
     """The layer's constant as it is now; `linear.weight` is the one that was there when the layer was found."""
-    reader, index = _reader(linear)
+    reader, index = reader_of(linear)
     tensor = constant(reader.inputs[index])
     if tensor is None:
         raise ValueError(f"the weight of {linear.name!r} is not a constant")
@@ -244,7 +244,7 @@ def _insert_mul(group: NormGroup, scale: np.ndarray, names: Names, pass_name: st
 
 def _scale_weight(linear: Linear, axis: int, factors: np.ndarray, names: Names, pass_name: str) -> None:
     """Multiply the constant along an axis, lazily: the scaled matrix exists only while somebody reads it."""
-    reader, index = _reader(linear)
+    reader, index = reader_of(linear)
     source = weight_of(linear)
     column = np.expand_dims(factors.astype(np.float32), 1 - axis)
 
@@ -256,6 +256,6 @@ def _scale_weight(linear: Linear, axis: int, factors: np.ndarray, names: Names, 
     add_provenance(linear.node, pass_name)
 
 
-def _reader(linear: Linear) -> tuple[ir.Node, int]:
+def reader_of(linear: Linear) -> tuple[ir.Node, int]:
     """The node and input that read the layer's constant."""
     return (linear.transpose, 0) if linear.transpose is not None else (linear.node, 1)

@@ -8,10 +8,15 @@ ONNX Runtime, and whatever reads ONNX, runs them as they are; a pass and a diff 
       block_size     weights that share a scale; the last block may be shorter
       output_dtype   the type of the result, as a number of onnx.TensorProto
 
+`token_functions.py` has those that quantize activations, a scale for each token.
+
 Blocks run over the ends of rows where `block_size` does not divide K, as in bitsandbytes and ONNX Runtime's MatMulBnb4.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,13 +39,40 @@ def codebook_format(node: ir.Node) -> str | None:
 
 def add_function(model: ir.Model, format: str) -> str:
     """Give the model the function that decodes a format, and return the function's name."""
-    name = CODEBOOKS[format].function
+    return register(model, CODEBOOKS[format].function, lambda: _function(format))
+
+
+def register(model: ir.Model, name: str, script: Callable[[], Callable[..., Any]]) -> str:
+    """Give the model the function of this name, unless it has it, and return the name.
+
+    `script` gives the function as onnxscript reads it: operators of `onnxscript.opset21` on values, keyword attributes
+    with their types. It is compiled for the opset of the model.
+    """
     if (DOMAIN, name, "") not in model.functions:
-        function = _function(format)
+        function = _compiled(name, script())
         function.opset_imports[""] = model.opset_imports[""]
         model.functions[function.identifier()] = function
     model.graph.opset_imports[DOMAIN] = VERSION
     return name
+
+
+def remove_unused_functions(model: ir.Model) -> None:
+    """Drop the functions of this domain that no node calls any more."""
+    used = {node.op_identifier() for node in model.graph.all_nodes()}
+    for identifier in [key for key in model.functions if key[0] == DOMAIN and key not in used]:
+        del model.functions[identifier]
+    if not any(domain == DOMAIN for domain, _, _ in model.functions):
+        model.graph.opset_imports.pop(DOMAIN, None)
+
+
+def _compiled(name: str, body: Callable[..., Any]) -> ir.Function:
+    from onnxscript import script
+    from onnxscript.values import Opset
+
+    proto = script(Opset(DOMAIN, VERSION))(body).to_function_proto()
+    proto.name = name
+    function: ir.Function = ir.from_proto(proto)
+    return function
 
 
 def block_scales(node: ir.Node) -> npt.NDArray[np.float32] | None:
@@ -66,11 +98,9 @@ def block_scales(node: ir.Node) -> npt.NDArray[np.float32] | None:
     return restored + offset.numpy().astype(np.float32)
 
 
-def _function(format: str) -> ir.Function:
+def _function(format: str) -> Callable[..., Any]:
     """The function in onnxscript: codes → entries of the table → rows of `block_size` → times the scales."""
     from onnxscript import opset21 as op
-    from onnxscript import script
-    from onnxscript.values import Opset
 
     table = onnx.numpy_helper.from_array(CODEBOOKS[format].table, "table")
 
@@ -87,7 +117,4 @@ def _function(format: str) -> ir.Function:
         weights = op.Slice(op.Reshape(scaled, op.Constant(value_ints=[-1])), op.Constant(value_ints=[0]), count)
         return op.Cast(op.Reshape(weights, op.Shape(indices)), to=output_dtype)
 
-    proto = script(Opset(DOMAIN, VERSION))(Dequantize).to_function_proto()
-    proto.name = CODEBOOKS[format].function
-    function: ir.Function = ir.from_proto(proto)
-    return function
+    return Dequantize

@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompiler import model_io
+from qcompiler.caches import find_caches
 from qcompiler.calibrate import Calibrator, Hook
 from qcompiler.canonicalize import canonicalize
 from qcompiler.errors import DataError, ModelError, PassError
@@ -68,7 +69,7 @@ def check_plan(plan: Plan, graph: ir.Model) -> None:
     patterns = [*plan.recipe.exclude]
     for step in plan.passes:
         patterns += [*step.targets, *step.ignore]
-    check_patterns(patterns, find_sites(graph))
+    check_patterns(patterns, [*find_sites(graph), *find_caches(graph)])
 
 
 def samples(

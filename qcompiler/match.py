@@ -11,6 +11,7 @@ from math import prod
 
 import onnx_ir as ir
 
+from qcompiler.binary import is_binary, weight_shape
 from qcompiler.functions import DOMAIN, codebook_format
 from qcompiler.graph import constant
 from qcompiler.module_path import block_of, module_path
@@ -28,6 +29,7 @@ from qcompiler.sites import (
 )
 
 __all__ = [
+    "PART_OF",
     "Convolution",
     "Embedding",
     "Linear",
@@ -41,6 +43,10 @@ __all__ = [
     "find_sites",
     "matches",
 ]
+
+
+PART_OF = "qcompiler.part_of"
+"""Metadata of a node that computes a part of a layer, with the layer's name: it is no site, so no pass touches it."""
 
 
 def find_sites(model: ir.Model) -> Sites:
@@ -83,6 +89,8 @@ class _Weight:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        if self.dequantize is not None and is_binary(self.dequantize):
+            return weight_shape(self.dequantize)
         return _shape(self.constant)
 
 
@@ -120,7 +128,7 @@ def _is(node: ir.Node, *op_types: str) -> bool:
 
 
 def _dequantizes(node: ir.Node) -> bool:
-    return _is(node, "DequantizeLinear") or codebook_format(node) is not None
+    return _is(node, "DequantizeLinear") or codebook_format(node) is not None or is_binary(node)
 
 
 def _swaps(transpose: ir.Node) -> bool:
@@ -152,6 +160,8 @@ def _is_matrix(shape: Sequence[int]) -> bool:
 
 
 def _recognise(node: ir.Node, derived: Derived) -> Site | None:
+    if PART_OF in node.metadata_props:
+        return None
     if _is(node, "MatMul", "Gemm", "FusedMatMul"):
         return _linear(node, derived)
     if _is(node, "Conv"):
@@ -198,6 +208,8 @@ _QUANTIZED: dict[tuple[str, str], int] = {
     ("com.microsoft", "DynamicQuantizeLSTM"): 1,
     ("com.microsoft", "DynamicQuantizeMatMul"): 1,
     ("com.microsoft", "GatherBlockQuantized"): 0,
+    ("com.microsoft", "GemmFloat8"): 1,
+    ("com.microsoft", "MatMulBlockQuantizedFp8Weight"): 1,
     ("com.microsoft", "MatMulBnb4"): 1,
     ("com.microsoft", "MatMulIntegerToFloat"): 1,
     ("com.microsoft", "MatMulNBits"): 1,

@@ -27,6 +27,7 @@ Kind = Literal["added", "removed", "replaced", "changed"]
 QUANTIZATION_INPUTS: dict[str, tuple[tuple[str, int, int], ...]] = {
     "QuantizeLinear": (("", 1, 2),),
     "DequantizeLinear": (("", 1, 2),),
+    "DequantizePerToken": (("", 1, 2),),
     "MatMulIntegerToFloat": (("A", 2, 4), ("B", 3, 5)),
     "DynamicQuantizeMatMul": (("B", 2, 3),),
     "QLinearMatMul": (("A", 1, 2), ("B", 4, 5), ("Y", 6, 7)),
@@ -91,7 +92,7 @@ class Quantization:
     type: str
     """Of the codes, where the zero point or the operand tells; else empty."""
     scales: int
-    """How many there are: 1 is per tensor."""
+    """How many there are: 1 is per tensor; 0 where that depends on the model's inputs (a scale for each token)."""
     scale: tuple[float, float] | None
     """Smallest and largest; None where the scale is computed at run time."""
     zero_point: tuple[float, float] | None
@@ -287,7 +288,7 @@ def _quantization(node: ir.Node) -> Iterator[Quantization]:
             continue
         zero = _input(node, zero_index)
         shape = scale.shape
-        count = math.prod(size for size in shape if isinstance(size, int)) if shape is not None else 1
+        sizes = [1] if shape is None else [size if isinstance(size, int) else 0 for size in shape]
         codes = node.outputs[0] if node.op_type == "QuantizeLinear" else None if operand else _input(node, 0)
         told = zero if zero is not None and zero.dtype is not None else codes
         yield Quantization(
@@ -296,7 +297,7 @@ def _quantization(node: ir.Node) -> Iterator[Quantization]:
             operand=operand,
             value=str(_value(node, operand)),
             type=told.dtype.name if told is not None and told.dtype is not None else "",
-            scales=count,
+            scales=math.prod(sizes),
             scale=_span(scale),
             zero_point=_span(zero),
         )

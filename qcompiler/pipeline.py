@@ -98,6 +98,7 @@ def _apply(
         done = stages[number].apply(model, store)
         changes.changed.extend(done.changed)
         changes.skipped.extend(done.skipped)
+        changes.excluded.extend(done.excluded)
         if journal is not None and number not in finished:
             journal.write(step.name, number, store.solved)
 

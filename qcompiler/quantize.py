@@ -73,7 +73,8 @@ def scale_and_zero_point(
 
     The range is widened to hold 0, which is always exactly representable. A range of nothing but 0 has scale 1. A scale
     is never 0 or infinite: it is kept between the smallest and the largest number of `scale_dtype` (the smallest
-    *normal* one of float32 and bfloat16, as processors may flush what is below; the smallest subnormal of float16).
+    *normal* one of float32 and bfloat16, as processors may flush what is below; the smallest subnormal of float16, but
+    the smallest normal one where the codes are floats: these have exponents to spare, and subnormal scales are coarse).
     The scale is rounded to `scale_dtype` here, before anything is quantized with it. The zero point is None where the
     scheme has none (symmetric signed, float formats). Raises `DataError` where the range is not finite or upside down.
 
@@ -90,7 +91,7 @@ def scale_and_zero_point(
     if scheme.symmetric:
         either_sign = either_sign and number_format.kind == "integer" and number_format.bits < 8
         divisor = number_format.middle - number_format.qmin if either_sign else number_format.symmetric_divisor
-        scale = _storable(np.maximum(-lows, highs) / divisor, scale_dtype)
+        scale = _storable(np.maximum(-lows, highs) / divisor, scale_dtype, normal=number_format.kind == "float")
         if either_sign:
             scale = np.where(highs > -lows, -scale, scale)
         if number_format.middle == 0:
@@ -233,10 +234,10 @@ def _aligned(
     return x, *both(lambda p: np.take(p, block_of, axis), scale, zero_point)
 
 
-def _storable(scale: npt.NDArray[np.float64], dtype: npt.DTypeLike) -> Array:
-    """`scale` rounded to `dtype`, never 0 or infinite; where the range is empty, 1."""
+def _storable(scale: npt.NDArray[np.float64], dtype: npt.DTypeLike, *, normal: bool = False) -> Array:
+    """`scale` rounded to `dtype`, never 0 or infinite; where the range is empty, 1. `normal`: never subnormal."""
     info = ml_dtypes.finfo(dtype)
-    least = info.smallest_subnormal if np.dtype(dtype) == np.float16 else info.smallest_normal
+    least = info.smallest_subnormal if np.dtype(dtype) == np.float16 and not normal else info.smallest_normal
     bounded = np.clip(scale, float(least), float(info.max))
     return np.asarray(np.where(scale == 0, 1.0, bounded)).astype(dtype)
 

@@ -45,7 +45,7 @@ def quantize_weight(
     search over a grid (and lets symmetric scales of few bits be negative, see `scale_and_zero_point`). With
     `importance` [inputs] a squared error counts as often as its input says: E[x²] makes the sum the error of the
     output, were inputs independent (scales per channel or group of a matrix). Binary has a best scale in closed form,
-    mean |w| (Rastegari et al. 2016, eq. 6), and needs none.
+    mean |w| (Rastegari et al. 2016, eq. 6), and needs none; where all weights are 0 it is 0.
     The work is done in slices of channels: what is needed besides weight and result stays below 64 MB for a matrix of
     4096 × 11008. Raises `DataError` for NaN, infinity or an empty weight, `SchemeError` where the scheme does not fit.
     """
@@ -140,7 +140,7 @@ def _choose(
     """Scale and zero point [channels, blocks] (per tensor [1, 1]) for rows that are read piece by piece."""
     granularity, number_format = scheme.granularity, scheme.number_format
     kept = _cells(reads[0](), granularity) if len(reads) == 1 else None
-    weights = np.float32(1) if importance is None else _cells(importance[None].astype(np.float32), granularity)
+    weights = np.ones((), np.float32) if importance is None else _cells(importance[None].astype(np.float32), granularity)
 
     parameters = partial(scale_and_zero_point, scheme=scheme, scale_dtype=scale_dtype, either_sign=search == "mse")
 
@@ -148,7 +148,7 @@ def _choose(
         return iter([kept]) if kept is not None else (_cells(read(), granularity) for read in reads)
 
     if number_format.kind == "sign":
-        mean = _mean_magnitude(reads, granularity)
+        mean = _mean_magnitude(reads, granularity, weights)
         lo, hi = -mean, mean
     else:
         ranges = [(cells.min(-1), cells.max(-1)) for cells in pieces()]
@@ -170,20 +170,22 @@ def _choose(
     if search == "mse" and number_format.kind != "sign":
         lo, hi = least_error_range(lo, hi, error)
     chosen = parameters(lo, hi)
+    if number_format.kind == "sign":  # no code stands for 0, so that what is all zeros needs the scale 0
+        chosen = np.where(hi == 0, np.zeros_like(chosen[0]), chosen[0]), None
     if not isinstance(granularity, PerBlock):
         return chosen
     channels = reads[0]().shape[0]  # one slice: only a tensor's scale is chosen on several
     return both(lambda p: np.repeat(p, granularity.rows, axis=0)[:channels], *chosen)
 
 
-def _mean_magnitude(reads: Sequence[Callable[[], Array]], granularity: Granularity) -> Array:
-    """mean |w| [channels or tiles, blocks], the padding not counted."""
+def _mean_magnitude(reads: Sequence[Callable[[], Array]], granularity: Granularity, weights: Array) -> Array:
+    """mean |w| [channels or tiles, blocks], each as often as its weight says, the padding not counted."""
     total, count = np.zeros((1, 1)), np.zeros((1, 1))
     for read in reads:
         rows = read()
-        total = total + np.abs(_cells(rows, granularity)).sum(-1, dtype=np.float64)
-        count = count + _cells(np.ones_like(rows), granularity).sum(-1, dtype=np.float64)
-    return total / count
+        total = total + (np.abs(_cells(rows, granularity)) * weights).sum(-1, dtype=np.float64)
+        count = count + (_cells(np.ones_like(rows), granularity) * weights).sum(-1, dtype=np.float64)
+    return total / np.where(count == 0, 1, count)
 
 
 def least_error_range(lo: Array, hi: Array, error: Callable[[Array, Array], Array]) -> tuple[Array, Array]:

@@ -31,6 +31,23 @@ class Tap:
 
 
 @dataclass(frozen=True)
+class CacheChange:
+    """How a cache is stored now: element types, and bytes for each position of each sequence, scales counted."""
+
+    past: str
+    """The graph input."""
+    present: str
+    """The graph output."""
+    before: str
+    after: str
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        return f"{self.before} → {self.after}, {self.bytes_before} → {self.bytes_after} bytes a token"
+
+
+@dataclass(frozen=True)
 class Changed:
     """A site that a pass changed. `scheme` is set where the pass quantized it; `detail` is one line for the report."""
 
@@ -38,6 +55,8 @@ class Changed:
     scheme: str = ""
     kernel: str = ""
     detail: str = ""
+    cache: CacheChange | None = None
+    """Set where the site is a cache."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +73,12 @@ class Changes:
 
     changed: list[Changed] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    # What an option of the pass leaves out on principle (sensitive layers), with the reason; no fault of the site's.
+    excluded: list[Skipped] = field(default_factory=list)
     # How an exact pass rescaled values: each is now its old self divided by the vector, along the last axis.
     rescaled: dict[str, np.ndarray] = field(default_factory=dict)
+    # Values that are codes now, each with the value inside that holds what it stood for.
+    moved: dict[str, str] = field(default_factory=dict)
 
     @property
     def modified(self) -> bool:
@@ -75,6 +98,7 @@ class Pass(abc.ABC):
 
     name: ClassVar[str]
     kind: ClassVar[Kind]
+    works_on: ClassVar[Literal["layers", "caches"]] = "layers"
 
     targets: tuple[str, ...] = ()
     """Patterns of the sites to work on; empty means all. Exact, glob or ``re:…``, on module paths and node names."""

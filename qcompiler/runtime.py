@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import onnx_ir as ir
 
@@ -16,6 +16,8 @@ from qcompiler.errors import ModelError
 
 if TYPE_CHECKING:
     import onnxruntime
+
+    from qcompiler.generation import generate as generate
 
 Recorded = TypeVar("Recorded", dict[str, object], list[object])
 
@@ -83,6 +85,14 @@ def load_session(
         )
     except Exception as error:  # onnxruntime's errors share no base class
         raise ModelError(f"onnxruntime cannot open {file}: {one_line(error)}") from error
+
+
+def __getattr__(name: str) -> Any:
+    if name != "generate":
+        raise AttributeError(f"module 'qcompiler.runtime' has no attribute {name!r}")
+    from qcompiler.generation import generate  # which opens its sessions here, so it cannot be imported above
+
+    return generate
 
 
 def one_line(error: BaseException) -> str:

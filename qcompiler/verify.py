@@ -15,6 +15,7 @@ from qcompiler.likelihood import Difference, Divergence, Likelihood
 from qcompiler.progress import Progress, progress_bar
 from qcompiler.samples import Samples
 from qcompiler.signature import Signature
+from qcompiler.stored_past import Adapted
 from qcompiler.structure import check_structure
 
 __all__ = ["Comparison", "Measures", "check_structure", "compare"]
@@ -52,6 +53,8 @@ class Comparison:
     values: dict[str, Measures] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
     """What was asked for and could not be compared: one of the models has no such value, or stores it as codes."""
+    not_run: tuple[str, ...] = ()
+    """Operators of the compiled model that CPUs have no kernel for, so that its portable form was compared."""
 
 
 def compare(
@@ -100,7 +103,7 @@ def compare(
             memory_limit=memory_limit, progress=first,
         )  # fmt: skip
         segments.run(
-            candidate, _as_read_by(candidate, _limited(samples, limit)), set(originals), measure,
+            candidate, Adapted(_limited(samples, limit), candidate), set(originals), measure,
             memory_limit=memory_limit, progress=second,
         )  # fmt: skip
     named = {str(value.name) for value in reference.graph.outputs} if outputs is None else set(outputs)
@@ -141,21 +144,6 @@ def _comparable(a: ir.Value, b: ir.Value) -> bool:
 
 def _limited(samples: Samples, limit: int | None) -> Samples:
     return samples if limit is None else samples.part(0, limit)
-
-
-class _Adapted:
-    """Samples as another model reads them; keeps `count`, which the progress bar wants."""
-
-    def __init__(self, samples: Samples, signature: Signature) -> None:
-        self._samples, self._signature, self.count = samples, signature, samples.count
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        for index, sample in enumerate(self._samples):
-            yield self._signature.adopt(sample, f"sample {index}")
-
-
-def _as_read_by(model: ir.Model, samples: Samples) -> _Adapted:
-    return _Adapted(samples, Signature(model))
 
 
 class _Tokens:

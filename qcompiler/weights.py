@@ -16,7 +16,8 @@ import onnx_ir as ir
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
-from qcompiler.codes import Codes, lazy_codes, packed_codes, storage
+from qcompiler.binary import FORMAT as BINARY
+from qcompiler.codes import BinaryCodes, Codes, lazy_codes, packed_codes, storage
 from qcompiler.errors import SchemeError
 from qcompiler.graph import Names, constant, node_graph, remove_unused_constant
 from qcompiler.match import Convolution, Embedding, Linear, Sites, find_sites
@@ -78,6 +79,9 @@ class WeightPass(Pass):
         self.scheme()
         if find_format(self.format).kind == "codebook" or self.format == "int32":
             raise SchemeError(f"{self.name}.format: DequantizeLinear cannot decode weights in {self.format}.")
+        if self.format == BINARY and self.granularity == "tensor":
+            raise SchemeError(f"{self.name}: binary weights have a scale for each output channel or group: "
+                              "set granularity to channel or group.")  # fmt: skip
 
     def scheme(self) -> Scheme:
         """The options as a scheme; raises `SchemeError` where they do not go together."""
@@ -97,7 +101,8 @@ class WeightPass(Pass):
         Raises `SchemeError` where the model's opset cannot decode the format at all.
         """
         operators = _Operators.of(self.format, model)
-        operators.check(self.format)
+        if self.format != BINARY:
+            operators.check(self.format)
         sites = find_sites(model)
         changes.skipped.extend(Skipped(site.name, site.reason) for site in self.selected(sites.unsupported))
         by_constant: dict[ir.Value, list[Reader]] = {}
@@ -144,19 +149,11 @@ class WeightPass(Pass):
 
         `nearest` says that the codes are the nearest ones, so that they can be computed again when they are written.
         """
-        first = constant.readers[0].node
-        graph, name = node_graph(first), f"{constant.value.name}.codes"
-        opset = graph.opset_imports.get("") or 0
-        stored = storage(quantized.format, opset)
-        tensor = (
-            lazy_codes(constant.tensor, quantized, stored, name) if nearest else packed_codes(quantized, stored, name)
-        )
-        codes = Codes(constant.value, tensor, quantized, graph, names)
+        if quantized.format == BINARY:
+            _install_signs(constant, quantized, names, self.name)
+        else:
+            _install_codes(constant, quantized, names, self.name, nearest)
         for site in constant.readers:
-            if isinstance(site, Embedding):
-                codes.gather_for(site, names, self.name)
-            else:
-                codes.dequantize_for(site, names, self.name)
             detail = (details or {}).get(site.name, "")
             changes.changed.append(Changed(site.name, scheme=str(constant.scheme), detail=detail))
         remove_unused_constant(constant.value)
@@ -166,7 +163,9 @@ class WeightPass(Pass):
         dtype = _tensor(_weight(site)).dtype
         if not isinstance(site, Embedding) and site.dequantize is not None:
             return "its weight is quantized already"
-        if not operators.scales_can_be(dtype):
+        if self.format == BINARY and not isinstance(site, Linear):
+            return "binary weights are decoded for linear layers alone: choose int8 or uint8 for this one"
+        if not operators.scales_can_be(dtype) and self.format != BINARY:
             return f"its weight is {dtype.name}, and DequantizeLinear has no scales of that type"
         if isinstance(site, Convolution) and self.granularity == "group":
             return "convolutions have no groups of input features: use granularity channel"
@@ -175,6 +174,26 @@ class WeightPass(Pass):
         if site.channel_axis != before[0].channel_axis:
             return f"{before[0].name} shares its constant and needs scales along the other axis"
         return None
+
+
+def _install_signs(constant: WeightConstant, quantized: Quantized, names: Names, pass_name: str) -> None:
+    codes = BinaryCodes(constant.linears[0], quantized, names)  # other sites have an obstacle
+    for site in constant.linears:
+        codes.dequantize_for(site, names, pass_name)
+
+
+def _install_codes(
+    constant: WeightConstant, quantized: Quantized, names: Names, pass_name: str, nearest: bool
+) -> None:  # fmt: skip
+    graph, name = node_graph(constant.readers[0].node), f"{constant.value.name}.codes"
+    stored = storage(quantized.format, graph.opset_imports.get("") or 0)
+    tensor = lazy_codes(constant.tensor, quantized, stored, name) if nearest else packed_codes(quantized, stored, name)
+    codes = Codes(constant.value, tensor, quantized, graph, names)
+    for site in constant.readers:
+        if isinstance(site, Embedding):
+            codes.gather_for(site, names, pass_name)
+        else:
+            codes.dequantize_for(site, names, pass_name)
 
 
 def with_bits(scheme: Scheme, bits: int) -> Scheme:

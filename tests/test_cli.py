@@ -59,7 +59,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return code if isinstance(code, int) else 0
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["compile", "--help"], ["eval", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["compile", "--help"], ["eval", "--help"], ["generate", "--help"]])
 def test_help_is_light(arguments: list[str]) -> None:
     code = (
         "import sys; from qcompiler import cli; sys.argv = ['qcompiler', *sys.argv[1:]]\n"
@@ -81,7 +81,7 @@ def test_module_can_be_run() -> None:
 def test_every_command_of_the_contract_exists(monkeypatch, capsys) -> None:
     run(monkeypatch, "--help")
     text = capsys.readouterr().out
-    for command in ("compile", "calibrate", "eval", "diff", "passes", "explain", "recipes", "targets"):
+    for command in ("compile", "calibrate", "eval", "generate", "diff", "passes", "explain", "recipes", "targets"):
         assert command in text
 
 
@@ -381,6 +381,12 @@ def test_eval(monkeypatch, capsys, tmp_path) -> None:
     assert "inf dB" in text, "a model does not differ from itself"
     assert run(monkeypatch, "eval", exact, "--data", data, "--reference", exact, "--json") == 0
     assert json.loads(capsys.readouterr().out)["sqnr_db"] == "inf"
+    assert run(monkeypatch, "eval", exact, "--data", data, "--decode", "--chunk", 5, "--prefill", 8, "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["tokens"] == 3 * 19
+    assert "has no cache" in captured.err
+    assert run(monkeypatch, "eval", exact, "--data", data, "--chunk", 5) == 2
+    assert "--decode" in capsys.readouterr().err
     assert run(monkeypatch, "eval", exact, "--data", tmp_path / "absent.npz") == 2
     assert capsys.readouterr().err.startswith("error: ")
 

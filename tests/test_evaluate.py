@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from qcompiler import load_session
 from qcompiler.errors import DataError, ModelError
-from qcompiler.evaluate import evaluate
+from qcompiler.evaluate import Steps, evaluate
 from qcompiler.runtime import DISABLED_OPTIMIZERS, SESSION_OPTIONS, one_line, session_options_of
-from qcompiler.samples import open_samples
+from qcompiler.samples import from_python, open_samples
 
 VOCABULARY = 9
 
@@ -83,6 +83,86 @@ def test_against_a_reference(tmp_path, text):
     assert found.perplexity_ratio == pytest.approx(found.perplexity / found.reference_perplexity)
     same = evaluate(reference, str(file), reference=reference, tokenizer=tmp_path, sequence_length=10)
     assert (same.kl, same.top1, same.perplexity_ratio, same.sqnr_db) == (0, 1, 1, math.inf)
+
+
+SLOPE = 0.1
+
+
+def forgetful(folder, slope):
+    """The bigram model with a cache that does harm: each position in it adds `slope` to the logit of token 0."""
+    folder, table = saved(folder)
+    model = ir.from_onnx_text(
+        f"""<ir_version: 10, opset_import: ["" : 21]>
+        lm (int64[b, s] input_ids, int64[b, t] attention_mask, int8[b, 1, p, 1] "past_key_values.0.key")
+            => (float[b, s, {VOCABULARY}] logits, int8[b, 1, t, 1] "present.0.key")
+        <float[{VOCABULARY}, {VOCABULARY}] table = {{{", ".join("0" for _ in range(VOCABULARY**2))}}},
+         float[{VOCABULARY}] push = {{{", ".join([str(slope), *"0" * (VOCABULARY - 1)])}}},
+         int64[2] inner = {{1, 3}}> {{
+            exact = Gather(table, input_ids)
+            sizes = Shape<start=2, end=3>("past_key_values.0.key")  size = Cast<to=1>(sizes)  harm = Mul(push, size)
+            logits = Add(exact, harm)
+            ids = Cast<to=3>(input_ids)  new = Unsqueeze(ids, inner)
+            "present.0.key" = Concat<axis=2>("past_key_values.0.key", new) }}"""
+    )
+    model.graph.initializers["table"].const_value = ir.tensor(table, name="table")
+    ir.save(model, folder / "model.onnx")
+    return folder, table
+
+
+@pytest.mark.parametrize(("chunk", "prefill"), [(1, None), (4, None), (3, 5), (1, 50)])
+def test_decoding_sees_what_the_cache_does(tmp_path, text, chunk, prefill):
+    file, ids = text
+    harmed, table = forgetful(tmp_path / "harmed", SLOPE)
+    exact, _ = forgetful(tmp_path / "exact", 0)
+    found = evaluate(
+        harmed, str(file), reference=exact, tokenizer=tmp_path, sequence_length=10, decode=Steps(chunk, prefill)
+    )
+    first = prefill or chunk
+    nll, kl = [], []
+    for window in (ids[0:10], ids[10:20], ids[20:25]):
+        begins = [0 if place < first else place - (place - first) % chunk for place in range(len(window))]
+        logits = table[window].astype(np.float64)
+        logits[:, 0] += SLOPE * np.array(begins)
+        wanted, other = log_probabilities(logits), log_probabilities(table)[window]
+        nll += [-wanted[place, window[place + 1]] for place in range(len(window) - 1)]
+        kl += (np.exp(other) * (other - wanted)).sum(-1).tolist()
+    assert found.nll == pytest.approx(np.mean(nll), rel=1e-5)
+    assert found.kl == pytest.approx(np.mean(kl), rel=1e-4, abs=1e-9)
+    whole = evaluate(harmed, str(file), reference=exact, tokenizer=tmp_path, sequence_length=10)
+    assert whole.kl == pytest.approx(0, abs=1e-9)
+    assert found.reference_perplexity == pytest.approx(whole.reference_perplexity)
+
+
+def test_decoding_leaves_padding_out(tmp_path):
+    harmed, table = forgetful(tmp_path / "m", SLOPE)
+    ids = np.random.default_rng(4).integers(0, VOCABULARY, (2, 6))
+    mask = np.ones_like(ids)
+    mask[0, :2] = mask[1, 4:] = 0
+    rows = [ids[0, 2:], ids[1, :4]]
+    logits = [table[row] + SLOPE * np.outer(np.arange(4), np.eye(VOCABULARY)[0]) for row in rows]
+    nll = [
+        -log_probabilities(scores)[place, row[place + 1]]
+        for row, scores in zip(rows, logits, strict=True)
+        for place in range(3)
+    ]
+    samples = from_python([{"input_ids": ids, "attention_mask": mask}], model=ir.load(harmed / "model.onnx"))
+    found = evaluate(harmed, samples, decode=Steps())
+    assert (found.tokens, found.nll) == (6, pytest.approx(np.mean(nll), rel=1e-5))
+
+
+def test_decoding_without_a_cache_and_with_a_past_in_the_data(tmp_path, text):
+    file, _ = text
+    folder, _ = saved(tmp_path / "m")
+    with pytest.warns(UserWarning, match="has no cache"):
+        found = evaluate(folder, str(file), tokenizer=tmp_path, sequence_length=10, decode=Steps(4))
+    assert found == evaluate(folder, str(file), tokenizer=tmp_path, sequence_length=10)
+    harmed, _ = forgetful(tmp_path / "harmed", SLOPE)
+    sample = {"input_ids": np.array([[1, 2, 3]]), "past_key_values.0.key": np.zeros((1, 1, 2, 1), np.int8)}
+    samples = from_python([sample], model=ir.load(harmed / "model.onnx"))
+    with pytest.raises(DataError, match="sample 0 has a past of its own"):
+        evaluate(harmed, samples, decode=Steps())
+    with pytest.raises(DataError, match="in steps of 1 token or more"):
+        evaluate(harmed, str(file), tokenizer=tmp_path, decode=Steps(0))
 
 
 def test_samples_that_are_opened_already_and_the_tokenizer_beside_the_model(tmp_path, text):

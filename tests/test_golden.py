@@ -93,6 +93,7 @@ def printed(model: ir.Model, changes: Changes) -> str:
         what = ", ".join(part for part in (changed.scheme, changed.kernel, changed.detail) if part)
         lines.append(f"# changed {changed.site}: {what}")
     lines += [f"# skipped {skipped.site}: {skipped.reason}" for skipped in changes.skipped]
+    lines += [f"# excluded {excluded.site}: {excluded.reason}" for excluded in changes.excluded]
     return "\n".join(lines) + "\n"
 
 

@@ -245,12 +245,24 @@ def test_blocked_scales_are_skipped_with_the_reason() -> None:
 
 def test_wide_activations_are_skipped_with_the_reason() -> None:
     _, _, changes = lower(model_of(MATMUL), activations={"format": "uint16"})
-    assert "8 bits" in tiny.reasons(changes)["fc"]
+    assert "UINT16 codes" in tiny.reasons(changes)["fc"]
 
 
-def test_narrow_weights_are_skipped_with_the_reason() -> None:
-    _, _, changes = lower(model_of(MATMUL), {"format": "int4"})
-    assert "8 bits" in tiny.reasons(changes)["fc"]
+def test_wide_weights_are_skipped_with_the_reason() -> None:
+    _, _, changes = lower(model_of(MATMUL), {"format": "int16"})
+    assert "8 bits or fewer" in tiny.reasons(changes)["fc"]
+
+
+@pytest.mark.parametrize("weights", [{"format": "int4"}, {"format": "uint4", "symmetric": False}], ids=["s4", "u4"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_weights_of_four_bits_are_cast_when_the_session_is_made(layer: str, weights: dict, tmp_path: Path) -> None:
+    model = model_of(ALL[layer])
+    portable, lowered, changes = lower(model, weights)
+    assert not changes.skipped
+    assert "Cast" in tiny.operators(lowered)
+    nodes = tiny.optimized_nodes(lowered, tmp_path / "optimized.onnx")
+    assert "Cast" not in {node.op_type for node in nodes}
+    assert_same(portable, lowered, tiny.feeds(model))
 
 
 def test_scales_along_the_inputs_are_skipped_with_the_reason() -> None:

@@ -41,10 +41,12 @@ def test_target_preferences_fill_only_what_the_recipe_leaves_open() -> None:
 def test_another_target_brings_its_own_lowering() -> None:
     resolved = Recipe.load("int8-weights").resolved("ort-cpu")
     assert [step.name for step in resolved.lowering or ()] == [
-        "lower-int8", "lower-weight-only", "lower-embedding",
+        "lower-int8", "lower-dynamic-int8", "lower-weight-only", "lower-embedding",
     ]  # fmt: skip
     assert resolved.resolved("portable").lowering == ()
-    assert resolved.resolved("ort-cuda").build_lowering()[0].block_size == 32
+    cuda = resolved.resolved("ort-cuda").build_lowering()
+    assert [step.name for step in cuda] == ["lower-integer-chain", "lower-fp8", "lower-weight-only", "lower-embedding"]
+    assert cuda[2].block_size == 32
 
 
 def test_settings_parse_yaml_values_and_reach_the_lowering() -> None:
@@ -57,10 +59,10 @@ def test_settings_parse_yaml_values_and_reach_the_lowering() -> None:
     lowered = (
         Recipe.load("int8-weights").for_target("ort-cuda").with_options(["lower-weight-only.block_size=64"]).resolved()
     )
-    assert lowered.build_lowering()[0].block_size == 64
-    assert lowered.build_lowering()[0].accuracy_level == 0, "the target's other preferences stay"
+    assert lowered.build_lowering()[2].block_size == 64
+    assert lowered.build_lowering()[2].accuracy_level == 0, "the target's other preferences stay"
     lowered = Recipe.load("int8-weights").resolved("ort-cpu").with_options(["lower-weight-only.block_size=64"])
-    assert lowered.build_lowering()[1].block_size == 64
+    assert lowered.build_lowering()[2].block_size == 64
 
 
 def test_settings_need_to_make_sense_only_together() -> None:

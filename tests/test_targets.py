@@ -37,7 +37,7 @@ def test_what_a_target_names_exists(name: str) -> None:
         assert json.loads((FOLDER / target.registry).read_text())["runtime"].startswith(target.runtime)
 
 
-@pytest.mark.parametrize("recipe", ["int8-static", "smoothquant"])
+@pytest.mark.parametrize("recipe", ["int8-static", "smoothquant", "smoothquant-o3"])
 def test_cuda_refuses_static_int8_and_says_what_to_take(recipe: str) -> None:
     passes = Recipe.load(recipe).resolved("ort-cuda").build()
     with pytest.raises(TargetError) as caught:
@@ -54,6 +54,9 @@ def test_cuda_refuses_static_int8_and_says_what_to_take(recipe: str) -> None:
     ("target", "recipe"),
     [
         ("ort-cuda", "int8-weights"),
+        ("ort-cuda", "int8-dynamic"),
+        ("ort-cuda", "smoothquant-o2"),
+        ("ort-cuda", "fp8"),
         ("ort-cpu", "smoothquant"),
         ("portable", "smoothquant"),
         ("portable", "int8-static"),
@@ -89,6 +92,16 @@ def test_the_cuda_registry_explains_the_refusal() -> None:
     assert has(kernels, "MatMulNBits", cuda, T1="float16", T2="uint8")
     assert has(kernels, "MatMulInteger", cuda, T1="int8", T2="int8")
     assert not has(kernels, "MatMulInteger", cuda, T1="uint8")
+
+
+def test_the_cuda_registry_has_what_the_lowering_needs() -> None:
+    kernels, cuda = read(FOLDER / "kernels-ort-cuda-1.31.1.json"), "CUDAExecutionProvider"
+    for dtype in ("float16", "bfloat16"):
+        assert has(kernels, "MatMulBlockQuantizedFp8Weight", cuda, T=dtype, T1="float8e4m3fn", T2="float")
+    assert not has(kernels, "MatMulBlockQuantizedFp8Weight", cuda, T="float")
+    for left, right in (("float8e4m3fn", "float8e5m2"), ("float8e5m2", "float8e4m3fn")):
+        assert has(kernels, "GemmFloat8", cuda, TA=left, TB=right, TS="float")
+    assert has(kernels, "QuantizeLinear", cuda, T1="float", T2="int8")
 
 
 def test_the_cpu_registry_is_that_of_the_installed_runtime() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import onnx
 import onnx_ir as ir
+from stand_ins import on_cpu
 
 from qcompiler.canonicalize import canonicalize
 from qcompiler.rewrite import Changes, Pass
@@ -15,7 +16,8 @@ from qcompiler.statistics import StatisticsStore
 from qcompiler.structure import check_structure
 
 Feeds = Mapping[str, np.ndarray]
-SIZES = {"B": 2, "S": 5, "M": 7}  # of symbolic dimensions
+# Of symbolic dimensions; P positions of a past and one token make L, an empty past of N and S tokens make T.
+SIZES = {"B": 2, "S": 5, "M": 7, "P": 3, "L": 4, "N": 0, "T": 5}
 
 
 def build(graph: str, *, opset: int = 21, **constants: object) -> ir.Model:
@@ -66,6 +68,8 @@ def feeds(model: ir.Model, count: int = 3, ids: int = 4, seed: int = 0) -> list[
             shape = [SIZES[size.value] if isinstance(size, ir.SymbolicDim) else int(size) for size in value.shape]
             integer = not value.dtype.is_floating_point()
             numbers = rng.integers(0, ids, shape) if integer else rng.normal(size=shape)
+            if value.name == "attention_mask":
+                numbers = np.ones(shape)
             sample[value.name] = numbers.astype(value.dtype.numpy())
         samples.append(sample)
     return samples
@@ -86,7 +90,8 @@ def session(model: ir.Model, *, optimized: bool = False):
     settings.log_severity_level = 3
     if not optimized:
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    proto = ir.to_proto(on_cpu(model))
+    return ort.InferenceSession(proto.SerializeToString(), settings, providers=["CPUExecutionProvider"])
 
 
 def optimized_nodes(model: ir.Model, path) -> list[onnx.NodeProto]:

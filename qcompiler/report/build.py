@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import onnx_ir as ir
 
+from qcompiler.binary import FORMAT as BINARY
+from qcompiler.caches import Cache, find_caches
 from qcompiler.graph import constant
 from qcompiler.match import Embedding, Site, Unsupported, find_sites
 from qcompiler.pipeline import PassRun
 from qcompiler.recipe import Recipe
-from qcompiler.report.report import PassReport, PassSkip, Report, SiteReport, Sizes
+from qcompiler.report.report import CacheSizes, PassReport, PassSkip, Report, SiteReport, Sizes
+from qcompiler.report.speed import speed_warnings
 from qcompiler.samples import Samples
+from qcompiler.targets import Target
+from qcompiler.targets.kernels import missing_on_cpu
 from qcompiler.verify import Comparison, compare
 
 DISTRIBUTIONS = ("onnx-qcompiler", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
+
+RECIPE_LEAVES_IT_OUT = "the recipe leaves it out"
 
 
 @dataclass(frozen=True)
@@ -33,10 +40,14 @@ class SiteFacts:
     bytes: int
     unsupported: str
     site: Site
+    works_on: str = "layers"
+    """Whose site it is: of the passes that quantize layers, or caches."""
+    cache_bytes: int = 0
+    """Of a cache: bytes of one position of one sequence."""
 
 
 def inventory(model: ir.Model) -> list[SiteFacts]:
-    """Every quantizable site of the canonicalized float model, in graph order."""
+    """Every quantizable site of the canonicalized float model, in graph order; caches come last."""
     facts = []
     for site in find_sites(model):
         weight = site.table if isinstance(site, Embedding) else getattr(site, "weight", None)
@@ -50,7 +61,17 @@ def inventory(model: ir.Model) -> list[SiteFacts]:
                 unsupported=site.reason if isinstance(site, Unsupported) else "", site=site,
             )
         )  # fmt: skip
-    return facts
+    return facts + [_cache_facts(site) for site in find_caches(model)]
+
+
+def _cache_facts(site: Cache | Unsupported) -> SiteFacts:
+    facts = SiteFacts(
+        name=site.name, module_path=site.module_path, block=site.block, op=site.node.op_type, output="", constant="",
+        bytes=0, unsupported="", site=site, works_on="caches",
+    )  # fmt: skip
+    if isinstance(site, Unsupported):
+        return replace(facts, unsupported=site.reason)
+    return replace(facts, op=f"{site.role} cache", output=str(site.present.name), cache_bytes=site.bytes)
 
 
 def report(
@@ -59,33 +80,75 @@ def report(
 ) -> Report:  # fmt: skip
     """The report of a finished compilation; `before` and `after` are bytes of all constants."""
     measured = comparison.values if comparison is not None else {}
+    facts = _worked_on(facts, runs)
     sqnr = {item.name: measured[item.output].sqnr_db for item in facts if item.output in measured}
     sites = [_site_report(item, runs, sqnr.get(item.name)) for item in facts]
-    warnings = []
+    warnings = speed_warnings(Target.load(recipe.target), sites)
     if comparison is None:
         warnings.append("not compared with the float model, which takes data with at least two samples")
     if not facts:
         warnings.append(
             "the model has no layer that could be quantized: linear, convolution or embedding with constants"
         )
+    if comparison is not None and comparison.not_run:
+        absent = ", ".join(comparison.not_run)
+        warnings.append(f"compared with the float model before lowering, as ONNX Runtime has no {absent} for CPUs")
     outputs = {name: item.to_dict() for name, item in comparison.outputs.items()} if comparison is not None else {}
+    warnings += binary_warnings(sites, outputs)
     return Report(
         recipe=recipe.name, target=recipe.target, sites=sites, sizes=sizes(facts, sites, before, after),
         passes=pass_reports(runs), outputs=outputs, versions=versions(), hashes=hashes, warnings=warnings,
+        cache=cache_sizes(facts, sites),
     )  # fmt: skip
 
 
+def _worked_on(facts: Sequence[SiteFacts], runs: Sequence[PassRun]) -> list[SiteFacts]:
+    """Layers, and caches where the recipe has a pass for them."""
+    kinds = {"layers"} | {run.step.works_on for run in runs}
+    return [item for item in facts if item.works_on in kinds]
+
+
+def binary_warnings(sites: Sequence[SiteReport], outputs: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What one bit a weight has cost, in one sentence; empty where no layer has binary weights."""
+    schemes = [part for site in sites for part in site.scheme.split(", ") if part.startswith(f"{BINARY} ")]
+    if not schemes:
+        return []
+    layers = "1 layer has" if len(schemes) == 1 else f"{len(schemes)} layers have"
+    cost = "; ".join(_cost(name, measures) for name, measures in outputs.items() if "kl" in measures)
+    cost = cost or "; ".join(_cost(name, measures) for name, measures in outputs.items())
+    measured = f"the error against the float model is {cost}" if cost else "what that costs here was not measured"
+    return [f"{layers} binary weights, which ruins a model that was not trained with them: {measured}"]
+
+
+def _cost(name: str, measures: Mapping[str, float]) -> str:
+    if "kl" not in measures:
+        return f"{measures['sqnr_db']:.1f} dB signal-to-noise ({name})"
+    found = f"KL {measures['kl']:.3g} nats"
+    if "perplexity_ratio" in measures:
+        found += f", perplexity {measures['perplexity_ratio']:.4g} times as high"
+    if "top1" in measures:
+        found += f", the same likeliest token for {100 * measures['top1']:.1f} %"
+    return f"{found} ({name})"
+
+
 def comparison(
-    reference: ir.Model, graph: ir.Model, held_out: Samples | None, facts: Sequence[SiteFacts], runs: Sequence[PassRun],
-    memory_limit: int | None, progress: bool,
+    reference: ir.Model, graph: ir.Model, portable: ir.Model, held_out: Samples | None, facts: Sequence[SiteFacts],
+    runs: Sequence[PassRun], memory_limit: int | None, progress: bool,
 ) -> Comparison | None:  # fmt: skip
-    """How far outputs and sites are from the float model on samples that calibration did not see; None without any."""
+    """How far outputs and sites are from the float model on samples that calibration did not see; None without any.
+
+    Where the lowered graph has operators that CPUs have no kernel for, the portable one is compared in its place.
+    """
     if held_out is None:
         return None
-    values = {item.output: item.output for item in facts}
-    return compare(
-        reference, graph, held_out, values=values, divided=_divided(runs), memory_limit=memory_limit, progress=progress
-    )
+    moved = {old: new for run in runs for old, new in run.changes.moved.items()}
+    values = {item.output: moved.get(item.output, item.output) for item in _worked_on(facts, runs) if item.output}
+    absent = missing_on_cpu((node.domain, node.op_type) for node in graph.graph.all_nodes())
+    found = compare(
+        reference, portable if absent else graph, held_out, values=values, divided=_divided(runs),
+        memory_limit=memory_limit, progress=progress,
+    )  # fmt: skip
+    return replace(found, not_run=absent)
 
 
 def _divided(runs: Sequence[PassRun]) -> dict[str, np.ndarray]:
@@ -102,9 +165,12 @@ def _site_report(item: SiteFacts, runs: Sequence[PassRun], sqnr_db: float | None
     pass_name = kernel = ""
     details: dict[str, str] = {}
     reasons: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    cache = None
     for run in runs:
         for changed in run.changes.changed:
             if changed.site == item.name:
+                cache = changed.cache or cache
                 if changed.scheme:
                     schemes.append(changed.scheme)
                     pass_name = pass_name or run.step.name
@@ -114,7 +180,10 @@ def _site_report(item: SiteFacts, runs: Sequence[PassRun], sqnr_db: float | None
         for skipped in run.changes.skipped:
             if skipped.site == item.name:
                 reasons[run.step.name] = skipped.reason
-    rounding = [run.step for run in runs if run.step.kind == "rounding"]
+        for excluded in run.changes.excluded:
+            if excluded.site == item.name:
+                left_out[run.step.name] = excluded.reason
+    rounding = [run.step for run in runs if run.step.kind == "rounding" and run.step.works_on == item.works_on]
     if schemes:
         status, reason = "quantized", ""
         details |= {name: f"skipped: {reason}" for name, reason in reasons.items()}
@@ -123,13 +192,14 @@ def _site_report(item: SiteFacts, runs: Sequence[PassRun], sqnr_db: float | None
         reason = item.unsupported or next(reasons[step.name] for step in rounding if step.name in reasons)
         pass_name = next((step.name for step in rounding if step.name in reasons), "")
         if item.unsupported and not any(step.selects(item.site) for step in rounding):
-            status, reason = "excluded", "the recipe leaves it out"
+            status, reason = "excluded", RECIPE_LEAVES_IT_OUT
     else:
-        status, reason = "excluded", "the recipe leaves it out"
+        status = "excluded"
+        pass_name, reason = next(iter(left_out.items()), ("", RECIPE_LEAVES_IT_OUT))
     return SiteReport(
         name=item.name, module_path=item.module_path, op=item.op, status=status,  # type: ignore[arg-type]
         block=item.block, reason=reason, scheme=", ".join(dict.fromkeys(schemes)), pass_name=pass_name, kernel=kernel,
-        sqnr_db=sqnr_db, details=details,
+        sqnr_db=sqnr_db, details=details, cache=cache,
     )  # fmt: skip
 
 
@@ -160,6 +230,14 @@ def sizes(facts: Sequence[SiteFacts], reports: Sequence[SiteReport], before: int
         quantized_float_bytes=float_bytes,
         quantized_bytes=after - (before - float_bytes),
     )
+
+
+def cache_sizes(facts: Sequence[SiteFacts], reports: Sequence[SiteReport]) -> CacheSizes | None:
+    """Bytes of all caches together; None where no pass works on caches, or there are none."""
+    before = {item.name: item.cache_bytes for item in facts if item.cache_bytes}
+    after = dict(before)
+    after.update({report.name: report.cache.bytes_after for report in reports if report.cache is not None})
+    return CacheSizes(sum(before.values()), sum(after.values())) if before else None
 
 
 def versions() -> dict[str, str]:

@@ -103,7 +103,7 @@ def _tensor(info: TensorInfo | None) -> str:
 
 
 def _quantization(item: Quantization) -> str:
-    scales = "1 scale" if item.scales == 1 else f"{item.scales} scales"
+    scales = {0: "scales", 1: "1 scale"}.get(item.scales, f"{item.scales} scales")
     operand = f" {item.operand}" if item.operand else ""
     zero = f", zero point {_span(item.zero_point)}" if item.zero_point else ""
     span = _span(item.scale) if item.scale else "computed at run time"

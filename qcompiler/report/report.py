@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
+from qcompiler.rewrite import CacheChange
+
 Status = Literal["quantized", "excluded", "skipped"]
 
 
@@ -47,13 +49,15 @@ class SiteReport:
     """Why it is excluded or skipped."""
     scheme: str = ""
     pass_name: str = ""
-    """The pass that quantized (or skipped) it; ``pass`` in JSON."""
+    """The pass that quantized it, skipped it, or left it out by an option of its own; ``pass`` in JSON."""
     kernel: str = ""
     """The operator that runs it in ONNX Runtime's optimized graph."""
     sqnr_db: float | None = None
     """Signal-to-noise ratio of the site's output against the float model in dB; None where it was not measured."""
     details: dict[str, str] = field(default_factory=dict)
     """What other passes noted about the site, by pass."""
+    cache: CacheChange | None = None
+    """Of a cache that was quantized: its types and bytes."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,14 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class CacheSizes:
+    """Bytes that one position of one sequence takes in all caches, scales counted."""
+
+    float_bytes: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Gate:
     """A limit, what was measured, and whether it holds; a limit on something that was not measured does not hold."""
 
@@ -120,6 +132,8 @@ class Report:
     hashes: dict[str, str] = field(default_factory=dict)
     """SHA-256 of what went in (model, calibration data, recipe), by name."""
     warnings: list[str] = field(default_factory=list)
+    cache: CacheSizes | None = None
+    """Set where the recipe quantizes caches and the model has some."""
 
     def with_status(self, status: Status) -> list[SiteReport]:
         return [site for site in self.sites if site.status == status]

@@ -93,6 +93,9 @@ def _sizes(report: Report) -> str:
     if sizes.quantized_float_bytes:
         ratio = _ratio(sizes.quantized_bytes, sizes.quantized_float_bytes)
         line += f"\n  quantized weights {size(sizes.quantized_float_bytes)} → {size(sizes.quantized_bytes)}{ratio}"
+    if report.cache is not None:
+        before, after = report.cache.float_bytes, report.cache.bytes
+        line += f"\n  caches {size(before)} → {size(after)} a token{_ratio(after, before)}"
     return line
 
 
@@ -174,6 +177,9 @@ def _reasons(report: Report) -> list[str]:
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for site in skipped:
         found["skipped", site.reason].append(paths[site.name])
+    for site in report.with_status("excluded"):
+        if site.pass_name:  # else the recipe does not mention it, and there is nothing to explain
+            found["excluded", site.reason].append(paths[site.name])
     known = {site.name for site in skipped}
     for run in report.passes:
         for skip in run.skipped:

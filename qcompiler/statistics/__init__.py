@@ -30,6 +30,7 @@ the same however the data is cut into shards, sums are the same up to rounding.
 from __future__ import annotations
 
 from qcompiler.statistics.channels import ChannelAbsMax, ChannelFolds, ChannelMoments, ChannelRange, SecondMoment
+from qcompiler.statistics.heads import HeadRange
 from qcompiler.statistics.ranges import MSE, Entropy, MinMax, MovingAverageMinMax, Percentile
 from qcompiler.statistics.statistic import Range, Statistic, class_name, finite
 from qcompiler.statistics.store import Solved, StatisticsStore
@@ -40,6 +41,7 @@ __all__ = [
     "ChannelMoments",
     "ChannelRange",
     "Entropy",
+    "HeadRange",
     "MSE",
     "MinMax",
     "MovingAverageMinMax",

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from qcompiler.errors import DataError, OutputError
 from qcompiler.quantize import Quantized
 from qcompiler.statistics.channels import ChannelAbsMax, ChannelFolds, ChannelMoments, ChannelRange, SecondMoment
+from qcompiler.statistics.heads import HeadRange
 from qcompiler.statistics.ranges import MSE, Entropy, MinMax, MovingAverageMinMax, Percentile
 from qcompiler.statistics.statistic import Array, Statistic, class_name
 
@@ -24,7 +25,7 @@ BUILT_IN: dict[str, type[Statistic]] = {
     statistic.__name__: statistic
     for statistic in (
         *(MinMax, MovingAverageMinMax, Percentile, Entropy, MSE),
-        *(ChannelAbsMax, ChannelFolds, ChannelRange, ChannelMoments, SecondMoment),
+        *(ChannelAbsMax, ChannelFolds, ChannelRange, ChannelMoments, SecondMoment, HeadRange),
     )
 }
 

@@ -45,6 +45,11 @@ class Kernel(_Data):
     types: str
     conditions: str = ""
     note: str = ""
+    sites: str = ""
+    """A regular expression for `kernel: scheme` of a layer in a report that runs so; empty where no report tells.
+
+    A report warns of layers whose kernel was measured slower than float; a layer that was not lowered has no kernel.
+    """
     speed: tuple[Speed, ...] = ()
     """Empty where nobody has measured it."""
     source: str

@@ -23,6 +23,7 @@ RELEVANT = re.compile(
     r"|GatherBlockQuantized|GemmFloat8|MatMulBlockQuantized\w+|GroupQueryAttention|(Sparse)?PagedAttention|TensorScatter"
     r"|MatMul|Gemm|FusedMatMul|Conv"
 )
+CPU_TABLE = Path(__file__).parent / "kernels-ort-cpu-1.32.0.json"
 PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")
 
 
@@ -95,6 +96,13 @@ def read(path: Path) -> list[RegisteredKernel]:
         RegisteredKernel(**{**entry, "types": tuple((name, tuple(types)) for name, types in entry["types"].items())})
         for entry in entries
     ]
+
+
+def missing_on_cpu(operators: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """Which of the operators (domain, name) the CPU has no kernel for, sorted; those that no table is about are had."""
+    known = {(kernel.domain, kernel.op) for kernel in read(CPU_TABLE)}
+    relevant = {(domain, op) for domain, op in operators if domain in ("", "com.microsoft") and RELEVANT.fullmatch(op)}
+    return tuple(sorted(op for domain, op in relevant if (domain, op) not in known))
 
 
 if __name__ == "__main__":

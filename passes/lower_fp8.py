@@ -1,0 +1,227 @@
+"""Multiplies float8 weights as they are stored, on ONNX Runtime's CUDA provider.
+
+**Before**  y = x · DequantizeLinear(W_q, s)    **After**  y = MatMulBlockQuantizedFp8Weight(x, W_q, s)
+
+The operator takes E4M3 weights [N, K] with a float32 scale for each row, or for each block of a row, and activations of
+16 bits. Up to 8 tokens a kernel of its own reads the codes; from 9 on they are dequantized on every run, and a product
+in 16 bits follows. Float8 activations stay rounded, by the nodes that rounded them: that keeps the numbers, and wins
+nothing. A bias stays an Add.
+
+``gemm`` takes GemmFloat8 where activation and weight have one scale each, which is the only product of float8 by float8
+that the provider has. Each call waits for the device and allocates memory, it cannot be captured in a CUDA graph, and
+it has not been run on a GPU yet, so it is not taken unasked.
+
+Skipped, and left in standard operators, which dequantize the whole weight on every run: models in float32 (but for
+GemmFloat8), E5M2 weights, scales that are computed or run along the inputs.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+from pydantic.dataclasses import dataclass as options
+
+from qcompiler.activations import dynamic_pair
+from qcompiler.functions import remove_unused_functions
+from qcompiler.graph import (
+    Names,
+    add_constant,
+    array,
+    constant,
+    inherit,
+    insert_before,
+    new_node,
+    node_graph,
+    remove_unused_constant,
+    replace_output,
+)
+from qcompiler.match import Linear, find_sites
+from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.rows import rows_of
+from qcompiler.statistics import StatisticsStore
+from qcompiler.tensors import derived
+from qcompiler.token_functions import QUANTIZE_FLOAT8, is_token_function
+
+WEIGHT_ONLY = "MatMulBlockQuantizedFp8Weight"
+GEMM = "GemmFloat8"
+E4M3, E5M2 = ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2
+FLOAT8 = (E4M3, E5M2)
+HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+ALIGNED = 16
+"""What K and N of a float8 product, and K and the block of the weight-only kernel, have to be multiples of."""
+
+
+@options(frozen=True, config=OPTIONS)
+class LowerFp8(Pass):
+    name: ClassVar[str] = "lower-fp8"
+    kind: ClassVar[Kind] = "lowering"
+
+    gemm: bool = False
+    """Multiply float8 by float8 (GemmFloat8) where activation and weight have one scale each."""
+
+    def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
+        changes, names = Changes(), Names(model.graph)
+        model.graph.opset_imports.setdefault("com.microsoft", 1)
+        stored: dict[tuple[ir.Value, bool], ir.Value] = {}
+        for site in self.selected(find_sites(model).linears):
+            if site.dequantize is None or site.weight.dtype not in FLOAT8:
+                continue  # float layers and integers are other passes' business
+            quantize = _quantizes_input(site)
+            against = _gemm_obstacle(site, quantize) if self.gemm and quantize is not None else ""
+            if self.gemm and quantize is not None and against is None:
+                _multiply_codes(site, quantize, _rows(site, stored, names), names, self.name)
+                changes.changed.append(Changed(site.name, kernel=GEMM))
+                continue
+            obstacle = _obstacle(site)
+            if obstacle is not None:
+                changes.skipped.append(Skipped(site.name, obstacle))
+                continue
+            details = [_multiply_weight(site, _rows(site, stored, names), names, self.name)]
+            if quantize is not None:
+                details.append("the activation rounded by nodes of its own")
+            if against:
+                details.append(f"not {GEMM}: {against}")
+            changes.changed.append(Changed(site.name, kernel=WEIGHT_ONLY, detail="; ".join(filter(None, details))))
+        remove_unused_functions(model)
+        return changes
+
+
+# ------------------------------------------------------------------------------------------------- what can be lowered
+
+
+def _quantizes_input(site: Linear) -> ir.Node | None:
+    """The node that makes the float8 codes whose dequantized form the layer reads; None where its input is float."""
+    pair = dynamic_pair(site.input)
+    if pair is not None:
+        return pair.quantize if pair.quantize.outputs[0].dtype in FLOAT8 else None
+    dequantize = site.input.producer()
+    if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.inputs[0] is None:
+        return None
+    quantize = dequantize.inputs[0].producer()
+    if quantize is None or quantize.op_type != "QuantizeLinear" or quantize.outputs[0].dtype not in FLOAT8:
+        return None
+    return quantize
+
+
+def _dtype(site: Linear) -> ir.DataType:
+    """What the model computes the layer in; float32 where nothing says so."""
+    assert site.dequantize is not None
+    return site.dequantize.outputs[0].dtype or ir.DataType.FLOAT
+
+
+def _scale_obstacle(site: Linear) -> str | None:
+    node = site.dequantize
+    assert node is not None
+    scale = constant(node.inputs[1])
+    if scale is None:
+        return "the scales of its weight are computed, and the operator's are constants"
+    along_inputs = node.attributes.get_int("axis", 1) % 2 != site.channel_axis
+    if scale.size > 1 and along_inputs != (node.attributes.get_int("block_size", 0) > 0):
+        return "its weight has scales along the inputs, and the operator takes one for each output or block of inputs"
+    return None
+
+
+def _obstacle(site: Linear) -> str | None:
+    """Why the weight-only operator cannot take the layer."""
+    if site.weight.dtype != E4M3:
+        return f"its weight is {site.weight.dtype}, and the operator takes {E4M3}"
+    if _dtype(site) not in HALF:
+        return f"the model computes in {_dtype(site).name.lower()}, and the operator in 16 bits: export it in float16"
+    return _scale_obstacle(site)
+
+
+def _gemm_obstacle(site: Linear, quantize: ir.Node) -> str | None:
+    """Why the product of float8 by float8 cannot take the layer."""
+    node = site.dequantize
+    assert node is not None
+    scales = constant(node.inputs[1])
+    if is_token_function(quantize, QUANTIZE_FLOAT8):
+        return "its activation has a scale for each token"
+    if not quantize.domain and (constant(quantize.inputs[1]) is None or array(quantize.inputs[1]).size != 1):  # type: ignore[arg-type]
+        return "its activation has no constant scale for the whole tensor"
+    if scales is None or scales.size != 1:
+        return "its weight has more than one scale"
+    if E4M3 not in (site.weight.dtype, quantize.outputs[0].dtype):
+        return f"both sides are {E5M2}, which cuBLAS does not multiply"
+    if _dtype(site) == ir.DataType.BFLOAT16:
+        return "its result would be bfloat16, for which the operator asks cuBLAS for a product that it does not have"
+    if site.in_features % ALIGNED or site.out_features % ALIGNED:
+        return f"K = {site.in_features} and N = {site.out_features} are not both multiples of {ALIGNED}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------- in a layer's place
+
+
+def _rows(site: Linear, stored: dict[tuple[ir.Value, bool], ir.Value], names: Names) -> ir.Value:
+    """The codes as [N, K]: the constant itself, or a transposed one, once for all layers that read it so."""
+    key = site.weight, site.transposed
+    if key not in stored:
+        codes, tensor = site.weight, constant(site.weight)
+        assert tensor is not None
+        if not site.transposed:
+            name = names.fresh(f"{codes.name}.transposed")
+            turned = derived(tensor, lambda data: np.ascontiguousarray(data.T), tensor.dtype,
+                             (site.out_features, site.in_features), name)  # fmt: skip
+            codes = add_constant(node_graph(site.node), name, turned)
+        stored[key] = codes
+    return stored[key]
+
+
+def _multiply_weight(site: Linear, codes: ir.Value, names: Names, pass_name: str) -> str:
+    """The weight-only operator in the layer's place; what is worth a line in the report."""
+    node, graph, source = site.dequantize, node_graph(site.node), site.node.inputs[0]
+    assert node is not None
+    assert node.inputs[1] is not None
+    block, scales = node.attributes.get_int("block_size", 0), array(node.inputs[1]).astype(np.float32)
+    if not block:
+        block, scales = site.in_features, np.broadcast_to(scales.reshape(-1, 1), (site.out_features, 1))
+    elif not site.transposed:
+        scales = scales.T
+    scale = add_constant(graph, names.fresh(f"{site.name}.weight_scale"), np.ascontiguousarray(scales))
+    kernel = new_node(
+        WEIGHT_ONLY, [source, codes, scale], names.fresh(f"{site.name}.fp8"), domain="com.microsoft",
+        dtype=_dtype(site), shape=site.node.outputs[0].shape, attributes={"block_size": block},
+    )  # fmt: skip
+    _replace(site, [kernel], kernel, names, pass_name)
+    if site.in_features % ALIGNED or block % ALIGNED:
+        sizes = f"K = {site.in_features} and blocks of {block}"
+        return f"dequantized on every run: {sizes} are not both multiples of {ALIGNED}"
+    return "dequantized from 9 tokens on"
+
+
+def _multiply_codes(site: Linear, quantize: ir.Node, codes: ir.Value, names: Names, pass_name: str) -> None:
+    """The product of float8 by float8 in the layer's place, on rows [M, K]."""
+    graph, base, dequantize = node_graph(site.node), site.name, site.dequantize
+    assert dequantize is not None
+    rows = rows_of(quantize.outputs[0], site.in_features, graph, names)
+    scale = quantize.outputs[1] if quantize.domain else _single(quantize.inputs[1], f"{base}.scale", graph, names)
+    weight_scale = _single(dequantize.inputs[1], f"{base}.weight_scale", graph, names)
+    kernel = new_node(
+        GEMM, [rows.matrix, codes, None, scale, weight_scale], names.fresh(f"{base}.fp8"), domain="com.microsoft",
+        dtype=_dtype(site), shape=ir.Shape((None, site.out_features)),
+        attributes={"transB": 1, "dtype": int(_dtype(site))},
+    )  # fmt: skip
+    shaped = rows.restore(kernel.outputs[0], site.node.outputs[0], site.out_features, graph, names)
+    _replace(site, [*rows.nodes, kernel, *shaped], kernel, names, pass_name)
+
+
+def _single(scale: ir.Value | None, name: str, graph: ir.Graph, names: Names) -> ir.Value:
+    assert scale is not None
+    return add_constant(graph, names.fresh(name), array(scale).astype(np.float32).reshape(()))
+
+
+def _replace(site: Linear, new: list[ir.Node], kernel: ir.Node, names: Names, pass_name: str) -> None:
+    """Put nodes, the last of which gives the product, in the place of the layer; `kernel` gets its name."""
+    product, weight = site.node.outputs[0], site.weight
+    if site.bias is not None and site.bias_node is None:  # Gemm's own bias
+        name = names.fresh(f"{site.name}.bias_added")
+        new.append(new_node("Add", [new[-1].outputs[0], site.bias], name, dtype=_dtype(site)))
+    new[-1].outputs[0].shape = product.shape
+    inherit(new, site.node, pass_name)
+    insert_before(site.node, new)
+    replace_output(site.node, new[-1].outputs[0])
+    remove_unused_constant(weight)
+    kernel.name = site.name
