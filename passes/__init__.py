@@ -11,6 +11,8 @@ PASSES = {
     "nf4": "passes.nf4:Nf4",
     "fp8": "passes.fp8:Fp8",
     "quantize-activations": "passes.quantize_activations:QuantizeActivations",
+    "fuse-attention": "passes.fuse_attention:FuseAttention",
+    "quantize-kv-cache": "passes.quantize_kv_cache:QuantizeKvCache",
     "lower-int8": "passes.lower_int8:LowerInt8",
     "lower-dynamic-int8": "passes.lower_dynamic_int8:LowerDynamicInt8",
     "lower-integer-chain": "passes.lower_integer_chain:LowerIntegerChain",

@@ -73,7 +73,7 @@ class Gptq(WeightPass):
     act_order: bool = False
     """Round the columns of the loudest inputs first (with scales that are chosen beforehand)."""
     refine: int = Field(default=0, ge=0)
-    """Sweeps of coordinate descent over codes and scales afterwards; each costs about twice what the rounding did."""
+    """Sweeps of coordinate descent over codes and scales afterwards; each costs about four times the rounding."""
     sequential: bool = True
     """Calibrate each block of the model on the outputs of the rounded blocks before it."""
     device: Literal["cpu", "cuda"] = "cpu"

@@ -79,7 +79,8 @@ def scale_and_zero_point(
     scheme has none (symmetric signed, float formats). Raises `DataError` where the range is not finite or upside down.
 
     `either_sign` lets the symmetric scales of few-bit integers be negative where the upper end is the larger one: int4
-    has a code more below 0 than above, and so the larger end gets it, and is represented exactly.
+    has a code more below 0 than above, and so the larger end gets it, and is represented exactly. A scheme whose scales
+    are to be positive has none of these.
     """
     lows, highs = np.asarray(lo, np.float64), np.asarray(hi, np.float64)
     if not (np.isfinite(lows).all() and np.isfinite(highs).all()):
@@ -89,7 +90,8 @@ def scale_and_zero_point(
     lows, highs = np.minimum(lows, 0), np.maximum(highs, 0)
     number_format = scheme.number_format
     if scheme.symmetric:
-        either_sign = either_sign and number_format.kind == "integer" and number_format.bits < 8
+        few_bits = number_format.kind == "integer" and number_format.bits < 8
+        either_sign = either_sign and few_bits and not scheme.positive
         divisor = number_format.middle - number_format.qmin if either_sign else number_format.symmetric_divisor
         scale = _storable(np.maximum(-lows, highs) / divisor, scale_dtype, normal=number_format.kind == "float")
         if either_sign:

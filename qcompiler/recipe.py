@@ -210,7 +210,11 @@ class Recipe(_Data):
 
     def _resolve(self, step: Step, target: Target) -> Step:
         preferred = target.pass_defaults.get(step.name, {})
-        built = self._build(Step(name=step.name, options={**preferred, **step.options})).for_target(target)
+        try:
+            built = self._build(Step(name=step.name, options={**preferred, **step.options})).for_target(target)
+        except SchemeError:
+            target.check([self._build(step)])  # what the target refuses anyway need not go with what it prefers
+            raise
         return Step(name=step.name, options={key: _plain(value) for key, value in dataclasses.asdict(built).items()})
 
     def _build(self, step: Step) -> Pass:

@@ -145,6 +145,8 @@ class Scheme:
     granularity: Granularity
     symmetric: bool = True
     dynamic: bool = False
+    positive: bool = False
+    """No scale may be negative (see `quantize.scale_and_zero_point`), because some runtimes take none that is."""
 
     def __post_init__(self) -> None:
         number_format = find_format(self.format)

@@ -105,14 +105,15 @@ class Signature:
     def adopt(self, sample: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
         """A complete sample of another model's as this model reads it.
 
-        What this model does not read is left out, and an empty past is made anew, as its type may be another here.
+        What this model does not read is left out, and an empty past of another type is made anew.
         """
-        kept = {
-            name: array
-            for name, array in sample.items()
-            if name in self.inputs and (array.size or not self.inputs[name].is_past)
-        }
+        known = {name: array for name, array in sample.items() if name in self.inputs}
+        kept = {name: array for name, array in known.items() if array.size or not self._remade(name, array)}
         return self.complete(kept, where)
+
+    def _remade(self, name: str, past: np.ndarray) -> bool:
+        item = self.inputs[name]
+        return item.is_past and past.dtype != item.dtype.numpy()
 
     def random(self, generator: np.random.Generator, sequence_length: int) -> dict[str, np.ndarray]:
         """Noise in the right types: batch 1, `sequence_length` along other symbolic axes, ids within the vocabulary."""

@@ -36,8 +36,15 @@ class _Encoder:
 
     part: ir.Model
     source: str
-    inputs: tuple[str, ...]
+    inputs: tuple[ir.Value, ...]
     """The graph inputs that take what the outputs of `part` are, in order."""
+
+    def empty(self, past: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """What stands for a past without positions."""
+        for value in self.inputs:
+            width = value.shape[-1] if value.shape is not None else None
+            if value.dtype is not None and isinstance(width, int):
+                yield str(value.name), np.zeros((*past.shape[:-1], width), value.dtype.numpy())
 
 
 class StoredPasts:
@@ -55,13 +62,16 @@ class StoredPasts:
         found = dict(sample)
         for name, encoder in self._encoders.items():
             past = found.get(name)
-            if past is None or not past.size or past.dtype.kind != "f":
+            if past is None or past.dtype.kind != "f":
+                continue
+            if not past.size:
+                found.update(encoder.empty(past))
                 continue
             if name not in self._sessions:
                 self._sessions[name] = model_io.session(encoder.part)
             wanted = encoder.part.graph.inputs[0].dtype or ir.DataType.FLOAT
             codes = self._sessions[name].run(None, {encoder.source: past.astype(wanted.numpy())})
-            found.update(zip(encoder.inputs, codes, strict=True))
+            found.update(zip((str(value.name) for value in encoder.inputs), codes, strict=True))
         return found
 
 
@@ -105,17 +115,18 @@ def _joined(model: ir.Model, join: ir.Node) -> _Encoder:
         raise ValueError(f"nothing makes codes for {join.name!r}")
     source = quantize.metadata_props[SOURCE]
     outputs: list[ir.Value] = [codes, *quantize.outputs[1:]]
-    inputs = tuple(_past(value, join.op_type) for value in outputs)
+    inputs = tuple(past for value in outputs for past in _pasts(value, join.op_type))
     graph = ir.convenience.extract(model.graph, [source], [str(value.name) for value in outputs])
     graph.opset_imports.update(model.graph.opset_imports)
     part = ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
     return _Encoder(part, source, inputs)
 
 
-def _past(new: ir.Value, op_type: str) -> str:
+def _pasts(new: ir.Value, op_type: str) -> Iterator[ir.Value]:
     """The input to which a value is appended."""
-    joins = [use.node for use in new.uses() if use.node.op_type == op_type and use.idx == 1]
-    return str(joins[0].inputs[0].name) if joins and joins[0].inputs[0] is not None else ""
+    for node, index in new.uses():
+        if node.op_type == op_type and index == 1 and node.inputs[0] is not None:
+            yield node.inputs[0]
 
 
 def _fused(model: ir.Model, past: ir.Value, scale: ir.Value | None) -> _Encoder:
@@ -139,4 +150,4 @@ def _fused(model: ir.Model, past: ir.Value, scale: ir.Value | None) -> _Encoder:
                               dtype=ir.DataType.UINT8))  # fmt: skip
     graph.extend(nodes)
     graph.outputs.append(nodes[-1].outputs[0])
-    return _Encoder(part, "x", (str(past.name),))
+    return _Encoder(part, "x", (past,))

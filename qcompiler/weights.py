@@ -72,6 +72,8 @@ class WeightPass(Pass):
     """Input features in a group (granularity group); open: what the target runs fastest, else 128."""
     symmetric: bool = True
     """Without a zero point of its own for each scale."""
+    positive_scales: bool = False
+    """Choose no negative scales (a search may, for symmetric codes of few bits), for runtimes that take none."""
     layers: tuple[LayerKind, ...] = ("linear", "head", "convolution", "embedding")
     """Kinds of layers to work on; a head is a linear layer with one output for each row of an embedding (logits)."""
 
@@ -88,7 +90,8 @@ class WeightPass(Pass):
         group_size = self.group_size
         if self.granularity == "group" and group_size is None:
             group_size = GROUP_SIZE
-        return Scheme.from_options(self.format, self.granularity, group_size, self.symmetric)
+        scheme = Scheme.from_options(self.format, self.granularity, group_size, self.symmetric)
+        return replace(scheme, positive=self.positive_scales)
 
     def for_target(self, target: Target) -> Pass:
         if self.granularity != "group" or self.group_size is not None or target.block_size is None:

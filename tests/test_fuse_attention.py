@@ -170,9 +170,11 @@ def test_the_operator_of_the_builder_is_left_alone() -> None:
 
 # ------------------------------------------------------------------------------------------- what is proved
 
-SPELLED_OUT = """layer (int64[B,S] input_ids, int64[B,A] attention_mask, float[B,2,Q,8] past_key, float[B,2,Q,8] past_value,
+SPELLED_OUT = """layer (int64[B,S] input_ids, int64[B,A] attention_mask,
+       float[B,2,Q,8] past_key, float[B,2,Q,8] past_value,
        float[4,32] table, float[32,16] narrow, int64[4] heads, int64[4] kv_heads, int64[1] last, int64[1] third,
-       int64[5] copies, int64[4] together, int64[2] inner, int64[1] zeros, int64[1] ones, float scale, float low, float nil)
+       int64[5] copies, int64[4] together, int64[2] inner, int64[1] zeros, int64[1] ones,
+       float scale, float low, float nil)
     => (float[B,4,S,8] y, float[B,2,A,8] present_key, float[B,2,A,8] present_value) {
     x = Gather (table, input_ids)
     xk = MatMul (x, narrow)
