@@ -11,8 +11,8 @@ nothing. A bias stays an Add.
 that the provider has. Each call waits for the device and allocates memory, it cannot be captured in a CUDA graph, and
 it has not been run on a GPU yet, so it is not taken unasked.
 
-Skipped, and left in standard operators, which dequantize the whole weight on every run: models in float32 (but for
-GemmFloat8), E5M2 weights, scales that are computed or run along the inputs.
+Skipped: models in float32 (but for GemmFloat8), E5M2 weights, scales that are computed or run along the inputs. These
+layers stay in standard operators, which dequantize the whole weight on every run.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def find_cache_io(model: ir.Model, signature: Signature) -> tuple[Cache, ...]:
 
 
 def _flow(past: ir.Value, outputs: dict[str, ir.Value]) -> tuple[list[str], bool]:
-    """The graph outputs that a cache input flows into, and whether GroupQueryAttention alone reads it."""
+    """The graph outputs that a cache input flows into, and whether GroupQueryAttention alone reads it and its pair."""
     found: dict[str, None] = {}
     queue, seen = [past], {past}
     while queue:
@@ -108,8 +108,16 @@ def _flow(past: ir.Value, outputs: dict[str, ir.Value]) -> tuple[list[str], bool
             new = [other for other in nexts if other not in seen]
             seen.update(new)
             queue += new
-    readers = {node.op_type for node, _ in past.uses()}
-    return list(found), readers == {"GroupQueryAttention"}
+    return list(found), _is_shareable(past)
+
+
+def _is_shareable(past: ir.Value) -> bool:
+    """Whether a past, and the other one of its operator (both must be of one length), are for the operator alone."""
+    readers = {node for node, _ in past.uses()}
+    if {node.op_type for node in readers} != {"GroupQueryAttention"} or len(readers) > 1:
+        return False
+    pair = [value for node in readers for value in node.inputs[3:5] if value is not None]
+    return all({node for node, _ in value.uses()} == readers for value in pair)
 
 
 def _listed(names: list[str]) -> str:

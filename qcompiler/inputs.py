@@ -39,14 +39,17 @@ class Plan:
 
 def plan(
     recipe: str | Path | Recipe, target: str | None, options: Sequence[str], exclude: Sequence[str],
-    samples: int | None, sequence_length: int | None,
+    samples: int | None, sequence_length: int | None, dtype: str | None = None, measured: bool = True,
 ) -> Plan:  # fmt: skip
-    """Resolve a recipe for a target. Raises RecipeError, TargetError."""
+    """Resolve a recipe for a target and, where one is asked for, a float type; `measured` says whether there is data.
+
+    Raises RecipeError, TargetError.
+    """
     given = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     said = {"samples": samples, "sequence_length": sequence_length}
     calibration = given.calibration.model_copy(update={key: value for key, value in said.items() if value is not None})
     given = given.model_copy(update={"exclude": (*given.exclude, *exclude), "calibration": calibration})
-    resolved = given.for_target(target).with_options(options).resolved()
+    resolved = given.with_dtype(dtype, measured).for_target(target).with_options(options).resolved()
     passes = [_leave_out(step, resolved.exclude) for step in resolved.build()]
     Target.load(resolved.target).check(passes)
     return Plan(resolved, passes, resolved.build_lowering())
@@ -123,7 +126,9 @@ def finish(graph: ir.Model, recipe: Recipe) -> None:
 
 
 def _leave_out(step: Pass, patterns: Sequence[str]) -> Pass:
-    return dataclasses.replace(step, ignore=(*step.ignore, *patterns)) if patterns else step
+    if not patterns or step.kind == "lowering":  # which excludes layers from being quantized, not from being lowered
+        return step
+    return dataclasses.replace(step, ignore=(*step.ignore, *patterns))
 
 
 def _version() -> str:

@@ -79,6 +79,8 @@ class Changes:
     rescaled: dict[str, np.ndarray] = field(default_factory=dict)
     # Values that are codes now, each with the value inside that holds what it stood for.
     moved: dict[str, str] = field(default_factory=dict)
+    # Bytes that constants have lost which no pass quantized.
+    narrowed: int = 0
 
     @property
     def modified(self) -> bool:

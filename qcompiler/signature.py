@@ -131,10 +131,10 @@ class Signature:
         return sample
 
     def _past_length(self, given: Mapping[str, np.ndarray]) -> int | None:
-        """Positions in the cache that the sample gives; 0 for no cache, None where it gives only a part of it."""
+        """Positions in the cache that the sample gives; 0 for none, None where it gives some only for a part of it."""
         pasts = [item for item in self.inputs.values() if item.is_past]
         named = [item for item in pasts if item.name in given]
-        if not named:
+        if all(given[item.name].size == 0 for item in named):
             return 0
         axis = named[0].past_axis
         return None if len(named) < len(pasts) or axis is None else given[named[0].name].shape[axis]

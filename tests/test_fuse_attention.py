@@ -37,6 +37,9 @@ def pair(request: pytest.FixtureRequest) -> tuple[ir.Model, ir.Model]:
     assert len(changes.changed) == LAYERS
     assert not changes.skipped
     tiny.check(after)
+    pasts = [value for value in after.graph.inputs if value.name.startswith("past")]
+    # Nothing asks a past for its length, which is that of a buffer where past and present share one.
+    assert {node.op_type for value in pasts for node, _ in value.uses()} == {"GroupQueryAttention"}
     return before, after
 
 
@@ -160,6 +163,28 @@ def test_without_a_cache_it_says_so() -> None:
     assert not changes.changed
     assert len(changes.skipped) == LAYERS
     assert all("no cache" in skipped.reason for skipped in changes.skipped)
+
+
+def test_names_of_caches_do_not_matter() -> None:
+    model = loaded("dynamo-past")
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        kind, *rest = str(value.name).rsplit(".", 2)
+        if len(rest) == 2:  # as transformers 5 calls them
+            side = "input" if kind == "past_key_values" else "output"
+            value.name = f"{side}.past_key_values.layers.{rest[0]}.{rest[1]}s"
+    changes = FuseAttention().apply(model, StatisticsStore())
+    assert len(changes.changed) == LAYERS
+    tiny.check(model)
+    assert model.graph.outputs[1].name == "output.past_key_values.layers.0.keys"
+    assert model.graph.outputs[1].producer().op_type == "GroupQueryAttention"
+
+
+def test_on_cuda_float32_is_left_alone() -> None:
+    changes = FuseAttention(half_precision_only=True).apply(loaded("dynamo-past"), StatisticsStore())
+    assert not changes.changed
+    assert all("half precision" in skipped.reason for skipped in changes.skipped)
+    recipe = Recipe(name="fused", passes=(Step(name="fuse-attention"),)).for_target("ort-cuda").resolved()
+    assert recipe.passes[0].options["half_precision_only"]
 
 
 def test_the_operator_of_the_builder_is_left_alone() -> None:
