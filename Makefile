@@ -2,7 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+STUB := $(CURDIR)/.venv/cuda-stub
+WITH_STUB := PYTHONPATH=$(STUB)/site LD_LIBRARY_PATH=$(STUB)/lib
+
+.PHONY: demo test test-cuda-placement cuda-kernels lint bench clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -14,8 +17,29 @@ BIN := .venv/bin
 demo: .venv/.ready
 	$(BIN)/python benchmarks/demo.py
 
-test: .venv/.ready lint
+test: .venv/.ready .venv/.browser lint
 	$(BIN)/python -m pytest
+
+# The tests of report.html run in Chromium: Debian's package, else the one that playwright brings, else they are skipped.
+.venv/.browser: .venv/.ready
+	command -v chromium || command -v chromium-browser || command -v google-chrome \
+		|| { [ "$$(id -u)" = 0 ] && apt-get install -y --no-install-recommends chromium; } \
+		|| $(BIN)/playwright install chromium \
+		|| echo "no Chromium can be had here: the tests in a browser will be skipped"
+	touch $@
+
+# What the CUDA provider decides when it loads a model, on stand-ins for the CUDA libraries: no GPU, and no numbers.
+$(STUB)/.ready: .venv/.ready tests/cuda_stub/build.py tests/cuda_stub/stub.c
+	$(BIN)/python tests/cuda_stub/build.py $(STUB)
+	touch $@
+
+test-cuda-placement: $(STUB)/.ready
+	$(WITH_STUB) $(BIN)/python -m pytest tests/cuda_stub
+
+# The kernel table of the target ort-cuda; another version of onnxruntime-gpu is named in tests/cuda_stub/build.py.
+cuda-kernels: $(STUB)/.ready
+	$(WITH_STUB) $(BIN)/python -m qcompiler.targets.kernels \
+		qcompiler/targets/kernels-ort-cuda-1.31.1.json CUDAExecutionProvider
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
@@ -28,6 +52,8 @@ bench: .venv/.ready
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/weight_only.py
 	$(BIN)/python benchmarks/weight_only_memory.py
+	$(BIN)/python benchmarks/kv_quality.py
+	$(BIN)/python benchmarks/kv_cache.py
 	$(BIN)/python benchmarks/tables.py
 
 clean:

@@ -63,8 +63,9 @@ def layer() -> Path:
     import tempfile
 
     import torch
-    from export import export_dynamo_past
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from models.export import export_dynamo_past
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -153,7 +154,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "kv_cache.json")
     arguments = parser.parse_args()
-    from export import model_path
+    from models.export import model_path
 
     rows = measure("demo", model_path("dynamo-past"), 3072, arguments.past, arguments.rounds)
     rows += measure("layer", layer(), 512, arguments.past, arguments.rounds)

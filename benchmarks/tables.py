@@ -112,7 +112,32 @@ def weight_only_memory(report: dict[str, Any]) -> str:
     return "\n\n".join([table(head, rows), title + source(report, "benchmarks/weight_only_memory.py")])
 
 
+def kv_quality(report: dict[str, Any]) -> str:
+    rows = [
+        [row["variant"], f"**{row['recipe']}**", f"{row['kl']:.5f}", f"{row['perplexity_ratio']:.4f}",
+         f"{row['top1']:.1%}", f"{row['cache_bytes'] / row['cache_float_bytes']:.3f}" if row["cache_bytes"] else "1"]
+        for row in report["rows"]
+    ]  # fmt: skip
+    head = ["exporter", "recipe", "KL", "perplexity ratio", "same top-1", "bytes a token, × float32"]
+    title = f"{report['rows'][0]['tokens']:,} held-out tokens, read one by one through the cache, against the float "
+    title += "model of the same exporter. "
+    return "\n\n".join([table(head, rows), title + source(report, "benchmarks/kv_quality.py")])
+
+
+def kv_cache(report: dict[str, Any]) -> str:
+    models = list(dict.fromkeys(row["model"] for row in report["rows"]))
+    found = {(row["cache"], row["model"]): row for row in report["rows"]}
+    rows = [
+        [cache, *(f"{found[cache, model]['speed']:.2f} ×" for model in models)]
+        for cache in dict.fromkeys(row["cache"] for row in report["rows"]) if "right padding" not in cache
+    ]  # fmt: skip
+    head = [f"a step after {report['past']:,} tokens", *models]
+    note = "Against the float cache as exported, one thread; shared: past and present in one buffer. "
+    return "\n\n".join([table(head, rows), note + source(report, "benchmarks/kv_cache.py")])
+
+
 TABLES = {
+    "kv_quality": kv_quality, "kv_cache": kv_cache,
     "quality": quality, "speed": speed, "memory": memory, "weight_only": weight_only,
     "weight_only_memory": weight_only_memory,
 }  # fmt: skip

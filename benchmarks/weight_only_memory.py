@@ -8,7 +8,8 @@ process of its own, whose peak resident memory the operating system reports. The
 has to compute, divided by how fast this machine multiplies large matrices (measured in the same run, before and after).
 
 With `--peer-blocks N`, llm-compressor's GPTQ runs on the same weights of the first N blocks, in an environment of its
-own, and ours once more on these N blocks. It takes minutes a block on two cores, so N is small.
+own, and ours once more on these N blocks. It takes minutes a block on two cores, so N is small. `--blocks 0` leaves the
+large model out. Rows of an earlier run for other numbers of blocks stay in the results, each with its date.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -27,11 +29,12 @@ import ml_dtypes  # noqa: F401  (numpy learns bfloat16, which onnx_ir needs)
 import numpy as np
 import onnx_ir as ir
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
-from benchmarks.memory import Shape, build, run
-from benchmarks.peers import environment
-from benchmarks.quality import machine, versions
+from benchmarks.memory import Shape, build, run  # noqa: E402
+from benchmarks.peers import environment  # noqa: E402
+from benchmarks.quality import machine, versions  # noqa: E402
 
 COMPARED = 4  # samples that the compiler holds out and compares on
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -55,13 +58,23 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
-        rows = [ours(arguments, arguments.blocks, folder)]
+        rows = [ours(arguments, blocks, folder) for blocks in dict.fromkeys((arguments.blocks, arguments.peer_blocks))
+                if blocks]  # fmt: skip
         if arguments.peer_blocks:
-            rows += [ours(arguments, arguments.peer_blocks, folder), peer(arguments, arguments.peer_blocks, folder)]
+            rows.append(peer(arguments, arguments.peer_blocks, folder))
+    rows = kept(arguments.output, rows) + rows
     report = {"date": date.today().isoformat(), "machine": machine(), "cores": os.cpu_count(), "versions": versions(),
               "samples": arguments.samples, "sequence": arguments.sequence, "memory_limit": arguments.memory_limit,
               "rows": rows}  # fmt: skip
     arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def kept(results: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of an earlier run for numbers of blocks that this one did not touch."""
+    if not results.exists():
+        return []
+    touched = {row["blocks"] for row in rows}
+    return [row for row in json.loads(results.read_text(encoding="utf-8"))["rows"] if row["blocks"] not in touched]
 
 
 def ours(arguments: argparse.Namespace, blocks: int, folder: Path) -> dict[str, Any]:
@@ -84,7 +97,8 @@ def ours(arguments: argparse.Namespace, blocks: int, folder: Path) -> dict[str, 
     needed = operations(shape, arguments.samples * arguments.sequence, arguments.sequence)
     floor = floor_seconds(needed, rates)
     row = {
-        "tool": "qcompiler", "recipe": arguments.recipe, "settings": arguments.settings, "blocks": blocks,
+        "date": date.today().isoformat(), "tool": "qcompiler", "recipe": arguments.recipe,
+        "settings": arguments.settings, "blocks": blocks,
         "parameters": shape.parameters, "seconds": round(seconds, 1), "peak_gb": round(peak / 1e9, 3),
         "gb_before": round(size(source.parent), 3), "gb_after": round(size(output), 3),
         "floor_seconds": round(floor, 1), "times_floor": round(seconds / floor, 2),
@@ -155,7 +169,8 @@ def peer(arguments: argparse.Namespace, blocks: int, folder: Path) -> dict[str, 
     environment.run("llmcompressor", "llm_compressor.py", checkpoint, calibration, folder / "jobs.json", folder)
     facts = json.loads((folder / "gptq.json").read_text(encoding="utf-8"))
     row = {
-        "tool": "llm-compressor", "recipe": "GPTQ", "blocks": blocks, "parameters": shape_of(blocks).parameters,
+        "date": date.today().isoformat(), "tool": "llm-compressor", "recipe": "GPTQ", "blocks": blocks,
+        "parameters": shape_of(blocks).parameters,
         "seconds": facts["seconds"], "peak_gb": round(facts["peak_bytes"] / 1e9, 3), "versions": facts["versions"],
     }  # fmt: skip
     print(row, flush=True)
@@ -182,6 +197,8 @@ def write_checkpoint(shape: Shape, model: Path, folder: Path) -> None:
         "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "torch_dtype": "float32",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    # llm-compressor wants a tokenizer in the folder, and uses none where it is given token ids.
+    shutil.copy(ROOT / "models" / "demo" / "tokenizer.json", folder)
 
 
 def transformers_name(name: str) -> str:

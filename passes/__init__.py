@@ -13,10 +13,12 @@ PASSES = {
     "quantize-activations": "passes.quantize_activations:QuantizeActivations",
     "fuse-attention": "passes.fuse_attention:FuseAttention",
     "quantize-kv-cache": "passes.quantize_kv_cache:QuantizeKvCache",
+    "convert-float": "passes.convert_float:ConvertFloat",
     "lower-int8": "passes.lower_int8:LowerInt8",
     "lower-dynamic-int8": "passes.lower_dynamic_int8:LowerDynamicInt8",
     "lower-integer-chain": "passes.lower_integer_chain:LowerIntegerChain",
     "lower-fp8": "passes.lower_fp8:LowerFp8",
     "lower-weight-only": "passes.lower_weight_only:LowerWeightOnly",
     "lower-embedding": "passes.lower_embedding:LowerEmbedding",
+    "lower-tensorrt": "passes.lower_tensorrt:LowerTensorrt",
 }

@@ -58,6 +58,8 @@ Format = Literal["fp8_e4m3", "fp8_e5m2"]
 
 IN_ATTENTION = "it is a projection of attention (attention: true rounds it, too)"
 AT_AN_END = "it is in the first or last block (first_and_last_block: true rounds it, too)"
+_MOVES = ("Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+"""Operators past which ONNX Runtime may move a QuantizeLinear up."""
 
 
 @options(frozen=True, config=OPTIONS)
@@ -161,11 +163,17 @@ class Fp8(Pass):
         zero = np.zeros((), scheme.number_format.dtype)  # QuantizeLinear takes the type of the codes from it
         s = add_constant(graph, names.fresh(f"{base}.scale"), np.asarray(scale))
         z = add_constant(graph, names.fresh(f"{base}.zero_point"), zero)
+        nodes = []
+        if _is_clipped(source):
+            # ONNX Runtime drops a Relu before QuantizeLinear, taking the zero point for the least code, and cannot open
+            # a model with a Clip there. A Max of one value is that value, and stands between.
+            nodes.append(new_node("Max", [source], names.fresh(f"{base}.kept"), dtype=dtype, shape=source.shape))
+            source = nodes[-1].outputs[0]
         quantize = new_node("QuantizeLinear", [source, s, z], names.fresh(f"{base}.quantized"),
                             dtype=z.dtype, shape=source.shape)  # fmt: skip
         dequantize = new_node("DequantizeLinear", [quantize.outputs[0], s, z], names.fresh(f"{base}.dequantized"),
                               dtype=dtype, shape=source.shape)  # fmt: skip
-        return [quantize, dequantize]
+        return [*nodes, quantize, dequantize]
 
 
 @options(frozen=True, config=OPTIONS)
@@ -190,6 +198,14 @@ class _Weights(WeightPass):
             )  # fmt: skip
             self.install(constant, read(constant.tensor, choose), names, changes, nearest=True)
         return changes
+
+
+def _is_clipped(value: ir.Value) -> bool:
+    """Whether a Relu or Clip made the value, or what it was moved from."""
+    node = value.producer()
+    while node is not None and node.domain == "" and node.op_type in _MOVES and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node is not None and node.domain == "" and node.op_type in ("Relu", "Clip")
 
 
 def _ends(linears: Sequence[Linear], projections: Sequence[Linear]) -> set[str]:

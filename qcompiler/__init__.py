@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qcompiler.calibrate import Hook
-    from qcompiler.compiler import Compiled, compile
+    from qcompiler.compiled import Compiled
+    from qcompiler.compiler import compile
+    from qcompiler.diagnosis import debug
     from qcompiler.errors import QCompilerError
     from qcompiler.generation import generate
+    from qcompiler.inspection import inspect
     from qcompiler.model_diff import diff
     from qcompiler.recipe import Recipe
     from qcompiler.rewrite import Pass
@@ -24,20 +27,23 @@ if TYPE_CHECKING:
 
 # Names are looked up when first used, so that `import qcompiler` (and `qcompiler --help`) loads no library.
 _PUBLIC = {
-    "Compiled": "compiler",
+    "Compiled": "compiled",
     "Hook": "calibrate",
     "Pass": "rewrite",
     "QCompilerError": "errors",
     "Recipe": "recipe",
     "Statistic": "statistics",
     "compile": "compiler",
+    "debug": "diagnosis",
     "diff": "model_diff",  # not diff.py: a submodule of that name would hide the function
     "generate": "generation",
+    "inspect": "inspection",
     "load_session": "runtime",
 }
 
 __all__ = [
-    "Compiled", "Hook", "Pass", "QCompilerError", "Recipe", "Statistic", "compile", "diff", "generate", "load_session",
+    "Compiled", "Hook", "Pass", "QCompilerError", "Recipe", "Statistic", "compile", "debug", "diff", "generate",
+    "inspect", "load_session",
 ]  # fmt: skip
 
 

@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qcompiler.cli_debug import debug
+from qcompiler.cli_diff import diff
 from qcompiler.cli_generate import generate
+from qcompiler.cli_inspect import inspect
+from qcompiler.cli_placement import placement
+from qcompiler.cli_targets import targets
 from qcompiler.errors import OutputError, PassError, QCompilerError, RecipeError, TargetError
 
 if TYPE_CHECKING:
@@ -38,6 +43,11 @@ app = typer.Typer(
 class Device(StrEnum):
     cpu = "cpu"
     cuda = "cuda"
+
+
+class Precision(StrEnum):
+    fp16 = "fp16"
+    bf16 = "bf16"
 
 
 def parse_size(text: str | int) -> int:
@@ -70,6 +80,10 @@ SequenceLength = Annotated[
 ]
 TargetName = Annotated[
     str | None, typer.Option("--target", help="portable, ort-cpu or ort-cuda; see `qcompiler targets`.")
+]
+FloatType = Annotated[
+    Precision | None,
+    typer.Option("--dtype", help="Convert what is left in float32: graph inputs and outputs, too. For GPUs."),
 ]
 Settings = Annotated[
     list[str] | None,
@@ -105,6 +119,7 @@ def compile_(
     recipe: RecipeName,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; made whole or not at all.")],
     target: TargetName = None,
+    dtype: FloatType = None,
     calibration: Calibration = None,
     tokenizer: Tokenizer = None,
     samples: SampleCount = None,
@@ -112,7 +127,7 @@ def compile_(
     statistics: Annotated[Path | None, typer.Option(help="What `qcompiler calibrate` wrote.")] = None,
     set_: Settings = None,
     exclude: Excluded = None,
-    strict: Annotated[bool, typer.Option("--strict", help="A skipped layer makes the exit code 1.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Skips and misplaced nodes make the exit code 1.")] = False,
     memory_limit: MemoryLimit = None,
     device: RunsOn = Device.cpu,
     dump_dir: Annotated[Path | None, typer.Option(help="Write the graph as text after each pass.")] = None,
@@ -133,6 +148,7 @@ def compile_(
         recipe,
         calibration=calibration,
         target=target,
+        dtype=dtype.value if dtype is not None else None,
         tokenizer=tokenizer,
         samples=samples,
         sequence_length=seq_len,
@@ -241,23 +257,12 @@ def eval_(
 
 
 app.command("generate")(generate)
+app.command("placement")(placement)
+app.command("inspect")(inspect)
+app.command("debug")(debug)
 
 
-@app.command("diff")
-def diff_(
-    a: Annotated[Path, typer.Argument(metavar="A", help="The first model, a file or folder.", show_default=False)],
-    b: Annotated[Path, typer.Argument(metavar="B", help="The second model.", show_default=False)],
-    json_: Json = False,
-) -> None:
-    """Show what differs between two models: nodes, constants, inputs and outputs, and quantization."""
-    from qcompiler.model_diff import diff
-    from qcompiler.report.difference import render_diff
-
-    difference = diff(a, b)
-    if json_:
-        print_json(difference.to_dict())
-    else:
-        render_diff(difference, console())
+app.command("diff")(diff)
 
 
 @app.command()
@@ -306,19 +311,7 @@ def recipes(
     typer.echo((recipe.resolved(target) if target else recipe).to_yaml(), nl=False)
 
 
-@app.command()
-def targets(
-    name: Annotated[str | None, typer.Argument(help="A target, to show its kernels.", show_default=False)] = None,
-) -> None:
-    """List the targets, or show what one has kernels for."""
-    from qcompiler.targets import Target, target_names
-
-    if name is None:
-        print_table(("target", "what it is"), [(item, Target.load(item).title) for item in target_names()])
-        return
-    from qcompiler.targets.show import render_target
-
-    render_target(Target.load(name), console())
+app.command("targets")(targets)
 
 
 def device_settings(device: Device, recipe: str) -> list[str]:

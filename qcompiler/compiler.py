@@ -7,44 +7,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 
-from qcompiler import inputs, model_io, pipeline
+from qcompiler import inputs, pipeline
 from qcompiler.calibrate import Calibrator, Hook, load_statistics, model_hash, save_statistics
+from qcompiler.compiled import Compiled
 from qcompiler.hooks import onlookers
 from qcompiler.inputs import Data
-from qcompiler.journal import Journal
 from qcompiler.recipe import Recipe
-from qcompiler.report import Report, build, check_gates
+from qcompiler.report import build, check_gates
 from qcompiler.statistics import StatisticsStore
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A compiled model in memory; `save` writes the folder that ONNX Runtime runs."""
-
-    model: ir.Model
-    report: Report
-    recipe: Recipe
-    source: Path | None
-    journal: Journal | None = None
-
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write model, recipe and report to `folder`, whole or not at all. Raises OutputError."""
-        files = {"recipe.yaml": self.recipe.to_yaml(), "report.json": self.report.to_json()}
-        model_io.save(self.model, Path(folder), source_folder=self.source, overwrite=overwrite, extra_files=files)
-        if self.journal is not None:
-            self.journal.remove()
 
 
 def compile(
     model: str | Path | ir.Model, recipe: str | Path | Recipe, *, calibration: Data | None = None,
-    target: str | None = None, tokenizer: str | Path | None = None, samples: int | None = None,
-    sequence_length: int | None = None, statistics: str | Path | None = None, options: Sequence[str] = (),
-    exclude: Sequence[str] = (), strict: bool = False, memory_limit: int | None = None,
+    target: str | None = None, dtype: str | None = None, tokenizer: str | Path | None = None,
+    samples: int | None = None, sequence_length: int | None = None, statistics: str | Path | None = None,
+    options: Sequence[str] = (), exclude: Sequence[str] = (), strict: bool = False, memory_limit: int | None = None,
     dump_dir: str | Path | None = None, hooks: Sequence[Hook] = (), progress: bool = False,
     work_dir: str | Path | None = None, resume: bool = False,
 ) -> Compiled:  # fmt: skip
@@ -52,8 +33,8 @@ def compile(
 
     An `ir.Model` that is given stays as it was. Raises QCompilerError (see `qcompiler.errors`).
     """
-    start = time.perf_counter()
-    plan = inputs.plan(recipe, target, options, exclude, samples, sequence_length)
+    start, has_data = time.perf_counter(), calibration is not None
+    plan = inputs.plan(recipe, target, options, exclude, samples, sequence_length, dtype, has_data)
     graph, source = inputs.load(model)
     inputs.check_plan(plan, graph)
     hashes, store, measured_on, held_out = {"model": model_hash(graph)}, StatisticsStore(), None, None
@@ -74,8 +55,10 @@ def compile(
     runs += pipeline.run(graph, plan.lowering, store, calibrator, observers)
     inputs.finish(graph, plan.recipe)
     comparison = build.comparison(reference, graph, portable, held_out, facts, runs, memory_limit, progress)
-    report = build.report(plan.recipe, facts, runs, comparison, before, build.constant_bytes(graph), hashes)
+    report = build.report(plan.recipe, graph, facts, runs, comparison, before, hashes)
     report.gates, report.strict = check_gates(plan.recipe.gates, report.outputs), strict
+    report.model = str(model) if source is not None else str(graph.graph.name)
+    report.pictures = build.pictures(report, reference, portable, graph, runs, store)
     report.seconds = round(time.perf_counter() - start, 2)
     return Compiled(graph, report, plan.recipe, source, journal)
 

@@ -258,9 +258,10 @@ def _part(step: _Step, labels: Labels) -> Labels | None:
     axis = step.node.attributes.get_int("axis", 0) % labels.ndim
     sizes = [_sizes(value)[axis] if _sizes(value) else None for value in step.node.outputs]
     index = list(step.node.outputs).index(step.target)
-    before, size = _product(sizes, range(index)), sizes[index]
-    if before is None or not isinstance(size, int) or labels.shape[axis] == 1:
+    earlier, size = [other for other in sizes[:index] if isinstance(other, int)], sizes[index]
+    if len(earlier) < index or not isinstance(size, int) or labels.shape[axis] == 1:
         return None
+    before = sum(earlier)
     part = np.take(labels, range(before, before + size), axis)
     rest = np.delete(labels, range(before, before + size), axis)
     return None if np.isin(part, rest).any() else part

@@ -140,7 +140,9 @@ def _choose(
     """Scale and zero point [channels, blocks] (per tensor [1, 1]) for rows that are read piece by piece."""
     granularity, number_format = scheme.granularity, scheme.number_format
     kept = _cells(reads[0](), granularity) if len(reads) == 1 else None
-    weights = np.ones((), np.float32) if importance is None else _cells(importance[None].astype(np.float32), granularity)
+    weights = (
+        np.ones((), np.float32) if importance is None else _cells(importance[None].astype(np.float32), granularity)
+    )
 
     parameters = partial(scale_and_zero_point, scheme=scheme, scale_dtype=scale_dtype, either_sign=search == "mse")
 

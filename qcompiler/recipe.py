@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent / "recipes"
 DEFAULT_TARGET = "ort-cpu"
+CONVERT = "convert-float"
+"""The pass that a recipe gets where a model is asked for in another float type."""
 
 
 class _Data(BaseModel):
@@ -120,6 +122,19 @@ class Recipe(_Data):
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
 
+    def with_dtype(self, dtype: str | None, measured: bool) -> Recipe:
+        """The recipe that ends with what it leaves in float32 converted to `dtype` (fp16, bf16); None leaves it so.
+
+        Where there is data (`measured`), what is too large for the type is looked for, unless the recipe says not to.
+        """
+        if dtype is None and all(step.name != CONVERT for step in self.passes):
+            return self
+        said = {"dtype": dtype} if dtype is not None else {}
+        given = next((step.options for step in self.passes if step.name == CONVERT), {})
+        last = Step(name=CONVERT, options={"check_range": measured, **given, **said})
+        others = tuple(step for step in self.passes if step.name != CONVERT)
+        return self.model_copy(update={"passes": (*others, last)})
+
     def with_options(self, settings: Sequence[str]) -> Recipe:
         """Apply settings ``PASS.OPTION=VALUE``, values in YAML.
 
@@ -209,7 +224,7 @@ class Recipe(_Data):
         return self.model_copy(update=update)
 
     def _resolve(self, step: Step, target: Target) -> Step:
-        preferred = target.pass_defaults.get(step.name, {})
+        preferred = target.preferred(step.name, [other.name for other in self.passes])
         try:
             built = self._build(Step(name=step.name, options={**preferred, **step.options})).for_target(target)
         except SchemeError:

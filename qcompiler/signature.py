@@ -15,6 +15,7 @@ from qcompiler.errors import DataError, ModelError
 IDS = ("input_ids", "decoder_input_ids", "inputs_embeds")
 """The inputs that set batch size and sequence length, the first that the model has."""
 PAST = re.compile(r"^(input[._])?past(_key_values)?[._]")
+POSITIONS = ("position_ids", "cache_position")
 FORWARDED = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"})
 """Operators that hand token ids on unchanged."""
 
@@ -169,6 +170,11 @@ def check(item: Input, value: object, where: str) -> np.ndarray:
         )
     if item.vocabulary is not None and array.size and not (array.min() >= 0 and array.max() < item.vocabulary):
         wrong = array.min() if array.min() < 0 else array.max()
+        if item.name in POSITIONS:
+            raise DataError(
+                f"{where}: {item.name!r} holds the position {wrong}, and the model has {item.vocabulary}; "
+                "give shorter samples (--seq-len)"
+            )
         raise DataError(
             f"{where}: {item.name!r} holds the token id {wrong}, and the model's vocabulary has {item.vocabulary}; "
             "the tokenizer may belong to another model"

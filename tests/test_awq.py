@@ -159,6 +159,17 @@ def test_a_transformer_block() -> None:
     assert {"q_proj", "gate_proj"} <= places.keys()
 
 
+def test_values_that_are_split_off_one_projection() -> None:
+    """q, k and v come out of one layer: its channels for v start behind those of q and k."""
+    packed = BLOCK.replace("float[8,8] Wq, float[8,8] Wk, float[8,8] Wv, float[8] bv,", "float[8,24] Wq, float[24] bv,")
+    packed = re.sub(r"\[q_proj\].*", "[qkv] a0 = MatMul(n, Wq)  a1 = Add(a0, bv)"
+                    "  q, k, v = Split<axis=-1, num_outputs=3>(a1)", packed)  # fmt: skip
+    constants = {name: entry for name, entry in CONSTANTS.items() if name not in ("Wk", "Wv")}
+    model = tiny.build(packed, opset=23, **constants)
+    changes = run(model, tiny.feeds(model), group_size=4, tolerance=1e-5)
+    assert "qkv" in {changed.site for changed in changes.changed}
+
+
 def test_statistics_follow() -> None:
     """Second moments of the scaled model are the measured ones, rescaled: gptq after awq needs no second look."""
     model = tiny.build(BLOCK, opset=23, **CONSTANTS)

@@ -400,8 +400,14 @@ def test_diff(monkeypatch, capsys, tmp_path) -> None:
     assert {node["after"] for node in found["nodes"] if node["kind"] == "added"} == {"DequantizeLinear"}
     assert all(node["passes"] == "quantize-weights" for node in found["nodes"] if node["kind"] == "added")
     assert len(found["quantization"]) == 2
-    assert run(monkeypatch, "diff", model, tmp_path / "out") == 0
-    assert "DequantizeLinear 0 → 2" in capsys.readouterr().out
+    page = tmp_path / "diff.html"
+    assert run(monkeypatch, "diff", model, tmp_path / "out", "--details", "--html", page) == 0
+    text = capsys.readouterr().out
+    assert "layers: 2 quantized" in text
+    assert "DequantizeLinear 0 → 2" in text
+    assert '<table id="table"' in page.read_text(encoding="utf-8")
+    assert run(monkeypatch, "diff", model, tmp_path / "out", "--seq-len", "4") == 2
+    assert "--calibration" in capsys.readouterr().err
     assert run(monkeypatch, "diff", model, tmp_path / "absent") == 2
     assert capsys.readouterr().err.startswith("error: ")
 

@@ -280,6 +280,26 @@ def test_a_tied_table_keeps_its_float_embedding() -> None:
     assert 0 < tiny.relative_error(*(tiny.run(m, tiny.feeds(model)[0])[0] for m in (after, model))) < 0.06
 
 
+@pytest.mark.parametrize("format", FP8)
+@pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"granularity": "tensor", "dynamic": True}])
+@pytest.mark.parametrize("before", ["r = Relu(x)", "r = Clip(x, low, high)", "c = Relu(x) r = Reshape(c, shape)"])
+def test_what_is_negative_before_a_relu_stays_away(format: str, options: dict, before: str) -> None:
+    """ONNX Runtime drops a Relu before a QuantizeLinear whose zero point it takes for the least code."""
+    given = {"low": np.array(0, np.float32), "high": np.array(1, np.float32), "shape": np.array([-1, 9])}
+    used = {name: array for name, array in given.items() if name in before}
+    types = "".join(f", {'int64[2]' if name == 'shape' else 'float'} {name}" for name in used)
+    model = tiny.build(
+        f"g (float[M,9] x, float[9,5] W{types}) => (float[M,5] y) {{ {before} [fc] y = MatMul(r, W) }}",
+        W="normal", **used,
+    )  # fmt: skip
+    samples = tiny.feeds(model)
+    after, _ = compiled(model, samples, format=format, **options)
+    plain, fast = (tiny.run(after, samples[0], optimized=optimized)[0] for optimized in (False, True))
+    np.testing.assert_allclose(fast, plain, rtol=1e-5, atol=1e-5)
+    limit = {"fp8_e4m3": 0.08, "fp8_e5m2": 0.16}[format]
+    assert tiny.relative_error(fast, tiny.run(model, samples[0])[0]) < limit
+
+
 # -------------------------------------------------------------------------------------------------- what is left out
 
 

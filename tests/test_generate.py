@@ -130,9 +130,11 @@ def by_genai(folder: Path, prompt: list[int]) -> tuple[int, ...]:
 
 
 @pytest.mark.exporters
-@pytest.mark.parametrize("recipe", ["rtn-w4", "int8-weights"])
+@pytest.mark.parametrize("recipe", ["rtn-w4", "int8-weights", "kv-int8", "kv-int4"])
 def test_onnxruntime_genai_writes_the_same_from_a_compiled_folder(tmp_path: Path, recipe: str) -> None:
-    qcompiler.compile(exported("genai"), recipe).save(tmp_path / "out")
+    data = {"calibration": str(CHECKPOINT / "calibration.txt"), "tokenizer": CHECKPOINT / "tokenizer.json"}
+    compiled = qcompiler.compile(exported("genai"), recipe, samples=8, sequence_length=64, **data)  # type: ignore[arg-type]
+    compiled.save(tmp_path / "out")
     ours = generate(tmp_path / "out", prompts()[0], max_new_tokens=NEW, stop=(), threads=1)
     assert by_genai(tmp_path / "out", prompts()[0]) == ours[0].ids
 

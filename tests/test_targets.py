@@ -11,9 +11,18 @@ from qcompiler.errors import TargetError
 from qcompiler.recipe import Recipe
 from qcompiler.registry import options_of, pass_class
 from qcompiler.targets import FOLDER, Target, target_names
-from qcompiler.targets.kernels import RegisteredKernel, installed_kernels, read, select, write
+from qcompiler.targets.kernels import (
+    KernelTable,
+    RegisteredKernel,
+    Signature,
+    installed_kernels,
+    installed_signatures,
+    read,
+    select,
+    write,
+)
 
-ALL = ("ort-cpu", "ort-cuda", "portable")
+ALL = ("ort-cpu", "ort-cuda", "portable", "tensorrt")
 
 
 def test_names() -> None:
@@ -66,12 +75,12 @@ def test_what_is_not_refused(target: str, recipe: str) -> None:
     Target.load(target).check(Recipe.load(recipe).resolved(target).build())
 
 
-def has(kernels: list[RegisteredKernel], op: str, provider: str, **types: str) -> bool:
+def has(table: KernelTable, op: str, provider: str, **types: str) -> bool:
     return any(
         kernel.op == op
         and kernel.provider == provider
         and all(wanted in dict(kernel.types).get(name, ()) for name, wanted in types.items())
-        for kernel in kernels
+        for kernel in table.kernels
     )
 
 
@@ -86,7 +95,7 @@ def test_the_cpu_registry_has_what_the_lowering_needs() -> None:
 def test_the_cuda_registry_explains_the_refusal() -> None:
     kernels = read(FOLDER / "kernels-ort-cuda-1.31.1.json")
     cuda = "CUDAExecutionProvider"
-    assert {kernel.provider for kernel in kernels} == {cuda}
+    assert {kernel.provider for kernel in kernels.kernels} == {cuda}
     for absent in ("QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLinear", "QLinearConv", "QGemm"):
         assert not has(kernels, absent, cuda)
     assert has(kernels, "MatMulNBits", cuda, T1="float16", T2="uint8")
@@ -108,30 +117,68 @@ def test_the_cpu_registry_is_that_of_the_installed_runtime() -> None:
     installed = importlib.metadata.version("onnxruntime")
     if installed != "1.32.0":
         pytest.skip(f"the table is that of onnxruntime 1.32.0, and {installed} is installed")
-    assert installed_kernels() == read(FOLDER / "kernels-ort-cpu-1.32.0.json")
+    table = read(FOLDER / "kernels-ort-cpu-1.32.0.json")
+    assert tuple(installed_kernels()) == table.kernels
+    assert installed_signatures(table.kernels) == table.signatures
 
 
-def test_select_keeps_what_concerns_quantization_once_and_sorted(tmp_path) -> None:
-    def entry(op: str, ep: str = "CPUExecutionProvider", domain: str = "") -> dict:
-        return {
-            "op": op,
-            "domain": domain,
-            "ep": ep,
-            "ver": [10, 2**31 - 1],
-            "tc": {"T": ["tensor(uint8)", "tensor(int8)"]},
-        }
+def test_the_cuda_registry_knows_what_lies_in_host_memory() -> None:
+    table = read(FOLDER / "kernels-ort-cuda-1.31.1.json")
+    newest = {kernel.op: kernel for kernel in table.kernels if kernel.domain == ""}
+    assert newest["Shape"].host_outputs == (0,)
+    assert newest["Reshape"].host_inputs == (1,)
+    assert newest["Slice"].host_inputs == (1, 2, 3, 4)
+    assert newest["MatMulInteger"].host_inputs == (2, 3)  # the zero points
+    assert newest["Gather"].host_inputs == newest["Gather"].host_outputs == ()
+    assert table.signatures["com.microsoft", "MatMulNBits"].inputs[1] == ("B", "T2")
 
+
+def entry(op: str, ep: str = "CPUExecutionProvider", domain: str = "", **types: str) -> dict:
+    allowed = types or {"T": "uint8 int8"}
+    return {
+        "op": op, "domain": domain, "ep": ep, "ver": [10, 2**31 - 1],
+        "tc": {name: [f"tensor({item})" for item in text.split()] for name, text in allowed.items()},
+    }  # fmt: skip
+
+
+def test_select_keeps_a_provider_once_and_sorted(tmp_path) -> None:
     kernels = select(
         [
-            entry("QGemm"),
-            entry("MatMulInteger"),
-            entry("Abs"),
-            entry("QGemm"),
-            entry("QGemm", ep="TensorrtExecutionProvider"),
+            entry("QGemm"), entry("MatMulInteger"), entry("QGemm"), entry("QGemm", ep="TensorrtExecutionProvider"),
+            entry("Abs", domain="ai.onnx"), entry("Conv", domain="com.ms.internal.nhwc"),
         ]
-    )
-    assert [kernel.op for kernel in kernels] == ["MatMulInteger", "QGemm"]
+    )  # fmt: skip
+    assert [kernel.op for kernel in kernels] == ["Abs", "MatMulInteger", "QGemm"]
     assert kernels[0].until is None
+    assert kernels[0].domain == ""
     assert kernels[0].types == (("T", ("int8", "uint8")),)
-    write(tmp_path / "table.json", kernels, "a runtime")
-    assert read(tmp_path / "table.json") == kernels
+    written = RegisteredKernel("", "Reshape", "X", 1, 4, (("T", ("float",)),), host_inputs=(1,))
+    signature = {("com.microsoft", "MatMulNBits"): Signature((("A", "T1"), ("B", "T2")), (("Y", "T1"),))}
+    table = KernelTable("a runtime", (*kernels, written), signature)
+    write(tmp_path / "table.json", table)
+    assert read(tmp_path / "table.json") == table
+
+
+def test_select_merges_types_that_vary_alone() -> None:
+    pairs = [("float", "int8"), ("float", "uint8"), ("float16", "int8"), ("float16", "uint8"), ("double", "int8")]
+    kernels = select(entry("Op", T1=a, T2=b) for a, b in pairs)
+    assert len(kernels) < len(pairs)
+    taken = {(a, b) for kernel in kernels for a in dict(kernel.types)["T1"] for b in dict(kernel.types)["T2"]}
+    assert taken == set(pairs)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_rules_and_advice_can_be_followed(name: str) -> None:
+    target = Target.load(name)
+    for rule in target.rules:
+        assert rule.source
+        assert rule.otherwise or not rule.requires
+        for item in rule.requires:
+            subjects = [item.attribute, item.input, item.session]
+            assert sum(subject is not None for subject in subjects) == 1
+            checks = [item.among, item.multiple_of, item.at_least, item.absent, item.symmetric or None]
+            assert sum(check is not None for check in checks) == 1
+    schemes = {kernel.scheme for kernel in target.kernels}
+    for advice in target.advice:
+        assert advice.scheme in schemes
+        target.check(Recipe.load(advice.recipe).resolved(name).build())

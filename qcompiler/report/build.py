@@ -12,12 +12,19 @@ import onnx_ir as ir
 from qcompiler.binary import FORMAT as BINARY
 from qcompiler.caches import Cache, find_caches
 from qcompiler.graph import constant
+from qcompiler.half_emulation import emulated
 from qcompiler.match import Embedding, Site, Unsupported, find_sites
 from qcompiler.pipeline import PassRun
-from qcompiler.recipe import Recipe
+from qcompiler.placement import predict
+from qcompiler.recipe import CONVERT, Recipe
+from qcompiler.report.distributions import channel_pictures, weight_pictures
+from qcompiler.report.drawing import drawings
+from qcompiler.report.kernels import with_kernels
+from qcompiler.report.pictures import Pictures
 from qcompiler.report.report import CacheSizes, PassReport, PassSkip, Report, SiteReport, Sizes
-from qcompiler.report.speed import speed_warnings
+from qcompiler.report.speed import speed_classes, speed_warnings
 from qcompiler.samples import Samples
+from qcompiler.statistics import StatisticsStore
 from qcompiler.targets import Target
 from qcompiler.targets.kernels import missing_on_cpu
 from qcompiler.verify import Comparison, compare
@@ -75,15 +82,20 @@ def _cache_facts(site: Cache | Unsupported) -> SiteFacts:
 
 
 def report(
-    recipe: Recipe, facts: Sequence[SiteFacts], runs: Sequence[PassRun], comparison: Comparison | None,
-    before: int, after: int, hashes: dict[str, str],
+    recipe: Recipe, graph: ir.Model, facts: Sequence[SiteFacts], runs: Sequence[PassRun],
+    comparison: Comparison | None, before: int, hashes: dict[str, str],
 ) -> Report:  # fmt: skip
-    """The report of a finished compilation; `before` and `after` are bytes of all constants."""
+    """The report of a finished compilation, of which `graph` is the result; `before` are the bytes of all constants."""
     measured = comparison.values if comparison is not None else {}
     facts = _worked_on(facts, runs)
     sqnr = {item.name: measured[item.output].sqnr_db for item in facts if item.output in measured}
     sites = [_site_report(item, runs, sqnr.get(item.name)) for item in facts]
-    warnings = speed_warnings(Target.load(recipe.target), sites)
+    target, after = Target.load(recipe.target), constant_bytes(graph)
+    placement = predict(graph, target)
+    warnings = speed_warnings(target, sites)
+    if placement is not None:
+        sites = with_kernels(sites, graph, placement, target)
+        warnings = placement.warnings + warnings
     if comparison is None:
         warnings.append("not compared with the float model, which takes data with at least two samples")
     if not facts:
@@ -94,11 +106,24 @@ def report(
         absent = ", ".join(comparison.not_run)
         warnings.append(f"compared with the float model before lowering, as ONNX Runtime has no {absent} for CPUs")
     outputs = {name: item.to_dict() for name, item in comparison.outputs.items()} if comparison is not None else {}
-    warnings += binary_warnings(sites, outputs)
+    warnings += binary_warnings(sites, outputs) + range_warnings(recipe)
     return Report(
-        recipe=recipe.name, target=recipe.target, sites=sites, sizes=sizes(facts, sites, before, after),
+        recipe=recipe.name, target=recipe.target, sites=sites,
+        sizes=sizes(facts, sites, before, after, sum(run.changes.narrowed for run in runs)),
         passes=pass_reports(runs), outputs=outputs, versions=versions(), hashes=hashes, warnings=warnings,
-        cache=cache_sizes(facts, sites),
+        cache=cache_sizes(facts, sites), placement=placement, resolved_recipe=recipe.to_yaml(),
+    )  # fmt: skip
+
+
+def pictures(
+    report: Report, reference: ir.Model, portable: ir.Model, graph: ir.Model, runs: Sequence[PassRun],
+    statistics: StatisticsStore,
+) -> Pictures:  # fmt: skip
+    """What the report draws; `statistics` are those at the end, of values as exact passes have rescaled them."""
+    blocks, undrawn = drawings(reference, graph, (site.name for site in report.with_status("quantized")))
+    return Pictures(
+        channels=channel_pictures(reference, runs, statistics), weights=weight_pictures(reference, portable),
+        drawings=blocks, undrawn=undrawn, speed=speed_classes(Target.load(report.target), report.sites),
     )  # fmt: skip
 
 
@@ -120,6 +145,15 @@ def binary_warnings(sites: Sequence[SiteReport], outputs: Mapping[str, Mapping[s
     return [f"{layers} binary weights, which ruins a model that was not trained with them: {measured}"]
 
 
+def range_warnings(recipe: Recipe) -> list[str]:
+    """That nobody has looked whether values fit float16, where that is so."""
+    unseen = [
+        step for step in recipe.passes if step.name == CONVERT
+        and step.options.get("dtype", "fp16") == "fp16" and not step.options.get("check_range")
+    ]  # fmt: skip
+    return ["float16 ends at 65504, and it takes calibration data to tell which values get larger"] if unseen else []
+
+
 def _cost(name: str, measures: Mapping[str, float]) -> str:
     if "kl" not in measures:
         return f"{measures['sqnr_db']:.1f} dB signal-to-noise ({name})"
@@ -137,15 +171,17 @@ def comparison(
 ) -> Comparison | None:  # fmt: skip
     """How far outputs and sites are from the float model on samples that calibration did not see; None without any.
 
-    Where the lowered graph has operators that CPUs have no kernel for, the portable one is compared in its place.
+    Where the lowered graph has operators that CPUs have no kernel for, the portable one is compared in its place. What
+    was converted to 16 bits is emulated, as CPUs would compute it in float32.
     """
     if held_out is None:
         return None
     moved = {old: new for run in runs for old, new in run.changes.moved.items()}
     values = {item.output: moved.get(item.output, item.output) for item in _worked_on(facts, runs) if item.output}
     absent = missing_on_cpu((node.domain, node.op_type) for node in graph.graph.all_nodes())
+    candidate, converted = portable if absent else graph, any(run.step.name == CONVERT for run in runs)
     found = compare(
-        reference, portable if absent else graph, held_out, values=values, divided=_divided(runs),
+        reference, emulated(candidate) if converted else candidate, held_out, values=values, divided=_divided(runs),
         memory_limit=memory_limit, progress=progress,
     )  # fmt: skip
     return replace(found, not_run=absent)
@@ -219,8 +255,10 @@ def constant_bytes(model: ir.Model) -> int:
     return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
-def sizes(facts: Sequence[SiteFacts], reports: Sequence[SiteReport], before: int, after: int) -> Sizes:
-    """Bytes before and after; what no pass quantized is taken to have kept its size."""
+def sizes(
+    facts: Sequence[SiteFacts], reports: Sequence[SiteReport], before: int, after: int, narrowed: int = 0
+) -> Sizes:
+    """Bytes before and after; what no pass quantized is taken to have kept its size but for `narrowed` bytes."""
     done = {report.name for report in reports if report.status == "quantized"}
     quantized = {item.constant: item.bytes for item in facts if item.name in done}
     float_bytes = sum(quantized.values())
@@ -228,7 +266,7 @@ def sizes(facts: Sequence[SiteFacts], reports: Sequence[SiteReport], before: int
         float_bytes=before,
         bytes=after,
         quantized_float_bytes=float_bytes,
-        quantized_bytes=after - (before - float_bytes),
+        quantized_bytes=after - (before - float_bytes - narrowed),
     )
 
 

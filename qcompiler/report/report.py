@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
+from qcompiler.placement.placed import Placement
+from qcompiler.report.compact_json import dumps
+from qcompiler.report.pictures import Pictures
 from qcompiler.rewrite import CacheChange
 
 Status = Literal["quantized", "excluded", "skipped"]
@@ -52,6 +55,10 @@ class SiteReport:
     """The pass that quantized it, skipped it, or left it out by an option of its own; ``pass`` in JSON."""
     kernel: str = ""
     """The operator that runs it in ONNX Runtime's optimized graph."""
+    provider: str = ""
+    """What runs that operator, by the kernel table of the target: CUDA, CPU; empty where there is no table."""
+    conditions: str = ""
+    """Which of the provider's kernels runs it, and of a faster one that does not, which conditions do not hold."""
     sqnr_db: float | None = None
     """Signal-to-noise ratio of the site's output against the float model in dB; None where it was not measured."""
     details: dict[str, str] = field(default_factory=dict)
@@ -134,6 +141,14 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     cache: CacheSizes | None = None
     """Set where the recipe quantizes caches and the model has some."""
+    placement: Placement | None = None
+    """Where each node will run, predicted; None for a target without a kernel table."""
+    model: str = ""
+    """What the model was read from, or its own name."""
+    resolved_recipe: str = ""
+    """The recipe in YAML, nothing left open."""
+    pictures: Pictures = field(default_factory=Pictures)
+    """What report.html draws beyond the above."""
 
     def with_status(self, status: Status) -> list[SiteReport]:
         return [site for site in self.sites if site.status == status]
@@ -145,6 +160,9 @@ class Report:
         skipped = len(self.with_status("skipped"))
         if self.strict and skipped:
             broken.append(f"{skipped} {'layer was' if skipped == 1 else 'layers were'} skipped (--strict)")
+        misplaced = len(self.placement.warnings) if self.placement is not None else 0
+        if self.strict and misplaced:
+            broken.append(f"{misplaced} {'warning' if misplaced == 1 else 'warnings'} about where nodes run (--strict)")
         return broken
 
     @property
@@ -160,7 +178,7 @@ class Report:
         return plain
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        return dumps(self.to_dict())
 
     @staticmethod
     def from_json(text: str) -> Report:

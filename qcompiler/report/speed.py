@@ -1,10 +1,12 @@
-"""Warns of layers that a target runs slower than it ran the float ones, by what was measured there."""
+"""How fast a target runs the layers, by what was measured there, and a warning of those that float ones outrun."""
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 
+from qcompiler.report.pictures import SpeedClass
 from qcompiler.report.report import SiteReport
 from qcompiler.targets import Kernel, Target
 
@@ -20,6 +22,23 @@ def speed_warnings(target: Target, sites: Sequence[SiteReport]) -> list[str]:
         if count:
             warnings.append(_sentence(target, kernel, count))
     return warnings
+
+
+def speed_classes(target: Target, sites: Sequence[SiteReport]) -> tuple[SpeedClass, ...]:
+    """The quantized layers by the row of the target's kernel table that runs them, those of most layers first."""
+    groups: dict[tuple[str, Kernel | None], int] = defaultdict(int)
+    for site in sites:
+        if site.status == "quantized" and site.cache is None:
+            text = f"{site.kernel}: {site.scheme}"
+            rows = (kernel for kernel in target.kernels if kernel.sites and re.search(kernel.sites, text))
+            groups[site.kernel, next(rows, None)] += 1
+    classes = []
+    for (name, kernel), count in sorted(groups.items(), key=lambda item: -item[1]):
+        speeds = kernel.speed if kernel is not None else ()
+        cases = tuple(f"{one.case}, against {one.against} ({one.machine}, {one.date})" for one in speeds)
+        scheme = kernel.scheme if kernel is not None else ""
+        classes.append(SpeedClass(name, scheme, count, tuple(one.ratio for one in speeds), cases))
+    return tuple(classes)
 
 
 def _sentence(target: Target, kernel: Kernel, count: int) -> str:

@@ -42,6 +42,7 @@ def render(report: Report, console: Console) -> None:
     console.print()
     console.print(_layers(report))
     _print_lines(console, "schemes", _schemes(report))
+    _print_lines(console, "kernels", _conditions(report))
     worst = sorted((site for site in report.sites if site.sqnr_db is not None), key=lambda site: site.sqnr_db or 0.0)
     if worst:
         console.print()
@@ -96,6 +97,8 @@ def _sizes(report: Report) -> str:
     if report.cache is not None:
         before, after = report.cache.float_bytes, report.cache.bytes
         line += f"\n  caches {size(before)} → {size(after)} a token{_ratio(after, before)}"
+    if report.placement is not None:
+        line += f"\n  predicted: {report.placement.summary()}"
     return line
 
 
@@ -121,7 +124,7 @@ def _outputs(report: Report) -> Table:
 def _layers(report: Report) -> Table:
     groups: dict[str, list[SiteReport]] = defaultdict(list)
     for site in report.sites:
-        groups[_kind(site)].append(site)
+        groups[kind_of(site)].append(site)
     if len(groups) > MOST_KINDS:  # no repeating blocks: the operators say more than a hundred names
         groups.clear()
         for site in report.sites:
@@ -147,7 +150,14 @@ def _schemes(report: Report) -> list[str]:
     return [*lines, f"… and {rest} more"] if rest else lines
 
 
-def _kind(site: SiteReport) -> str:
+def _conditions(report: Report) -> list[str]:
+    counted = Counter((site.kernel, site.conditions) for site in report.sites if site.conditions)
+    lines = [f"{count} × {kernel}: {conditions}" for (kernel, conditions), count in counted.most_common(MOST_SCHEMES)]
+    rest = len(counted) - len(lines)
+    return [*lines, f"… and {rest} more"] if rest else lines
+
+
+def kind_of(site: SiteReport) -> str:
     """What the site is within its block, so that the same layer of all blocks is one row."""
     path = site.module_path or site.name
     if site.block and path.startswith(site.block + "."):

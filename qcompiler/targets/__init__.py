@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,6 +73,61 @@ class Refusal(_Data):
         )
 
 
+class Requirement(_Data):
+    """One condition on a node: on an attribute, on an input's type, presence or dimension, or on a session option."""
+
+    text: str
+    """The condition as a clause: N is a multiple of 64."""
+    attribute: str | None = None
+    input: int | None = None
+    axis: int | None = None
+    """Of the input: this dimension, and not the type."""
+    session: str | None = None
+    """The key of a session option."""
+    among: tuple[int | float | str, ...] | None = None
+    """Values that the attribute, dimension, type or option may have; what is not given counts as empty text."""
+    multiple_of: int | None = None
+    at_least: int | None = None
+    absent: bool | None = None
+    """Whether the input must not be there, or must."""
+    symmetric: bool = False
+    """The first half of the attribute's list equals the second."""
+    source: str = ""
+    """Where it differs from the rule's."""
+
+
+class Rule(_Data):
+    """What a provider does with an operator beyond what its registry says."""
+
+    operator: str
+    """With its domain where that is not ONNX's own: com.microsoft::MatMulNBits."""
+    when: dict[str, int | str] = {}
+    """Only nodes whose attributes have these values."""
+    outputs: tuple[str, ...] = ()
+    """Only nodes whose first output has one of these types; empty: any."""
+    kernel: str
+    """The path that is taken where all requirements hold, or what the rule is about."""
+    requires: tuple[Requirement, ...] = ()
+    otherwise: str = ""
+    """What happens where one does not hold."""
+    effect: Literal["slower", "declined", "fails"] = "slower"
+    """Of an unmet requirement: another path of the same provider, the node is left to the CPU, or the run fails."""
+    note: str = ""
+    """What the model does not show: numbers of tokens, generations of GPU, libraries."""
+    source: str
+
+
+class Advice(_Data):
+    """What to take for a kind of model on this target."""
+
+    models: Literal["decoder", "convolution", "other"]
+    """Language models with a cache, models that are mostly convolutions, the rest."""
+    recipe: str
+    scheme: str
+    """That of the kernel whose measurements speak for it."""
+    because: str
+
+
 class Target(_Data):
     """Where a model is to run: its kernels, its preferences, and the passes that rewrite a portable model for it."""
 
@@ -85,6 +141,9 @@ class Target(_Data):
     kernels: tuple[Kernel, ...] = ()
     registry: str = ""
     """The file beside this one with the kernel registry of `runtime` (see `kernels.py`)."""
+    rules: tuple[Rule, ...] = ()
+    """What the registry cannot say."""
+    advice: tuple[Advice, ...] = ()
     refuses: tuple[Refusal, ...] = ()
     graph_optimization_level: Literal["disable", "basic", "extended", "all"] = "all"
     session_options: dict[str, str] = {}
@@ -96,6 +155,8 @@ class Target(_Data):
     """The passes that run after the recipe's own."""
     pass_defaults: dict[str, dict[str, Any]] = {}
     """Options that the target prefers where a recipe leaves them open, by pass."""
+    pass_defaults_beside: dict[str, dict[str, dict[str, Any]]] = {}
+    """Other ones where the recipe has a pass, by that pass."""
 
     @staticmethod
     def load(name: str) -> Target:
@@ -104,6 +165,11 @@ class Target(_Data):
             raise TargetError(f"there is no target {name!r}{closest(name, target_names())}")
         data = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
         return Target.model_validate(data)
+
+    def preferred(self, name: str, passes: Iterable[str]) -> dict[str, Any]:
+        """Options of a pass that the target prefers in a recipe of these passes."""
+        beside = [self.pass_defaults_beside.get(other, {}).get(name, {}) for other in passes]
+        return dict(ChainMap(*beside, self.pass_defaults.get(name, {})))
 
     def check(self, passes: Iterable[Pass]) -> None:
         """Raise TargetError where a pass would make something that this target has no good kernel for."""

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.padding import Padding
 
-from qcompiler.targets import Kernel, Target
+from qcompiler.targets import Kernel, Rule, Target
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+MODELS = {"decoder": "language models with a cache", "convolution": "convolutional networks", "other": "other models"}
 
 
 def render_target(target: Target, console: Console) -> None:
@@ -38,8 +41,26 @@ def render_target(target: Target, console: Console) -> None:
         for line in _lines(kernel):
             console.print(Padding(escape(line), (0, 0, 0, 4)), highlight=False)
     console.print()
+    for rule in target.rules:
+        when = "".join(f", {name} {value}" for name, value in rule.when.items())
+        console.print(f"[bold]rule[/bold]  {escape(rule.operator)}{when}: {escape(rule.kernel)}", highlight=False)
+        for line in _conditions(rule):
+            console.print(Padding(escape(line), (0, 0, 0, 4)), highlight=False)
+    console.print()
+    for advice in target.advice:
+        console.print(
+            f"for {MODELS[advice.models]}: --recipe {advice.recipe}; {advice.because}", markup=False, highlight=False
+        )
+    console.print()
     for refusal in target.refuses:
         console.print(f"refuses {refusal.scheme}: {refusal.sentence}", markup=False, highlight=False)
+
+
+def _conditions(rule: Rule) -> list[str]:
+    lines = [f"where {item.text}" + (f" ({item.source})" if item.source else "") for item in rule.requires]
+    if rule.otherwise:
+        lines.append(f"else {rule.otherwise}")
+    return [*lines, *filter(None, [rule.note]), f"known from: {rule.source}"]
 
 
 def _lines(kernel: Kernel) -> list[str]:

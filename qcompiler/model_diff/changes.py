@@ -1,24 +1,24 @@
-"""Compares two models: nodes, initializers, inputs and outputs, and how values are quantized.
+"""What differs node by node and constant by constant, and how values are quantized.
 
 Tensors are compared by a hash of their bytes, read a piece at a time, so that models may be larger than memory.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler import model_io
+from qcompiler.functions import DOMAIN
 from qcompiler.graph import PROVENANCE, constant
+from qcompiler.model_diff.arithmetic import error_of
+from qcompiler.model_diff.node_pairing import written
 from qcompiler.tensors import pieces
 
 Kind = Literal["added", "removed", "replaced", "changed"]
@@ -40,7 +40,7 @@ QUANTIZATION_INPUTS: dict[str, tuple[tuple[str, int, int], ...]] = {
 
 @dataclass(frozen=True)
 class NodeChange:
-    """A node that only one model has, or that differs. Two nodes are the same by name, else by the value they write."""
+    """A node that only one model has, or that differs (see `pairing` for which node is which)."""
 
     kind: Kind
     name: str
@@ -67,6 +67,8 @@ class InitializerChange:
     name: str
     before: TensorInfo | None
     after: TensorInfo | None
+    error: float | None = None
+    """‖after - before‖ / ‖before‖ of a changed float constant whose shape stayed."""
 
 
 @dataclass(frozen=True)
@@ -106,109 +108,78 @@ class Totals:
     """Bytes of the initializers by type."""
 
 
-@dataclass(frozen=True)
-class Diff:
-    """What differs from model A to model B. Empty lists mean equal; falsy when all are."""
-
-    nodes: tuple[NodeChange, ...]
-    initializers: tuple[InitializerChange, ...]
-    ports: tuple[PortChange, ...]
-    quantization: tuple[Quantization, ...]
-    before: Totals
-    after: Totals
-
-    def __bool__(self) -> bool:
-        return bool(self.nodes or self.initializers or self.ports or self.quantization)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return dataclasses.asdict(self)
-
-
-def diff(a: str | Path | ir.Model, b: str | Path | ir.Model) -> Diff:
-    """Compare two models: `.onnx` files, folders or `onnx_ir.Model`. Raises ModelError where one cannot be read."""
-    first, second = (x if isinstance(x, ir.Model) else model_io.load(x) for x in (a, b))
-    return Diff(
-        nodes=tuple(_node_changes(first, second)),
-        initializers=tuple(_initializer_changes(_initializers(first), _initializers(second))),
-        ports=tuple(_port_changes(first, second)),
-        quantization=tuple(_new_quantization(first, second)),
-        before=_totals(first),
-        after=_totals(second),
-    )
-
-
-def _nodes(model: ir.Model) -> Iterator[ir.Node]:
-    """All nodes, those of subgraphs and of model-local functions too."""
+def nodes_of(model: ir.Model) -> Iterator[ir.Node]:
+    """All nodes, those of subgraphs too, and of functions that are not qcompiler's: a call of these is one node."""
     yield from model.graph.all_nodes()
     for function in model.functions.values():
-        yield from function.all_nodes()
+        if function.domain != DOMAIN:
+            yield from function.all_nodes()
 
 
-def _node_changes(a: ir.Model, b: ir.Model) -> Iterator[NodeChange]:
-    left, right = list(_nodes(a)), list(_nodes(b))
-    pairs = _pair(left, right)
+Pairs = Mapping[ir.Node, ir.Node]
+
+
+def node_changes(a: ir.Model, b: ir.Model, pairs: Pairs, renamed: Mapping[str, str]) -> Iterator[NodeChange]:
+    """`pairs` says which node is which, `renamed` which constants of the second are called otherwise in the first."""
     paired = set(pairs.values())
-    for node in left:
+    for node in nodes_of(a):
         other = pairs.get(node)
         if other is None:
-            yield NodeChange("removed", _label(node), _operator(node), "")
-        elif _operator(node) != _operator(other):
-            yield NodeChange("replaced", _label(node), _operator(node), _operator(other), _passes(other))
-        elif detail := _differences(node, other):
-            yield NodeChange("changed", _label(node), _operator(node), _operator(other), _passes(other), detail)
-    for node in right:
+            yield NodeChange("removed", label(node), operator(node), "")
+        elif operator(node) != operator(other):
+            yield NodeChange("replaced", label(node), operator(node), operator(other), passes_of(other))
+        elif detail := _differences(node, other, pairs, renamed):
+            yield NodeChange("changed", label(node), operator(node), operator(other), passes_of(other), detail)
+    for node in nodes_of(b):
         if node not in paired:
-            yield NodeChange("added", _label(node), "", _operator(node), _passes(node))
+            yield NodeChange("added", label(node), "", operator(node), passes_of(node))
 
 
-def _pair(left: list[ir.Node], right: list[ir.Node]) -> dict[ir.Node, ir.Node]:
-    """Which node of A is which of B: by unique name and operator, then by the value written, then by name alone."""
-    pairs: dict[ir.Node, ir.Node] = {}
-    for key in (lambda n: n.name and (n.name, _operator(n)), _written, lambda n: n.name):
-        open_left = _unique((n for n in left if n not in pairs), key)
-        taken = set(pairs.values())
-        open_right = _unique((n for n in right if n not in taken), key)
-        pairs.update({node: open_right[name] for name, node in open_left.items() if name in open_right})
-    return pairs
+def label(node: ir.Node) -> str:
+    return node.name or written(node)
 
 
-def _unique(nodes: Iterable[ir.Node], key: Any) -> dict[Any, ir.Node]:
-    """Nodes by key, without those whose key is empty or not their own."""
-    nodes = list(nodes)
-    count = Counter(key(node) for node in nodes)
-    return {key(node): node for node in nodes if key(node) and count[key(node)] == 1}
-
-
-def _written(node: ir.Node) -> str:
-    """The name of the first value that the node writes."""
-    return next((value.name for value in node.outputs if value.name), "")
-
-
-def _label(node: ir.Node) -> str:
-    return node.name or _written(node)
-
-
-def _operator(node: ir.Node) -> str:
+def operator(node: ir.Node) -> str:
     return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
 
 
-def _passes(node: ir.Node) -> str:
+def passes_of(node: ir.Node) -> str:
     return node.metadata_props.get(PROVENANCE, "")
 
 
-def _differences(a: ir.Node, b: ir.Node) -> str:
+def _differences(a: ir.Node, b: ir.Node, pairs: Pairs, renamed: Mapping[str, str]) -> str:
     parts = []
-    before, after = ([value.name if value else "" for value in node.inputs] for node in (a, b))
-    if before != after:
-        moved = [f"{x or '∅'} → {y or '∅'}" for x, y in zip(before, after, strict=False) if x != y]
-        moved += [f"+ {name}" for name in after[len(before) :]] + [f"- {name}" for name in before[len(after) :]]
+    before, after = list(a.inputs), list(b.inputs)
+    moved = [
+        f"{_name(x) or '∅'} → {_name(y) or '∅'}"
+        for x, y in zip(before, after, strict=False)
+        if not same_value(x, y, pairs, renamed)
+    ]
+    moved += [f"+ {_name(value)}" for value in after[len(before) :]]
+    moved += [f"- {_name(value)}" for value in before[len(after) :]]
+    if moved:
         parts.append("inputs " + ", ".join(moved))
     left, right = ({key: _attribute(item) for key, item in node.attributes.items()} for node in (a, b))
     for key in sorted({*left, *right}):
         if left.get(key) != right.get(key):
             parts.append(f"{key} {left.get(key, '∅')} → {right.get(key, '∅')}")
     return "; ".join(parts)
+
+
+def same_value(a: ir.Value | None, b: ir.Value | None, pairs: Pairs, renamed: Mapping[str, str]) -> bool:
+    """Whether two values are the same thing under another name at most."""
+    if a is None or b is None:
+        return a is b
+    if constant(b) is not None:
+        return constant(a) is not None and renamed.get(str(b.name), b.name) == a.name
+    first, second = a.producer(), b.producer()
+    if first is None or second is None:
+        return first is second and (a.name == b.name or renamed.get(str(b.name)) == a.name)
+    return pairs.get(first) is second and a.index() == b.index()
+
+
+def _name(value: ir.Value | None) -> str:
+    return str(value.name) if value is not None else ""
 
 
 def _attribute(attribute: ir.Attr) -> str:
@@ -221,7 +192,7 @@ def _attribute(attribute: ir.Attr) -> str:
     return str(attribute.value)
 
 
-def _initializers(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+def initializers(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     """The constants by name: initializers, those of subgraphs too (a name that occurs again gets its graph's name)."""
     found: dict[str, ir.TensorProtocol] = {}
     for graph in model.graphs():
@@ -231,19 +202,63 @@ def _initializers(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     return found
 
 
-def _initializer_changes(
-    a: dict[str, ir.TensorProtocol], b: dict[str, ir.TensorProtocol]
-) -> Iterator[InitializerChange]:
+Constants = Mapping[str, ir.TensorProtocol]
+
+
+def same_constants(a: Constants, b: Constants) -> dict[str, str]:
+    """The constants of `b`, by name, that hold the same bytes as one of `a`, and what that is called; names first."""
+    same = {name: name for name in b if name in a and _info(a[name]) == _info(b[name]) and _equal(a[name], b[name])}
+    known: dict[TensorInfo, list[str]] = defaultdict(list)
     for name, tensor in a.items():
-        before = _info(tensor)
-        other = b.get(name)
-        if other is None:
-            yield InitializerChange("removed", name, before, None)
-        elif before != _info(other) or _digest(tensor) != _digest(other):
-            yield InitializerChange("changed", name, before, _info(other))
+        known[_info(tensor)].append(name)
+    digests: dict[str, str] = {}
+    taken = set(same)
     for name, tensor in b.items():
-        if name not in a:
+        candidates = known.get(_info(tensor), []) if name not in same else []
+        for other in candidates:
+            if other in taken or (other in b and other in same):
+                continue
+            if other not in digests:
+                digests[other] = _digest(a[other])
+            if digests[other] == _digest_once(name, tensor, digests):
+                same[name] = other
+                taken.add(other)
+                break
+    return same
+
+
+def _digest_once(name: str, tensor: ir.TensorProtocol, known: dict[str, str]) -> str:
+    key = f"\0{name}"  # of the second model: no name of the first one has that character
+    if key not in known:
+        known[key] = _digest(tensor)
+    return known[key]
+
+
+def _equal(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:
+    return a is b or _digest(a) == _digest(b)
+
+
+def initializer_changes(a: Constants, b: Constants, same: Mapping[str, str]) -> Iterator[InitializerChange]:
+    """`same` as `same_constants` gives it: what is only called otherwise is no change."""
+    kept = set(same.values())
+    for name, tensor in a.items():
+        if name in kept:
+            continue
+        before, other = _info(tensor), b.get(name)
+        if other is None or name in same:
+            yield InitializerChange("removed", name, before, None)
+        else:
+            yield InitializerChange("changed", name, before, _info(other), _relative_error(tensor, other))
+    for name, tensor in b.items():
+        if name not in same and (name not in a or name in kept):
             yield InitializerChange("added", name, None, _info(tensor))
+
+
+def _relative_error(a: ir.TensorProtocol, b: ir.TensorProtocol) -> float | None:
+    floats = all(tensor.dtype.is_floating_point() for tensor in (a, b))
+    if not floats or list(a.shape.numpy()) != list(b.shape.numpy()):
+        return None
+    return error_of(b.numpy(), a.numpy())
 
 
 def _info(tensor: ir.TensorProtocol) -> TensorInfo:
@@ -263,7 +278,7 @@ def _digest(tensor: ir.TensorProtocol) -> str:
     return digest.hexdigest()
 
 
-def _port_changes(a: ir.Model, b: ir.Model) -> Iterator[PortChange]:
+def port_changes(a: ir.Model, b: ir.Model) -> Iterator[PortChange]:
     sides: tuple[Literal["input", "output"], ...] = ("input", "output")
     for direction in sides:
         left, right = (
@@ -275,10 +290,16 @@ def _port_changes(a: ir.Model, b: ir.Model) -> Iterator[PortChange]:
                 yield PortChange(direction, name, left.get(name, ""), right.get(name, ""))
 
 
-def _new_quantization(a: ir.Model, b: ir.Model) -> Iterator[Quantization]:
-    known = {item: None for node in _nodes(a) for item in _quantization(node)}
-    for node in _nodes(b):
-        yield from (item for item in _quantization(node) if item not in known)
+def new_quantization(a: ir.Model, b: ir.Model, pairs: Pairs) -> Iterator[Quantization]:
+    partners = {other: node for node, other in pairs.items()}
+    for node in nodes_of(b):
+        old = partners.get(node)
+        known = {_nameless(item) for item in _quantization(old)} if old is not None else set()
+        yield from (item for item in _quantization(node) if _nameless(item) not in known)
+
+
+def _nameless(item: Quantization) -> Quantization:
+    return replace(item, node="", value="")
 
 
 def _quantization(node: ir.Node) -> Iterator[Quantization]:
@@ -292,8 +313,8 @@ def _quantization(node: ir.Node) -> Iterator[Quantization]:
         codes = node.outputs[0] if node.op_type == "QuantizeLinear" else None if operand else _input(node, 0)
         told = zero if zero is not None and zero.dtype is not None else codes
         yield Quantization(
-            node=_label(node),
-            op=_operator(node),
+            node=label(node),
+            op=operator(node),
             operand=operand,
             value=str(_value(node, operand)),
             type=told.dtype.name if told is not None and told.dtype is not None else "",
@@ -325,8 +346,10 @@ def _span(value: ir.Value | None) -> tuple[float, float] | None:
     return float(data.min()), float(data.max())
 
 
-def _totals(model: ir.Model) -> Totals:
+def totals(model: ir.Model) -> Totals:
     sizes: Counter[str] = Counter()
-    for tensor in _initializers(model).values():
+    for tensor in initializers(model).values():
         sizes[tensor.dtype.name] += tensor.nbytes
-    return Totals(dict(sorted(Counter(_operator(node) for node in _nodes(model)).items())), dict(sorted(sizes.items())))
+    return Totals(
+        dict(sorted(Counter(operator(node) for node in nodes_of(model)).items())), dict(sorted(sizes.items()))
+    )

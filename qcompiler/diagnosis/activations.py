@@ -1,0 +1,119 @@
+"""Where a layer of a quantized model rounds its input, and what the rounded input is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.activations import dynamic_pair
+from qcompiler.diagnosis.regions import Region
+from qcompiler.functions import DOMAIN
+from qcompiler.graph import constant
+from qcompiler.match import Linear
+
+CODED = {"MatMulIntegerToFloat": (0, 2, 4), "QLinearMatMul": (0, 1, 2), "QGemm": (0, 1, 2)}
+"""Operators that multiply codes of the activation: where they have codes, scale and zero point."""
+PRODUCTS = ("MatMul", "Gemm", "FusedMatMul")
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """The rounded input of a linear layer."""
+
+    source: str
+    """The value that is rounded, by its name in the float model."""
+    scheme: str
+    values: tuple[ir.Value, ...]
+    """The rounded input itself; or codes, scale and zero point where it is never dequantized."""
+    constants: tuple[np.ndarray | None, ...] = ()
+    """In the place of values: those of codes, scale and zero point that are constants."""
+
+    def dequantized(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """The rounded input, float32, from what `values` are."""
+        if not self.constants:
+            return arrays[0].astype(np.float32)
+        computed = iter(arrays)
+        codes, scale, zero = (next(computed) if known is None else known for known in self.constants)
+        return (codes.astype(np.float32) - zero.astype(np.float32)) * scale.astype(np.float32)
+
+
+def rounded_input(region: Region) -> Rounded | None:
+    """The rounded input of a linear layer; None where it stays float, or where a kernel rounds it inside."""
+    site = region.site
+    if not isinstance(site, Linear) or str(site.input.name) not in region.inputs.values():
+        return None
+    inside = {value for node in region.nodes for value in node.outputs}
+    products = [node for node in region.nodes if node.op_type in (*CODED, *PRODUCTS)]
+    if len(products) != 1:
+        return None  # a layer that was split, say into columns of integers and of floats
+    node = products[0]
+    if node.op_type in CODED:
+        return _codes(node, str(site.input.name), inside)
+    value = node.inputs[0]
+    if value is None or value not in inside or not (scheme := activation_scheme(value)):
+        return None
+    return Rounded(str(site.input.name), scheme, (value,))
+
+
+def schemes(region: Region) -> str:
+    """How the inputs of a region's products are rounded; empty where they stay float, or are rounded in a kernel."""
+    found = []
+    for node in region.nodes:
+        if node.op_type in CODED and node.inputs[0] is not None:
+            found.append(coded_scheme(node.inputs[0]))
+        elif node.op_type == "DynamicQuantizeMatMul":
+            found.append("uint8 per-tensor dynamic")
+        elif node.op_type in ("Conv", *PRODUCTS):
+            found.append(activation_scheme(node.inputs[0]))
+        elif node.op_type in ("MatMulInteger", "ConvInteger", "QLinearConv") and node.inputs[0] is not None:
+            found.append(coded_scheme(node.inputs[0]))
+    return ", ".join(dict.fromkeys(scheme for scheme in found if scheme))
+
+
+def _codes(node: ir.Node, source: str, inside: set[ir.Value]) -> Rounded | None:
+    values = [node.inputs[index] if index < len(node.inputs) else None for index in CODED[node.op_type]]
+    codes = values[0]
+    if codes is None or codes not in inside:
+        return None
+    computed, constants = [], []
+    for value in values:
+        tensor = constant(value)
+        if tensor is None and value is not None:
+            if value not in inside:
+                return None
+            computed.append(value)
+        constants.append(np.zeros(()) if value is None else None if tensor is None else tensor.numpy())
+    return Rounded(source, coded_scheme(codes), tuple(computed), tuple(constants))
+
+
+def activation_scheme(value: ir.Value | None) -> str:
+    """How a value was rounded before a layer reads it, e.g. ``uint8 per-tensor``; empty where it was not."""
+    producer = value.producer() if value is not None else None
+    if producer is None:
+        return ""
+    pair = dynamic_pair(value)
+    if pair is not None:
+        return coded_scheme(pair.quantize.outputs[0])
+    if producer.op_type == "DequantizeLinear" and producer.inputs[0] is not None:
+        return coded_scheme(producer.inputs[0])
+    return ""
+
+
+def coded_scheme(codes: ir.Value) -> str:
+    """The scheme of codes, by what makes them."""
+    node = codes.producer()
+    if node is None or constant(codes) is not None:
+        return ""
+    dtype = codes.dtype.name.lower() if codes.dtype is not None else "uint8"
+    if node.domain == DOMAIN:
+        return f"{dtype} {'per-token' if 'PerToken' in node.op_type else 'per-tensor'} dynamic"
+    if node.op_type == "DynamicQuantizeLinear":
+        return "uint8 per-tensor dynamic"
+    if node.op_type != "QuantizeLinear":
+        return dtype
+    if constant(node.inputs[1]) is None:
+        return f"{dtype} {'per-token' if node.attributes.get_int('block_size', 0) else 'per-tensor'} dynamic"
+    return f"{dtype} per-tensor"

@@ -1,0 +1,394 @@
+"""Measures the error of each layer: alone, by its part on the outputs, and in the company of all others.
+
+    sweep 1     the float model: keeps what layers read and write
+    sweep 2     the quantized model: the error that has piled up at each layer
+    regions     each layer of the quantized model fed with the float model's values: its error alone
+    injection   the float model with that error added at one layer: what it alone does to the outputs
+
+No session holds more than a part of a model where memory is limited; what does not fit there goes to disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler import segments
+from qcompiler.caches import Cache, find_caches
+from qcompiler.diagnosis.activations import Rounded, rounded_input
+from qcompiler.diagnosis.channels import Outliers, Rescaling
+from qcompiler.diagnosis.regions import Cut, Region, model_of
+from qcompiler.errors import DataError
+from qcompiler.execution import Kept, Session
+from qcompiler.graph import Names, insert_after
+from qcompiler.likelihood import Difference, Divergence
+from qcompiler.match import Linear
+from qcompiler.progress import progress_bar
+from qcompiler.samples import Sample, Samples
+from qcompiler.stored_past import Adapted
+
+KEPT_BYTES = 1 << 30
+"""What values may take in memory where no limit is given; the rest lies on disk."""
+SESSION_BYTES = 1 << 30
+"""Constants of the regions that are run together, likewise."""
+MOST_REGIONS = 64
+ALONE = "alone:"
+DELTA = "delta:"
+
+
+@dataclass
+class LayerErrors:
+    """What was measured of one layer."""
+
+    alone: Difference = field(default_factory=Difference)
+    """Of its output, where the float model's values go in."""
+    activation: Difference | None = None
+    """The same where its input is rounded and its weight is not; None where the input is not, or inside a kernel."""
+    accumulated: Difference = field(default_factory=Difference)
+    """Of its output in the quantized model."""
+    before: Difference = field(default_factory=Difference)
+    """Of its input in the quantized model."""
+    outliers: Outliers | None = None
+    outputs: Difference | None = None
+    """Of the model's outputs where this layer alone is quantized; None where that was not measured."""
+    divergence: Divergence | None = None
+    """The same for logits."""
+
+
+@dataclass
+class Measured:
+    layers: dict[str, LayerErrors]
+    """By the site's name."""
+    outputs: Difference
+    """Of the model's outputs, all layers quantized."""
+    divergence: Divergence
+    samples: int
+
+
+def measure(
+    reference: ir.Model, candidate: ir.Model, regions: Sequence[Region], samples: Samples, *,
+    effect_samples: int = 1, rescaled: bool = False, memory_limit: int | None = None, progress: bool = False,
+) -> Measured:  # fmt: skip
+    """Run both models and the regions on the samples.
+
+    `rescaled` says that an exact pass has scaled channels of values, which is found and taken out. What each layer does
+    to the outputs is measured on the first `effect_samples`. Raises ModelError, DataError.
+    """
+    main = _main_outputs(reference, candidate)
+    found = {region.name: LayerErrors() for region in regions}
+    capacity = KEPT_BYTES if memory_limit is None else int(memory_limit * segments.KEPT_SHARE)
+    with Kept(capacity) as kept:
+        count = _run_reference(reference, regions, main, samples, found, kept, memory_limit, progress)
+        scales = {name: Rescaling() for name in _names(regions)} if rescaled else {}
+        outputs, divergence = _run_candidate(
+            candidate, regions, main, samples, found, scales, kept, memory_limit, progress
+        )
+        deltas = _Deltas(kept, min(effect_samples, count))
+        for group in _groups(regions, memory_limit):
+            _run_regions(candidate, reference, group, found, scales, kept, deltas, count, memory_limit)
+        if deltas.samples:
+            _inject(reference, regions, main, samples, found, kept, deltas, memory_limit, progress)
+    return Measured(found, outputs, divergence, count)
+
+
+def _main_outputs(reference: ir.Model, candidate: ir.Model) -> list[str]:
+    """What the models are for: outputs of both that are no caches."""
+    caches = {str(cache.present.name) for cache in find_caches(reference) if isinstance(cache, Cache)}
+    theirs = {str(value.name) for value in candidate.graph.outputs}
+    numbers = (value for value in reference.graph.outputs if value.dtype is None or value.dtype.is_floating_point())
+    return [str(value.name) for value in numbers if value.name in theirs and value.name not in caches]
+
+
+def _names(regions: Sequence[Region]) -> set[str]:
+    """Values of the float model that regions read or write."""
+    return {name for region in regions for name in (*region.inputs.values(), str(region.site.output.name))}
+
+
+# ---------------------------------------------------------------------------------------------------- both models
+
+
+def _run_reference(
+    model: ir.Model, regions: Sequence[Region], main: Sequence[str], samples: Samples, found: dict[str, LayerErrors],
+    kept: Kept, memory_limit: int | None, progress: bool,
+) -> int:  # fmt: skip
+    readers: dict[str, list[Region]] = {}
+    for region in regions:
+        if isinstance(region.site, Linear):
+            readers.setdefault(str(region.site.input.name), []).append(region)
+    seen: dict[str, Outliers] = {}
+    ran = 0
+
+    def keep(name: str, sample: int, array: np.ndarray) -> None:
+        nonlocal ran
+        ran = max(ran, sample + 1)
+        kept.put(name, sample, array)
+        if name in readers:
+            seen.setdefault(name, Outliers()).update(array)
+
+    with progress_bar("running the float model", progress) as report:
+        wanted = _names(regions) | set(main) | set(readers)
+        segments.run(model, samples, wanted, keep, memory_limit=memory_limit, progress=report)
+    for name, outliers in seen.items():
+        for region in readers[name]:
+            found[region.name].outliers = outliers
+    return ran
+
+
+def _run_candidate(
+    model: ir.Model, regions: Sequence[Region], main: Sequence[str], samples: Samples, found: dict[str, LayerErrors],
+    scales: Mapping[str, Rescaling], kept: Kept, memory_limit: int | None, progress: bool,
+) -> tuple[Difference, Divergence]:  # fmt: skip
+    """Compare the quantized model with what was kept, value by value."""
+    outputs, divergence = Difference(), Divergence()
+    names = {str(value.name): original for region in regions for value, original in region.inputs.items()}
+    names |= {str(region.output.name): str(region.site.output.name) for region in regions}
+    errors = {original: Difference() for original in names.values()}
+
+    def compare(name: str, sample: int, array: np.ndarray) -> None:
+        if name in main:
+            expected = _same_shape(name, kept.get(name, sample), array)
+            outputs.update(expected, array)
+            if _is_logits(name, array):
+                divergence.update(expected, array)
+        original = names.get(name)
+        if original is None or array.dtype.kind not in "fV":
+            return
+        expected = _same_shape(name, kept.get(original, sample), array)
+        errors[original].update(expected, array)
+        if original in scales:
+            scales[original].update(expected, array)
+
+    with progress_bar("running the quantized model", progress) as report:
+        read = Adapted(samples, model)
+        segments.run(model, read, {*names, *main}, compare, memory_limit=memory_limit, progress=report)
+    for original, scaling in scales.items():
+        if scaling.found:
+            errors[original] = scaling.difference()
+    for region in regions:
+        mine = found[region.name]
+        mine.accumulated = errors[str(region.site.output.name)]
+        floats = [errors[name] for name in region.inputs.values() if errors[name].signal]
+        mine.before = max(floats, key=_nsr, default=Difference())
+    return outputs, divergence
+
+
+def _nsr(difference: Difference) -> float:
+    return difference.noise / difference.signal if difference.signal else 0.0
+
+
+def _same_shape(name: str, expected: np.ndarray, array: np.ndarray) -> np.ndarray:
+    if expected.shape != array.shape:
+        raise DataError(
+            f"{name!r} has the shape {list(expected.shape)} in the float model and {list(array.shape)} in the "
+            "quantized one; give the float model that it was made from"
+        )
+    return expected
+
+
+def _is_logits(name: str, array: np.ndarray) -> bool:
+    return name == "logits" and array.ndim == 3
+
+
+# ---------------------------------------------------------------------------------------------------- layers alone
+
+
+class _Deltas:
+    """The errors of the first samples, for `_inject`."""
+
+    def __init__(self, kept: Kept, samples: int) -> None:
+        self._kept, self.samples = kept, samples
+        self.sites: list[str] = []
+
+    def put(self, site: str, sample: int, error: np.ndarray) -> None:
+        if sample < self.samples:
+            self._kept.put(DELTA + site, sample, error)
+            if sample == 0:
+                self.sites.append(site)
+
+    def get(self, site: str, sample: int) -> np.ndarray:
+        return self._kept.get(DELTA + site, sample)
+
+
+def _groups(regions: Sequence[Region], memory_limit: int | None) -> Iterator[list[Region]]:
+    """Regions that are run together: their constants fit the budget."""
+    budget = SESSION_BYTES if memory_limit is None else int(memory_limit * segments.WEIGHT_SHARE)
+    group: list[Region] = []
+    total = 0
+    for region in regions:
+        constants = {value for node in region.nodes for value in node.inputs if value is not None}
+        size = sum(value.const_value.nbytes for value in constants if value.const_value is not None)
+        if group and (total + size > budget or len(group) == MOST_REGIONS):
+            yield group
+            group, total = [], 0
+        group.append(region)
+        total += size
+    if group:
+        yield group
+
+
+def _run_regions(
+    candidate: ir.Model, reference: ir.Model, regions: Sequence[Region], found: dict[str, LayerErrors],
+    scales: Mapping[str, Rescaling], kept: Kept, deltas: _Deltas, count: int, memory_limit: int | None,
+) -> None:  # fmt: skip
+    rounded = {region.name: rounded_input(region) for region in regions}
+    cuts = []
+    for region in regions:
+        extra = rounded[region.name]
+        outputs = {region.output: ALONE + region.name}
+        outputs |= {value: f"{region.name}:{value.name}" for value in (extra.values if extra else ())}
+        cuts.append(Cut(region.nodes, region.inputs, outputs))
+    quantized = _session(model_of(cuts, candidate, kept.types), kept, memory_limit)
+    sites = [region for region in regions if rounded[region.name] is not None]
+    floats = _float_session(reference, sites, kept, memory_limit) if sites else None
+    for sample in range(count):
+        results = dict(quantized.run(_feed(quantized, scales, kept, sample), sample))
+        for region in regions:
+            expected = kept.get(str(region.site.output.name), sample)
+            alone = _restored(results[ALONE + region.name], scales.get(str(region.site.output.name)))
+            found[region.name].alone.update(expected, alone)
+            deltas.put(region.name, sample, (alone - expected.astype(alone.dtype)).astype(expected.dtype))
+        if floats is not None:
+            _measure_activations(floats, sites, rounded, results, found, scales, kept, sample)
+
+
+def _measure_activations(
+    floats: _Part, sites: Sequence[Region], rounded: Mapping[str, Rounded | None], results: Mapping[str, np.ndarray],
+    found: dict[str, LayerErrors], scales: Mapping[str, Rescaling], kept: Kept, sample: int,
+) -> None:  # fmt: skip
+    """What rounding the input alone does to each layer: the float layer fed with the rounded input."""
+    feeds = {}
+    for region in sites:
+        extra = rounded[region.name]
+        assert extra is not None
+        source = kept.get(extra.source, sample)
+        arrays = [results[f"{region.name}:{value.name}"] for value in extra.values]
+        array = _restored(extra.dequantized(arrays), scales.get(extra.source))
+        feeds[region.name] = array.reshape(source.shape).astype(source.dtype)
+    for name, array in floats.session.run(feeds, sample):
+        region = next(region for region in sites if ALONE + region.name == name)
+        expected = kept.get(str(region.site.output.name), sample)
+        errors = found[region.name]
+        errors.activation = errors.activation or Difference()
+        errors.activation.update(expected, array)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A session of cuts, and the types of what it reads."""
+
+    session: Session
+    inputs: Mapping[str, ir.DataType]
+
+    def run(self, feeds: Mapping[str, np.ndarray], sample: int) -> Iterator[tuple[str, np.ndarray]]:
+        return self.session.run(feeds, sample)
+
+
+def _session(model: ir.Model, kept: Kept, memory_limit: int | None) -> _Part:
+    inputs = {str(value.name): value.dtype or ir.DataType.FLOAT for value in model.graph.inputs}
+    outputs = [str(value.name) for value in model.graph.outputs]
+    return _Part(Session(model, list(inputs), outputs, kept, limited=memory_limit is not None), inputs)
+
+
+def _float_session(reference: ir.Model, sites: Sequence[Region], kept: Kept, memory_limit: int | None) -> _Part:
+    cuts, types = [], {}
+    for region in sites:
+        site = region.site
+        assert isinstance(site, Linear)
+        nodes = [node for node in (site.transpose, site.node, site.bias_node) if node is not None]
+        cuts.append(Cut(tuple(nodes), {site.input: region.name}, {site.output: ALONE + region.name}))
+        types[region.name] = kept.types[str(site.input.name)]
+    return _session(model_of(cuts, reference, types), kept, memory_limit)
+
+
+def _feed(part: _Part, scales: Mapping[str, Rescaling], kept: Kept, sample: int) -> dict[str, np.ndarray]:
+    feeds = {}
+    for name, dtype in part.inputs.items():
+        array = kept.get(name, sample)
+        if name in scales and scales[name].found:
+            array = array * scales[name].factor
+        feeds[name] = array.astype(dtype.numpy())
+    return feeds
+
+
+def _restored(array: np.ndarray, scaling: Rescaling | None) -> np.ndarray:
+    """An array of the quantized model in the float model's scale."""
+    wide = array.astype(np.float32)
+    return wide / scaling.factor.astype(np.float32) if scaling is not None and scaling.found else wide
+
+
+# ---------------------------------------------------------------------------------------------------- on the outputs
+
+
+def _inject(
+    reference: ir.Model, regions: Sequence[Region], main: Sequence[str], samples: Samples,
+    found: dict[str, LayerErrors], kept: Kept, deltas: _Deltas, memory_limit: int | None, progress: bool,
+) -> None:  # fmt: skip
+    """Run the float model with the error of one layer added to its output, for each layer."""
+    wanted = set(deltas.sites)
+    sites = [region for region in regions if region.name in wanted]
+    model, inputs = _with_deltas(reference, sites)
+    runs = [(region.name, sample) for region in sites for sample in range(deltas.samples)]
+
+    def measure(name: str, run: int, array: np.ndarray) -> None:
+        site, sample = runs[run]
+        errors = found[site]
+        expected = kept.get(name, sample)
+        errors.outputs = errors.outputs or Difference()
+        errors.outputs.update(expected, array)
+        if _is_logits(name, array):
+            errors.divergence = errors.divergence or Divergence()
+            errors.divergence.update(expected, array)
+
+    feeds = _Injected(list(samples.part(0, deltas.samples)), runs, inputs, deltas)
+    with progress_bar("one layer quantized at a time", progress) as report:
+        segments.run(model, feeds, main, measure, memory_limit=memory_limit, progress=report)
+
+
+class _Injected:
+    """Samples in which one layer has its error, and the others zero."""
+
+    def __init__(
+        self, samples: Sequence[Sample], runs: Sequence[tuple[str, int]], inputs: Mapping[str, ir.Value],
+        deltas: _Deltas,
+    ) -> None:  # fmt: skip
+        self._samples, self._runs, self._inputs, self._deltas = samples, runs, inputs, deltas
+        self.count: int | None = len(runs)
+
+    def __iter__(self) -> Iterator[Sample]:
+        zeros = {str(value.name): np.zeros((), _dtype(value).numpy()) for value in self._inputs.values()}
+        for site, sample in self._runs:
+            yield {**self._samples[sample], **zeros, str(self._inputs[site].name): self._deltas.get(site, sample)}
+
+
+def _with_deltas(reference: ir.Model, sites: Sequence[Region]) -> tuple[ir.Model, dict[str, ir.Value]]:
+    """The model with an input for each layer that is added to its output, and these inputs by the site's name."""
+    model = reference.clone()
+    names = Names(model.graph)
+    nodes = {node.name: node for node in model.graph}
+    inputs: dict[str, ir.Value] = {}
+    for region in sites:
+        original = region.site.output
+        producer = original.producer()
+        assert producer is not None
+        twin = nodes[producer.name]
+        value = twin.outputs[original.index() or 0]
+        # No shape: zero is fed as a scalar, and an error in the shape of the output.
+        delta = ir.Value(name=names.fresh(DELTA + region.name), type=ir.TensorType(_dtype(value)))
+        name = str(value.name)
+        total = ir.Value(name=names.fresh(f"{name}.with_error"), type=value.type, shape=value.shape)
+        add = ir.Node("", "Add", [value, delta], outputs=[total], name=total.name)
+        value.replace_all_uses_with(total, replace_graph_outputs=True)
+        add.replace_input_with(0, value)
+        insert_after(twin, [add])
+        if total.is_graph_output():
+            value.name, total.name = names.fresh(f"{name}.without_error"), name
+        model.graph.inputs.append(delta)
+        inputs[region.name] = delta
+    return model, inputs
+
+
+def _dtype(value: ir.Value) -> ir.DataType:
+    return value.dtype or ir.DataType.FLOAT

@@ -1,0 +1,175 @@
+"""What became of each node of the first model, counted: quantized, folded, cast, fused, untouched …"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from qcompiler.graph import constant
+from qcompiler.model_diff.activations import of_operand, of_value, quantizes, through_quantization
+from qcompiler.model_diff.changes import nodes_of, operator
+from qcompiler.model_diff.layers import Layer
+from qcompiler.model_diff.pairing import LayerPair
+from qcompiler.model_diff.stories import LayerStory
+
+FATES = ("quantized", "cast", "fused", "folded", "scaled", "changed", "replaced", "untouched", "removed")
+
+
+@dataclass(frozen=True)
+class Fate:
+    """Nodes of the first model of one operator that share a fate."""
+
+    fate: str
+    op: str
+    after: str
+    """The operator that they are now, or are part of; empty where they are gone."""
+    count: int
+    activations: str = ""
+    """How the values that they read are quantized."""
+
+
+def count_fates(
+    a: ir.Model, nodes: Mapping[ir.Node, ir.Node], layers: Sequence[LayerPair], stories: Sequence[LayerStory],
+    same: Mapping[str, str],
+) -> tuple[Fate, ...]:  # fmt: skip
+    told = {layer.node: (story, pair) for pair, story in zip(layers, stories, strict=True) for layer in pair.before}
+    constants, matched = _of_constants(a), set(nodes.values())
+    found: Counter[tuple[str, str, str, str]] = Counter()
+    gone: dict[ir.Node, ir.Node | None] = {}
+    for node in nodes_of(a):
+        other = nodes.get(node)
+        if node in told and told[node][1].after:
+            story, pair = told[node]
+            layer = pair.after[0]
+            after = operator(layer.node) if layer.op == layer.node.op_type else layer.op
+            found[story.fate, operator(node), after, str(layer.activation or "")] += 1
+        elif other is not None:
+            found[_paired(node, other, same)] += 1
+        elif node in constants:
+            found["folded", operator(node), "", ""] += 1
+        else:
+            gone[node] = _fused_into(node, nodes, told, matched)
+    shared = Counter(into for into in gone.values() if into is not None)
+    for node, into in gone.items():
+        fate = "removed" if into is None else "fused" if shared[into] > 1 or into in matched else "replaced"
+        found[fate, operator(node), operator(into) if into is not None else "", ""] += 1
+    order = {fate: place for place, fate in enumerate(FATES)}
+    rows = sorted(found.items(), key=lambda item: (order.get(item[0][0], len(order)), -item[1], item[0]))
+    return tuple(Fate(fate, op, after, count, activations) for (fate, op, after, activations), count in rows)
+
+
+def _paired(node: ir.Node, other: ir.Node, same: Mapping[str, str]) -> tuple[str, str, str, str]:
+    names = operator(node), operator(other)
+    rounded = next((found for value in other.inputs if (found := of_value(value)) is not None), None)
+    before = any(of_value(value) is not None for value in node.inputs)
+    if other.op_type.startswith("QLinear") and not node.op_type.startswith("QLinear"):
+        return ("quantized", *names, str(of_operand(other, 1, 2) or ""))
+    if rounded is not None and not before and not quantizes(node):
+        return ("quantized", *names, str(rounded))
+    if _narrowed(node, other):
+        return ("cast", *names, "")
+    if names[0] != names[1]:
+        return ("replaced", *names, "")
+    return (_kept(node, other, same), *names, "")
+
+
+def _narrowed(node: ir.Node, other: ir.Node) -> bool:
+    """Whether the node computes in another float type now."""
+    for a, b in zip((*node.outputs, *node.inputs), (*other.outputs, *other.inputs), strict=False):
+        if a is None or b is None or a.dtype is None or b.dtype is None:
+            continue
+        if a.dtype != b.dtype and a.dtype.is_floating_point() and b.dtype.is_floating_point():
+            return True
+    return False
+
+
+def _kept(node: ir.Node, other: ir.Node, same: Mapping[str, str]) -> str:
+    """Untouched where it has the same attributes, constants and sources; who writes a source may have changed."""
+    if len(node.inputs) != len(other.inputs) or set(node.attributes) != set(other.attributes):
+        return "changed"
+    if any(str(item.value) != str(other.attributes[name].value) for name, item in _plain(node)):
+        return "changed"
+    for a, b in zip(node.inputs, other.inputs, strict=True):
+        if (constant(a) is not None) != (constant(b) is not None):
+            return "changed"
+        if constant(a) is None or a is None or b is None:
+            continue
+        if same.get(str(b.name)) != a.name:
+            return "scaled" if _is_vector(a) and _is_vector(b) else "changed"
+    return "untouched"
+
+
+def _plain(node: ir.Node) -> Iterator[tuple[str, ir.Attr]]:
+    skipped = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS, ir.AttributeType.TENSOR)
+    yield from ((name, item) for name, item in node.attributes.items() if item.type not in skipped)
+
+
+def _is_vector(value: ir.Value | None) -> bool:
+    tensor = constant(value)
+    return tensor is not None and tensor.dtype.is_floating_point() and len(tensor.shape) > 0 and tensor.size > 1
+
+
+def _of_constants(model: ir.Model) -> set[ir.Node]:
+    """Nodes that read constants alone."""
+    found: set[ir.Node] = set()
+    for node in model.graph.all_nodes():
+        inputs = [value for value in node.inputs if value is not None]
+        if inputs and all(constant(value) is not None or value.producer() in found for value in inputs):
+            found.add(node)
+    return found
+
+
+def _fused_into(
+    node: ir.Node, nodes: Mapping[ir.Node, ir.Node], told: Mapping[ir.Node, tuple[LayerStory, LayerPair]],
+    matched: set[ir.Node],
+) -> ir.Node | None:  # fmt: skip
+    """The node of the second model that computes what an unmatched node did; None where none does.
+
+    That is what stands, in the second model, where the first one has unmatched nodes: before the counterpart of the
+    nearest matched reader, or that reader itself where its operator is another one now.
+    """
+    seen, pending = {node}, [node]
+    while pending:
+        current = pending.pop()
+        for value in current.outputs:
+            for reader, index in value.uses():
+                if reader in seen:
+                    continue
+                seen.add(reader)
+                other = _counterpart(reader, nodes, told)
+                if other is None:
+                    pending.append(reader)
+                    continue
+                if operator(other) != operator(reader) and reader not in told:
+                    return other
+                source = through_quantization(other.inputs[index]) if index < len(other.inputs) else None
+                writer = source.producer() if source is not None else None
+                if writer is not None and writer not in matched and not quantizes(writer):
+                    return writer
+    return _writer(node, nodes, told)
+
+
+def _counterpart(
+    node: ir.Node, nodes: Mapping[ir.Node, ir.Node], told: Mapping[ir.Node, tuple[LayerStory, LayerPair]]
+) -> ir.Node | None:
+    if node in told and told[node][1].after:
+        return told[node][1].after[0].node
+    return nodes.get(node)
+
+
+def _writer(
+    node: ir.Node, nodes: Mapping[ir.Node, ir.Node], told: Mapping[ir.Node, tuple[LayerStory, LayerPair]]
+) -> ir.Node | None:
+    """A bias or a cast that the layer before has taken in: that layer, where its operator is another one now."""
+    for value in node.inputs:
+        producer = value.producer() if value is not None else None
+        other = _counterpart(producer, nodes, told) if producer is not None else None
+        if producer is not None and other is not None and operator(other) != operator(producer):
+            return other
+    return None
+
+
+__all__ = ["FATES", "Fate", "Layer", "count_fates"]

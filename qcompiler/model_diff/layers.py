@@ -1,0 +1,352 @@
+"""Reads a model as layers: what a person would call one, however many nodes an exporter or a quantizer wrote for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import onnx_ir as ir
+
+from qcompiler.caches import Cache, find_caches
+from qcompiler.embeddings import QuantizedEmbedding, find_quantized_embeddings
+from qcompiler.graph import constant
+from qcompiler.match import PART_OF, find_sites
+from qcompiler.model_diff.activations import Activation, of_operand, of_value, through_quantization
+from qcompiler.model_diff.weights import (
+    Weight,
+    bnb4,
+    codes_operand,
+    grouped_table,
+    operand,
+    packed_blocks,
+    table_blocks,
+    type_name,
+)
+from qcompiler.module_path import block_of, module_path
+from qcompiler.sites import Linear
+
+LayerKind = Literal["linear", "convolution", "embedding", "recurrent", "cache"]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    kind: LayerKind
+    node: ir.Node
+    """What multiplies or gathers."""
+    name: str
+    """The node's name, without what quantizers append."""
+    module_path: str
+    op: str
+    input: ir.Value | None
+    """The activation, before it is quantized; ids of an embedding."""
+    output: ir.Value
+    """After the bias, and after dequantization where the layer gives codes."""
+    weight: Weight
+    activation: Activation | None
+    """How the input is quantized; None where it is float."""
+    nodes: tuple[ir.Node, ...] = ()
+    """All nodes of the layer, `node` among them."""
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def block(self) -> str:
+        return block_of(self.module_path)
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """What a layer keeps however it is stored: kind and shape."""
+        return (self.kind, self.weight.shape)
+
+
+_SUFFIXES = re.compile(r"(_quant|_Q\d+|_DequantizeLinear|_MatMul_quant|\.dequantized)+$")
+
+
+def plain_name(name: str) -> str:
+    """A node's name without what quantizers append to it."""
+    return _SUFFIXES.sub("", name)
+
+
+def read_layers(model: ir.Model) -> list[Layer]:
+    """Every layer with weights, in graph order; `model` has constants as initializers and named nodes."""
+    linears = {site.node: site for site in find_sites(model).linears}
+    embeddings = {site.gather: site for site in find_quantized_embeddings(model)}
+    found: list[Layer] = []
+    taken: set[ir.Node] = set()
+    for node in model.graph.all_nodes():
+        if node in taken or PART_OF in node.metadata_props:
+            continue
+        layer = _read(node, linears.get(node), embeddings.get(node))
+        if layer is not None:
+            found.append(layer)
+            taken.update(layer.nodes)
+    return found
+
+
+def _read(node: ir.Node, linear: Linear | None, embedding: QuantizedEmbedding | None) -> Layer | None:
+    if embedding is not None:
+        return _embedding_of_codes(embedding)
+    if node.op_type in ("Gather", "GatherBlockQuantized"):
+        return _embedding(node)
+    if node.op_type in _KERNELS:
+        return _kernel(node)
+    if node.op_type in ("MatMul", "Gemm", "FusedMatMul", "Conv", "FusedGemm", "FusedConv", "ConvTranspose"):
+        return _plain(node, linear)
+    if node.op_type in ("LSTM", "GRU", "RNN"):
+        weight = operand(_at(node, 1), outputs_first=True)
+        return None if weight is None else _layer("recurrent", node, node.inputs[0], weight)
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------ plain operators
+
+
+def _plain(node: ir.Node, linear: Linear | None) -> Layer | None:
+    convolves = "Conv" in node.op_type
+    outputs_first = convolves or bool(node.attributes.get_int("transB", 0))
+    weight = operand(_at(node, 1), outputs_first=outputs_first)
+    if weight is None or (not convolves and (len(weight.shape) != 2 or 1 in weight.shape)):
+        return None
+    if operand(_at(node, 0), outputs_first=False) is not None:
+        return None  # constants alone
+    activation = of_value(node.inputs[0])
+    bias = linear.bias_node if linear is not None else None
+    nodes = (*weight.nodes, *(activation.nodes if activation is not None else ()))
+    kind: LayerKind = "convolution" if convolves else "linear"
+    return _layer(kind, node, through_quantization(node.inputs[0]), weight, activation, nodes, bias)
+
+
+def _layer(
+    kind: LayerKind, node: ir.Node, source: ir.Value | None, weight: Weight, activation: Activation | None = None,
+    nodes: tuple[ir.Node, ...] = (), bias: ir.Node | None = None, output: ir.Value | None = None,
+    notes: tuple[str, ...] = (), op: str = "",
+) -> Layer:  # fmt: skip
+    named = weight.constants[0] if not any(part.op_type == "Transpose" for part in weight.nodes) else None
+    result = output if output is not None else (bias or node).outputs[0]
+    members = dict.fromkeys((*nodes, node, *((bias,) if bias is not None else ())))
+    path = module_path(node, named)
+    if path == node.name:
+        path = plain_name(path)
+    return Layer(
+        kind=kind, node=node, name=plain_name(node.name or ""), module_path=path, op=op or node.op_type, input=source,
+        output=result, weight=weight, activation=activation, nodes=tuple(members), notes=notes,
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- embeddings
+
+
+def _embedding(node: ir.Node) -> Layer | None:
+    if node.op_type == "GatherBlockQuantized":
+        weight = table_blocks(node)
+        return None if weight is None else _layer("embedding", node, _at(node, 1), weight)
+    if node.domain or constant(_at(node, 1)) is not None or node.attributes.get_int("axis", None) not in (None, 0):
+        return None
+    weight = operand(node.inputs[0], outputs_first=True)
+    if weight is not None:
+        rows = Weight(weight.form, weight.quantized, weight.constants, weight.shape[::-1], weight.matrix, weight.nodes)
+        wide = len(rows.shape) == 2 and 1 not in rows.shape and not _angles(node)
+        return _layer("embedding", node, node.inputs[1], rows, None, rows.nodes) if wide else None
+    after = _only_reader(node)
+    if after is None or after.op_type != "DequantizeLinear":
+        return None
+    weight = codes_operand(node.inputs[0], after.inputs[1], _at(after, 2))
+    if weight is None or len(weight.shape) != 2:
+        return None
+    return _layer("embedding", node, node.inputs[1], _by_row(weight), None, (after,), output=after.outputs[0])
+
+
+def _by_row(weight: Weight) -> Weight:
+    """A table read as [inputs, outputs] is one of [rows, features]."""
+    matrix = weight.matrix
+
+    def turned() -> object:
+        data = matrix()
+        return None if data is None else data.T
+
+    return Weight(weight.form, True, weight.constants, weight.shape, turned, weight.nodes)  # type: ignore[arg-type]
+
+
+def _angles(gather: ir.Node) -> bool:
+    """Whether cosines or sines are looked up, which rotate other values: read by Mul or a rotary operator only."""
+    readers = [use.node.op_type for use in gather.outputs[0].uses()]
+    return bool(readers) and all(op in ("Mul", "RotaryEmbedding", "Unsqueeze") for op in readers)
+
+
+def _embedding_of_codes(site: QuantizedEmbedding) -> Layer | None:
+    if site.dequantize is not None:
+        return _embedding(site.gather)
+    weight = codes_operand(site.codes, site.scale, site.zero_point, outputs_first=True) if not site.block_size else None
+    if weight is None:
+        weight = grouped_table(site)
+    else:
+        weight = Weight(weight.form, True, weight.constants, weight.shape[::-1], weight.matrix, weight.nodes)
+    if weight is None:
+        return None
+    return _layer("embedding", site.node, site.ids, weight, None, (site.gather, site.node), op="Gather")
+
+
+# ------------------------------------------------------------------------------------------------------ integer kernels
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Which inputs of a kernel hold what; -1: none does."""
+
+    weight: int
+    scale: int
+    zero: int
+    x_scale: int = -1
+    x_zero: int = -1
+    y_scale: int = -1
+    """Set where the kernel gives codes."""
+
+
+_KERNELS: dict[str, _Places] = {
+    "MatMulNBits": _Places(1, 2, 3),
+    "MatMulBnb4": _Places(1, 2, -1),
+    "MatMulBlockQuantizedFp8Weight": _Places(1, 2, -1),
+    "GemmFloat8": _Places(1, 4, -1, 3),
+    "MatMulIntegerToFloat": _Places(1, 3, 5, 2, 4),
+    "DynamicQuantizeMatMul": _Places(1, 2, 3),
+    "MatMulInteger": _Places(1, -1, 3, -1, 2),
+    "ConvInteger": _Places(1, -1, 3, -1, 2),
+    "QLinearMatMul": _Places(3, 4, 5, 1, 2, 6),
+    "QLinearConv": _Places(3, 4, 5, 1, 2, 6),
+    "QGemm": _Places(3, 4, 5, 1, 2, 7),
+}
+
+
+def _kernel(node: ir.Node) -> Layer | None:
+    places = _KERNELS[node.op_type]
+    output, tail = _kernel_output(node, places)
+    weight = _kernel_weight(node, places, tail)
+    if weight is None:
+        return None
+    activation = of_operand(node, places.x_scale, places.x_zero)
+    nodes = (*weight.nodes, *(activation.nodes if activation is not None else ()), *tail)
+    notes = ("computed in 8-bit integers",) if node.attributes.get_int("accuracy_level", 0) == 4 else ()
+    kind: LayerKind = "convolution" if "Conv" in node.op_type else "linear"
+    return _layer(kind, node, through_quantization(node.inputs[0]), weight, activation, nodes, None, output, notes)
+
+
+def _kernel_weight(node: ir.Node, places: _Places, tail: tuple[ir.Node, ...]) -> Weight | None:
+    if node.op_type == "MatMulNBits":
+        return packed_blocks(node)
+    if node.op_type == "MatMulBnb4":
+        return bnb4(node)
+    scale = _at(node, places.scale) if places.scale >= 0 else _scale_behind(tail)
+    zero = _at(node, places.zero) if places.zero >= 0 else None
+    outputs_first = (
+        "Conv" in node.op_type
+        or node.op_type == "MatMulBlockQuantizedFp8Weight"
+        or bool(node.attributes.get_int("transB", 0))
+    )
+    return codes_operand(_at(node, places.weight), scale, zero, outputs_first=outputs_first)
+
+
+def _kernel_output(node: ir.Node, places: _Places) -> tuple[ir.Value, tuple[ir.Node, ...]]:
+    """The float value of a kernel that gives codes or sums, and the nodes that make it."""
+    value, tail = node.outputs[0], list[ir.Node]()
+    if places.y_scale >= 0:
+        after = next((use.node for use in value.uses() if use.node.op_type == "DequantizeLinear"), None)
+        return (value, ()) if after is None else (after.outputs[0], (after,))
+    if node.op_type not in ("MatMulInteger", "ConvInteger"):
+        return value, ()
+    current: ir.Node | None = _only_reader(node)
+    while current is not None and _belongs(current, tuple(tail)):
+        tail.append(current)
+        value, current = current.outputs[0], _only_reader(current)
+    return value, tuple(tail)
+
+
+def _belongs(node: ir.Node, tail: tuple[ir.Node, ...]) -> bool:
+    """Whether a node turns the sums of an integer product into the layer's output; `tail` are those before it."""
+    if node.op_type in ("Cast", "Reshape"):
+        return node.op_type == "Cast" or _scale_behind(tail) is not None
+    if node.op_type == "Mul":
+        return _scale_behind(tail) is None
+    return (
+        node.op_type == "Add" and _scale_behind(tail) is not None and any(constant(v) is not None for v in node.inputs)
+    )
+
+
+def _scale_behind(tail: tuple[ir.Node, ...]) -> ir.Value | None:
+    """The constant scale that sums are multiplied by, alone or times the activation's."""
+    for node in tail:
+        if node.op_type != "Mul":
+            continue
+        for value in node.inputs:
+            if constant(value) is not None:
+                return value
+            inner = value.producer() if value is not None else None
+            if inner is None or inner.op_type != "Mul" or inner in tail:
+                continue
+            known = [item for item in inner.inputs if constant(item) is not None]
+            if known:
+                return known[0]
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------- caches
+
+
+@dataclass(frozen=True, eq=False)
+class CacheView:
+    """How a graph stores the keys or values of one layer between runs."""
+
+    past: str
+    present: str
+    module_path: str
+    dtype: ir.DataType
+    form: str
+    bytes: int | None
+    """For one position of one sequence, scales per token counted; None where shapes do not tell."""
+    node: ir.Node
+
+
+def read_caches(model: ir.Model) -> Iterator[CacheView]:
+    for site in find_caches(model):
+        past = next((value for value in model.graph.inputs if value.name == site.name), None)
+        if past is None or past.dtype is None:
+            continue
+        present = next((value for value in site.node.outputs if value.is_graph_output()), None)
+        companions = [value for value in model.graph.inputs if _is_companion(value, past)]
+        stored = site.bytes if isinstance(site, Cache) else _position_bytes(past)
+        parts = [stored, *map(_position_bytes, companions)]
+        yield CacheView(
+            past=site.name, present=str(present.name) if present is not None else "", module_path=site.module_path,
+            dtype=past.dtype, form=_cache_form(past, bool(companions)), node=site.node,
+            bytes=None if None in parts else sum(part for part in parts if part is not None),
+        )  # fmt: skip
+
+
+def _position_bytes(value: ir.Value) -> int | None:
+    """Of one position of one sequence: heads and channels are numbers, batch and positions are not."""
+    sizes = [size for size in (value.shape or ()) if isinstance(size, int)]
+    if len(sizes) < 2 or value.dtype is None:
+        return None
+    return sizes[-1] * sizes[-2] * value.dtype.bitwidth // 8
+
+
+def _is_companion(value: ir.Value, past: ir.Value) -> bool:
+    return str(value.name) in (f"{past.name}_scale", f"{past.name}_offset")
+
+
+def _cache_form(past: ir.Value, per_token: bool) -> str:
+    name = type_name(past.dtype)
+    if past.dtype is None or past.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+        return name
+    if past.dtype == ir.DataType.UINT8:
+        name = "4-bit"  # two codes in a byte
+    return f"{name} per token" if per_token else f"{name} static"
+
+
+def _at(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if 0 <= index < len(node.inputs) else None
+
+
+def _only_reader(node: ir.Node) -> ir.Node | None:
+    uses = list(node.outputs[0].uses())
+    return uses[0].node if len(uses) == 1 and not node.outputs[0].is_graph_output() else None

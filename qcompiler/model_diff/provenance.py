@@ -1,0 +1,34 @@
+"""Which passes touched a node, as its metadata tells."""
+
+from __future__ import annotations
+
+import functools
+
+import onnx_ir as ir
+
+from qcompiler.errors import QCompilerError
+from qcompiler.graph import PROVENANCE
+
+
+def passes_of(node: ir.Node) -> tuple[str, ...]:
+    """In the order in which they ran; empty for a model of another quantizer."""
+    return tuple(name for name in node.metadata_props.get(PROVENANCE, "").split(",") if name)
+
+
+def exact_passes(node: ir.Node) -> tuple[str, ...]:
+    return tuple(name for name in passes_of(node) if _kind(name) == "exact")
+
+
+def rounding_passes(node: ir.Node) -> tuple[str, ...]:
+    """Also those that this installation does not know: somebody else's plugins."""
+    return tuple(name for name in passes_of(node) if _kind(name) in ("rounding", ""))
+
+
+@functools.cache
+def _kind(name: str) -> str:
+    from qcompiler.registry import pass_class
+
+    try:
+        return pass_class(name).kind
+    except QCompilerError:
+        return ""  # a plugin that is not installed here; its name is all that is known

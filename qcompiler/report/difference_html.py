@@ -1,0 +1,115 @@
+"""A diff as a page of its own, and as the card that a notebook shows; templates in `templates/difference*`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from qcompiler.report.difference import Row, figures, port_lines, rows_of, what
+from qcompiler.report.html import environment
+from qcompiler.report.table import MEASURES, size
+
+if TYPE_CHECKING:
+    from qcompiler.model_diff import Diff, Form, LayerStory
+    from qcompiler.verify import Measures
+
+CARD_ROWS = 30
+
+
+def page(diff: Diff, title: str = "") -> str:
+    """One file: nothing is fetched from anywhere."""
+    view = View(diff)
+    return environment().get_template("difference.html.j2").render(diff=diff, view=view, title=title or "Two models")
+
+
+def card(diff: Diff) -> str:
+    """Figures, and the layers that changed, those of all blocks together; no script."""
+    return environment().get_template("difference_card.html.j2").render(diff=diff, view=View(diff))
+
+
+class View:
+    """What the templates need to have counted or put into words."""
+
+    def __init__(self, diff: Diff) -> None:
+        self._diff = diff
+        self.measured = any(story.measures is not None for story in diff.layers)
+        self.nodes_before, self.nodes_after = (sum(totals.nodes.values()) for totals in (diff.before, diff.after))
+        self.counts = Counter(story.fate for story in diff.layers).most_common()
+        self.fates = [fate for fate, _ in self.counts]
+        self.ports = port_lines(diff.ports)
+
+    @property
+    def columns(self) -> list[tuple[str, str]]:
+        sqnr = [("SQNR dB", "number")] if self.measured else []
+        return [
+            ("layer", "text"), ("fate", "text"), ("method", "text"), ("was", "text"), ("is", "text"),
+            ("bytes", "number"), ("weight error", "number"), *sqnr, ("notes", "text"),
+        ]  # fmt: skip
+
+    @cached_property
+    def _bytes(self) -> tuple[int, int]:
+        return sum(self._diff.before.bytes.values()), sum(self._diff.after.bytes.values())
+
+    @property
+    def size_before(self) -> str:
+        return size(self._bytes[0])
+
+    @property
+    def size_after(self) -> str:
+        return size(self._bytes[1])
+
+    @property
+    def ratio(self) -> str:
+        before, after = self._bytes
+        return f"{after / before:.0%} of the first model's" if before else ""
+
+    @property
+    def types(self) -> list[tuple[str, str, str]]:
+        before, after = self._diff.before.bytes, self._diff.after.bytes
+        return [(name, size(before.get(name, 0)), size(after.get(name, 0))) for name in sorted({*before, *after})]
+
+    @cached_property
+    def _rows(self) -> list[Row]:
+        return rows_of([story for story in self._diff.layers if story.fate != "untouched"])
+
+    @property
+    def rows(self) -> list[Row]:
+        return self._rows[:CARD_ROWS]
+
+    @property
+    def left_out(self) -> int:
+        return max(0, len(self._rows) - CARD_ROWS)
+
+    @property
+    def measures(self) -> list[str]:
+        known = {name for found in self._diff.outputs.values() for name in found.to_dict()}
+        return [name for name in MEASURES if name in known]
+
+    def measure_name(self, name: str) -> str:
+        return MEASURES[name][0]
+
+    def measure(self, name: str, found: Measures) -> str:
+        value = found.to_dict().get(name)
+        return "" if value is None else MEASURES[name][1].format(value)
+
+    def what(self, story: LayerStory) -> str:
+        return what(story)
+
+    def figures(self, row: Row) -> list[str]:
+        return figures(row)
+
+    def form(self, form: Form | None) -> str:
+        return "" if form is None else ", ".join(x for x in (f"{form.op} {form.weight}".strip(), form.activations) if x)
+
+    def shape(self, story: LayerStory) -> str:
+        shapes = ["×".join(map(str, form.shape)) for form in (story.before, story.after) if form is not None]
+        return " → ".join(dict.fromkeys(shapes))
+
+    def sizes(self, story: LayerStory) -> str:
+        return " → ".join(size(form.bytes) if form else "(none)" for form in (story.before, story.after))
+
+    def share(self, story: LayerStory) -> str:
+        """What the table sorts by: bytes now."""
+        form = story.after or story.before
+        return str(form.bytes) if form else ""

@@ -1,0 +1,247 @@
+"""Cuts a model into its blocks, and each block into the few units that a person would draw of it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from qcompiler.graph import PROVENANCE, constant
+from qcompiler.module_path import block_of, module_path
+from qcompiler.report.pictures import Drawing, DrawnGraph, DrawnUnit, Fate
+
+MOST_NODES = 600  # of a block: one with more is not drawn, as nobody could read it
+MOST_DRAWINGS = 24
+MOST_OPERATORS = 6  # of a unit that are named
+QUANTIZERS = ("QuantizeLinear", "DynamicQuantizeLinear")
+
+
+def drawings(reference: ir.Model, graph: ir.Model, quantized: Iterable[str]) -> tuple[tuple[Drawing, ...], str]:
+    """Every block before and after, those that look the same only once, and why some are missing, if any are.
+
+    `quantized` are the names of the sites that were.
+    """
+    before, after = _blocks(reference), _blocks(graph)
+    names = frozenset(quantized)
+    done = names | {_path(node) for nodes in before.values() for node in nodes if node.name in names}
+    shapes: dict[tuple[object, object], list[str]] = defaultdict(list)
+    skipped: list[str] = []
+    for block, nodes in before.items():
+        if max(len(nodes), len(after.get(block, ()))) > MOST_NODES:
+            skipped.append(block)
+            continue
+        now = after.get(block, [])
+        shapes[_shape(nodes, block, done), _shape(now, block, done)].append(block)
+    found = []
+    for blocks in list(shapes.values())[:MOST_DRAWINGS]:
+        first = blocks[0]
+        old, new = _Block(first, before[first]), _Block(first, after.get(first, []))
+        found.append(Drawing(tuple(blocks), *_compared(old, new, done)))
+    reasons = [f"{len(skipped)} with more than {MOST_NODES} nodes are not drawn"] if skipped else []
+    if len(shapes) > MOST_DRAWINGS:
+        missing = sum(len(blocks) for blocks in list(shapes.values())[MOST_DRAWINGS:])
+        reasons.append(f"{missing} are not drawn, as all differ: {MOST_DRAWINGS} kinds of blocks are")
+    return tuple(found), "; ".join(reasons)
+
+
+def _blocks(model: ir.Model) -> dict[str, list[ir.Node]]:
+    """The nodes of each block in order; those of no block are the empty text's.
+
+    A node that a pass made has no path where the exporter's paths are in the names; it goes where its readers are.
+    """
+    blocks: dict[ir.Node, str] = {}
+    for node in reversed(model.graph):
+        path = _path(node)
+        readers = {blocks[use.node] for value in node.outputs for use in value.uses() if use.node in blocks}
+        made = not path and PROVENANCE in node.metadata_props
+        blocks[node] = readers.pop() if made and len(readers) == 1 else block_of(path)
+    found: dict[str, list[ir.Node]] = {"": []}
+    for node in model.graph:
+        if not _is_folded(node):
+            found.setdefault(blocks[node], []).append(node)
+    return {block: nodes for block, nodes in found.items() if nodes}
+
+
+def _is_folded(node: ir.Node) -> bool:
+    """Whether it computes from constants alone, which the runtime does once: part of a weight, not of the picture."""
+    return bool(node.inputs) and all(value is None or constant(value) is not None for value in node.inputs)
+
+
+def _path(node: ir.Node) -> str:
+    weight = next((value for value in node.inputs if value is not None and constant(value) is not None), None)
+    path = module_path(node, weight)
+    return "" if path.startswith("_") or path == node.name else path  # an exporter's own marks, and no module at all
+
+
+def _shape(nodes: Sequence[ir.Node], block: str, quantized: frozenset[str]) -> tuple[object, ...]:
+    """Equal for two blocks that are drawn alike: operators, paths within the block, and who reads whom."""
+    places = {value: place for place, node in enumerate(nodes) for value in node.outputs}
+    return tuple(
+        (
+            node.op_type,
+            _within(_path(node), block),
+            node.metadata_props.get(PROVENANCE),
+            node.name in quantized,
+            tuple(
+                places.get(value, _weight_text(value) or _origin(value, block)) if value is not None else None
+                for value in node.inputs
+            ),
+        )
+        for node in nodes
+    )
+
+
+def _within(path: str, block: str) -> str:
+    return path.removeprefix(block).removeprefix(".") if block and path.startswith(block) else path
+
+
+def _origin(value: ir.Value, block: str) -> str:
+    """Where a value of another block comes from, in words that are the same for all blocks; empty for constants."""
+    producer = value.producer()
+    if producer is None:
+        return "" if constant(value) is not None else re.sub(r"\d+", "*", value.name or "")
+    path = _path(producer)
+    if _is_folded(producer):
+        return ""
+    if block_of(path):
+        return "another block" if block else "blocks"
+    return path or "elsewhere"
+
+
+def _weight_text(value: ir.Value | None) -> str:
+    """``256×1024 INT8`` of a constant matrix, else nothing."""
+    tensor = constant(value)
+    if tensor is None and value is not None and (producer := value.producer()) is not None and _is_folded(producer):
+        tensor = next((found for item in producer.inputs if (found := constant(item)) is not None), None)
+    if tensor is None:
+        return ""
+    sizes = [int(size) for size in tensor.shape.numpy()]
+    return f"{'×'.join(map(str, sizes))} {tensor.dtype.name.lower()}" if len(sizes) > 1 and max(sizes) > 1 else ""
+
+
+class _Block:
+    """The units of a block's nodes: `of[i]` is the unit of node i."""
+
+    def __init__(self, block: str, nodes: Sequence[ir.Node]) -> None:
+        self.block, self.nodes = block, nodes
+        places = {node: place for place, node in enumerate(nodes)}
+        self.paths = [_within(_path(node), block) for node in nodes]
+        self.readers: list[set[int]] = [set() for _ in nodes]
+        for place, node in enumerate(nodes):
+            for value in node.inputs:
+                producer = value.producer() if value is not None else None
+                if producer in places:
+                    self.readers[places[producer]].add(place)
+        self.of = list(range(len(nodes)))
+        for place in range(len(nodes)):
+            self._join_readers(place)
+
+    def _join_readers(self, place: int) -> None:
+        """Make one unit of a node and those that read it, where all are of one module and nothing lies between."""
+        if self.nodes[place].op_type in QUANTIZERS:
+            return
+        readers = [reader for reader in self.readers[place] if self.paths[reader] == self.paths[place]]
+        for reader in sorted(readers):
+            mine, theirs = self.of[place], self.of[reader]
+            if mine != theirs and not self._detour(mine, theirs):
+                self.of = [mine if unit == theirs else unit for unit in self.of]
+
+    def _detour(self, start: int, end: int) -> bool:
+        """Whether a way from one unit to the other leads through a third, so that joining them would make a circle."""
+        edges = self.edges()
+        pending = [unit for unit in edges[start] if unit != end]
+        seen = set(pending)
+        while pending:
+            for unit in edges[pending.pop()]:
+                if unit == end:
+                    return True
+                if unit not in seen:
+                    seen.add(unit)
+                    pending.append(unit)
+        return False
+
+    def edges(self) -> dict[int, set[int]]:
+        found: dict[int, set[int]] = defaultdict(set)
+        for place, readers in enumerate(self.readers):
+            found[self.of[place]] |= {self.of[reader] for reader in readers} - {self.of[place]}
+        return found
+
+    def graph(self) -> tuple[dict[int, list[ir.Node]], DrawnGraph]:
+        """The nodes of each unit, and the drawing: units in order, then where values come from and go to."""
+        members: dict[int, list[ir.Node]] = defaultdict(list)
+        for place, node in enumerate(self.nodes):
+            members[self.of[place]].append(node)
+        index = {unit: number for number, unit in enumerate(members)}
+        units = [self._unit(unit, nodes) for unit, nodes in members.items()]
+        edges = {(index[a], index[b]) for a, readers in self.edges().items() for b in readers}
+        inside = set(self.nodes)
+        outside: dict[str, int] = {}
+        for unit, nodes in members.items():
+            for value in (value for node in nodes for value in node.inputs if value is not None):
+                if value.producer() in inside or constant(value) is not None:
+                    continue
+                if origin := _origin(value, self.block):
+                    if origin not in outside:
+                        outside[origin] = len(units)
+                        units.append(DrawnUnit(origin, (), 0, "outside"))
+                    edges.add((outside[origin], index[unit]))
+        leaving = {unit for unit, nodes in members.items() if any(_leaves(node, inside) for node in nodes)}
+        if leaving:
+            units.append(DrawnUnit("out", (), 0, "outside"))
+            edges |= {(index[unit], len(units) - 1) for unit in leaving}
+        return {index[unit]: nodes for unit, nodes in members.items()}, DrawnGraph(tuple(units), tuple(sorted(edges)))
+
+    def _unit(self, unit: int, nodes: Sequence[ir.Node]) -> DrawnUnit:
+        counted = Counter(node.op_type for node in nodes)
+        names = [name for name, _ in counted.most_common(MOST_OPERATORS)]
+        weights = {text for node in nodes for value in node.inputs if (text := _weight_text(value))}
+        if len(weights) == 1:
+            names.append(weights.pop())
+        passes = {name for node in nodes for name in node.metadata_props.get(PROVENANCE, "").split(",") if name}
+        label = self.paths[unit]
+        if len(nodes) == 1 and nodes[0].op_type in QUANTIZERS:
+            label = nodes[0].op_type
+        return DrawnUnit(label or names[0], tuple(names), len(nodes), note=", ".join(sorted(passes)))
+
+
+def _leaves(node: ir.Node, inside: set[ir.Node]) -> bool:
+    return any(
+        value.is_graph_output() or any(reader.node not in inside for reader in value.uses()) for value in node.outputs
+    )
+
+
+def _compared(before: _Block, after: _Block, quantized: frozenset[str]) -> tuple[DrawnGraph, DrawnGraph]:
+    """Both drawings, each unit with what became of it: nodes are the same where names and operators are."""
+    old_members, old = before.graph()
+    new_members, new = after.graph()
+    old_nodes = {node.name: node for node in before.nodes}
+    new_nodes = {node.name: node for node in after.nodes}
+
+    def fate(nodes: Sequence[ir.Node], others: dict[str | None, ir.Node], alone: Fate) -> Fate:
+        if any(node.name in quantized or _path(node) in quantized for node in nodes if node.op_type not in QUANTIZERS):
+            return "quantized"
+        known = [node for node in nodes if node.name in others]
+        if not known:
+            return alone
+        same = len(known) == len(nodes) and all(_alike(node, others[node.name]) for node in nodes)
+        return "same" if same else "changed"
+
+    return _painted(old, {unit: fate(nodes, new_nodes, "removed") for unit, nodes in old_members.items()}), _painted(
+        new, {unit: fate(nodes, old_nodes, "added") for unit, nodes in new_members.items()}
+    )
+
+
+def _alike(a: ir.Node, b: ir.Node) -> bool:
+    return a.op_identifier() == b.op_identifier() and a.metadata_props.get(PROVENANCE) == b.metadata_props.get(
+        PROVENANCE
+    )
+
+
+def _painted(graph: DrawnGraph, fates: dict[int, Fate]) -> DrawnGraph:
+    units = tuple(
+        replace(unit, fate=fates[place]) if place in fates else unit for place, unit in enumerate(graph.units)
+    )
+    return replace(graph, units=units)

@@ -1,0 +1,320 @@
+"""`debug`: a layer that was damaged on purpose comes first, in both orders, in models of ours and of other tools."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import tiny
+import yaml
+
+import qcompiler
+from qcompiler import cli, model_io, segments
+from qcompiler.diagnosis import debug
+from qcompiler.diagnosis.advice import advise
+from qcompiler.diagnosis.channels import Outliers, Rescaling
+from qcompiler.diagnosis.report import LayerDiagnosis
+from qcompiler.errors import DataError, ModelError
+from qcompiler.recipe import Recipe
+
+WIDTH, LAYERS, DAMAGED = 32, 40, 17
+
+
+def chain(layers: int = LAYERS, gain: bool = False) -> ir.Model:
+    """A residual stream x + relu(x W + b), `layers` times; with `gain` layers read a norm with a loud channel."""
+    body, stream, constants = [], "x", {}
+    rng = np.random.default_rng(0)
+    for i in range(layers):
+        source = stream
+        if gain:
+            body.append(f"n{i} = LayerNormalization<axis=-1>({stream}, g{i}, z{i})")
+            constants[f"g{i}"] = np.where(np.arange(WIDTH) == 5, 40, 1).astype(np.float32)
+            constants[f"z{i}"] = np.zeros(WIDTH, np.float32)
+            source = f"n{i}"
+        body.append(f"p{i} = MatMul({source}, w{i}) y{i} = Add(p{i}, b{i}) r{i} = Relu(y{i})")
+        body.append(f"s{i} = Add({stream}, r{i})")
+        constants[f"w{i}"] = (rng.normal(size=(WIDTH, WIDTH)) / 3 / np.sqrt(WIDTH)).astype(np.float32)
+        constants[f"b{i}"] = (0.1 * rng.normal(size=WIDTH)).astype(np.float32)
+        stream = f"s{i}"
+    inputs = [f"float{list(array.shape)} {name}" for name, array in constants.items()]
+    body.append(f"out = Neg({stream})")
+    ports = f"(float[B,S,{WIDTH}] x, {', '.join(inputs)}) => (float[B,S,{WIDTH}] out)"
+    return tiny.build(f"g {ports} {{ {' '.join(body)} }}", **constants)
+
+
+def data(count: int = 4) -> list[dict[str, np.ndarray]]:
+    return [{"x": np.random.default_rng(i).normal(size=(2, 5, WIDTH)).astype(np.float32)} for i in range(count)]
+
+
+def scale_of(model: ir.Model, layer: str) -> str:
+    """The name of the scales of a layer's weight."""
+    starts = (f"{layer}.", f"p{layer[1:]}.")
+    names = [name for name in model.graph.initializers if name.startswith(starts) and "scale" in name]
+    assert len(names) == 1, names
+    return names[0]
+
+
+def damage(model: ir.Model, constant: str, factor: float = 1.2) -> ir.Model:
+    copy = model.clone()
+    value = copy.graph.initializers[constant]
+    value.const_value = ir.tensor((value.const_value.numpy() * factor).astype(np.float32), name=constant)
+    return copy
+
+
+def inner(model: ir.Model, feed: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """A value inside of a model."""
+    found: list[np.ndarray] = []
+    segments.run(model, [feed], {name}, lambda _name, _sample, array: found.append(array))
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def model() -> ir.Model:
+    return chain()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "target"),
+    [("int8-static", "portable"), ("int8-static", "ort-cpu"), ("int8-dynamic", "ort-cpu"), ("rtn-w4", "portable"),
+     ("rtn-w4", "ort-cpu")],
+)  # fmt: skip
+def test_the_damaged_layer_is_first_in_both_orders(model, recipe, target) -> None:
+    compiled = qcompiler.compile(model, recipe, calibration=data(), target=target).model
+    factor = 2.0 if recipe == "rtn-w4" else 1.2
+    found = debug(model, damage(compiled, scale_of(compiled, f"w{DAMAGED}"), factor), calibration=data())
+    assert len(found.alone) == len(found.accumulated) == LAYERS
+    assert found.alone[0].name == found.accumulated[0].name == f"p{DAMAGED}"
+    assert not found.unmatched
+    assert found.alone[0].alone_db < found.alone[1].alone_db - 3
+    assert found.proposals[0].layers == (f"p{DAMAGED}",)
+    assert found.recipe is not None
+    assert f"p{DAMAGED}" in found.recipe.exclude
+
+
+def test_a_damaged_range_of_activations_is_told_from_weights(model) -> None:
+    compiled = qcompiler.compile(model, "int8-static", calibration=data(), target="ort-cpu").model
+    scale = f"s{DAMAGED - 1}.scale"
+    found = debug(model, damage(compiled, scale, 0.25), calibration=data())
+    assert found.alone[0].name == found.accumulated[0].name == f"p{DAMAGED}"
+    assert found.alone[0].cause == "activations"
+    assert found.alone[0].activation_share > 0.95
+    assert found.alone[0].activations == "uint8 per-tensor"
+
+
+def test_alone_is_what_only_this_layer_quantized_does(model) -> None:
+    """Against a model in which the recipe leaves all layers but one in float."""
+    small = chain(4)
+    whole = qcompiler.compile(small, "rtn-w4", target="ort-cpu").model
+    only = qcompiler.compile(small, "rtn-w4", target="ort-cpu", exclude=["p0", "p1", "p3"]).model
+    found = next(layer for layer in debug(small, whole, calibration=data(1)).alone if layer.name == "p2")
+    feed = data(1)[0]
+    (expected,), (got,) = tiny.run(small, feed), tiny.run(only, feed)
+    noise = float(np.sum((got - expected).astype(np.float64) ** 2) / np.sum(expected.astype(np.float64) ** 2))
+    assert found.output_db == pytest.approx(-10 * np.log10(noise), abs=0.05)
+    inside, truth = inner(only, feed, "y2"), inner(small, feed, "y2")
+    own = float(np.sum((inside - truth).astype(np.float64) ** 2) / np.sum(truth.astype(np.float64) ** 2))
+    assert found.alone_db == pytest.approx(-10 * np.log10(own), abs=0.05)
+
+
+def test_rescaled_channels_are_no_error() -> None:
+    """smooth-quant divides what the norms give: the layers read other numbers, and answer the same."""
+    small = chain(4, gain=True)
+    compiled = qcompiler.compile(small, "smoothquant", calibration=data(), target="ort-cpu")
+    found = debug(small, compiled.model, calibration=data()[2:])  # which the report was measured on
+    assert {layer.name for layer in found.alone} == {f"p{i}" for i in range(4)}
+    assert all(layer.before_db > 20 for layer in found.alone)
+    expected = {site.name: site.sqnr_db for site in compiled.report.sites}
+    assert {layer.name: layer.accumulated_db for layer in found.alone} == pytest.approx(expected, abs=0.01)
+    first = next(layer for layer in found.alone if layer.name == "p0")
+    assert first.alone_db == pytest.approx(expected["p0"], abs=0.1)  # nothing has piled up before it
+
+
+def test_loud_channels_ask_for_smoothquant() -> None:
+    small = chain(4, gain=True)
+    compiled = qcompiler.compile(small, "int8-static", calibration=data()).model
+    found = debug(small, compiled, calibration=data())
+    assert all(layer.loud_channels == 1 for layer in found.alone)
+    assert found.proposals[0].text == "take the recipe smoothquant"
+    assert "loudest channel" in found.proposals[0].reason
+    better = qcompiler.compile(small, found.recipe, calibration=data())
+    assert debug(small, better.model, calibration=data()).output_db > found.output_db + 2
+
+
+@pytest.mark.parametrize("form", ["QDQ", "QOperator"])
+def test_models_of_onnxruntime(model, tmp_path, form) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self._rest = iter(data())
+
+        def get_next(self):
+            return next(self._rest, None)
+
+    small = chain(10)
+    ir.save(small, tmp_path / "float.onnx")
+    quantize_static(
+        tmp_path / "float.onnx", tmp_path / "quantized.onnx", Reader(), quant_format=QuantFormat[form],
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QUInt8, op_types_to_quantize=["MatMul"],
+    )  # fmt: skip
+    theirs = model_io.load(tmp_path / "quantized.onnx")
+    name = next(name for name in theirs.graph.initializers if name.startswith("w7") and "scale" in name)
+    value = theirs.graph.initializers[name]
+    value.const_value = ir.tensor((value.const_value.numpy() * 1.2).astype(np.float32), name=name)
+    found = debug(tmp_path / "float.onnx", theirs, calibration=data())
+    assert len(found.alone) == 10
+    assert found.alone[0].name == found.accumulated[0].name == "p7"
+    assert found.recipe is not None
+    assert found.recipe.name == "int8-static-debugged"
+
+
+def test_renamed_values_are_found_by_module_path(model) -> None:
+    small = chain(3)
+    for i, node in enumerate(node for node in small.graph if node.op_type == "MatMul"):
+        node.name = f"/layers.{i}/fc/MatMul"
+    compiled = qcompiler.compile(small, "int8-static", calibration=data(), target="portable").model
+    ports = {*compiled.graph.inputs, *compiled.graph.outputs}
+    for node in compiled.graph:
+        for value in node.outputs:
+            if value not in ports:
+                value.name = f"renamed.{value.name}"
+    found = debug(small, compiled, calibration=data())
+    assert {layer.module_path for layer in found.alone} == {"layers.0.fc", "layers.1.fc", "layers.2.fc"}
+    assert all(layer.alone_db > 30 and layer.weights for layer in found.alone)
+
+
+def test_memory_limits_change_no_number(model) -> None:
+    small = chain(3)
+    compiled = qcompiler.compile(small, "int8-static", calibration=data(), target="portable").model
+    free = debug(small, compiled, calibration=data())
+    limited = debug(small, compiled, calibration=data(), memory_limit=60_000)
+    assert [layer.name for layer in free.alone] == [layer.name for layer in limited.alone]
+    assert [layer.output_db for layer in limited.alone] == pytest.approx([layer.output_db for layer in free.alone])
+
+
+def test_without_effects_the_own_error_decides(model) -> None:
+    small = chain(4)
+    compiled = qcompiler.compile(small, "rtn-w4").model
+    found = debug(small, compiled, calibration=data(), effect_samples=0)
+    assert all(layer.output_db is None for layer in found.alone)
+    own = [layer.alone_db for layer in found.alone]
+    assert own == sorted(own)
+
+
+def test_a_model_of_another_kind_is_refused(model) -> None:
+    other = tiny.build("g (float[B,4] a, float[4,4] q) => (float[B,4] b) { b = MatMul(a, q) }", q="normal")
+    with pytest.raises(ModelError, match="no layer of the float model was found"):
+        debug(model, other, calibration=data())
+    with pytest.raises(DataError):
+        debug(model, model, calibration=[{"z": np.zeros(3)}])
+
+
+# ---------------------------------------------------------------------------------------------------- advice
+
+
+def layer(name: str, decibels: float, **more) -> LayerDiagnosis:
+    plain = LayerDiagnosis(
+        name=name, module_path=name, block="", op="MatMul", kernel="", weights="int4 group(128) symmetric",
+        activations="", alone_db=decibels, output_db=decibels, kl=None, before_db=60.0, accumulated_db=decibels,
+        added_db=0.0, activation_share=None, channel_outliers=2.0, loud_channels=0, token_outliers=1.5,
+    )  # fmt: skip
+    return replace(plain, **more)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [("rtn-w4", "take the recipe gptq-w4-act-order"), ("gptq-w4", "take the recipe gptq-w4-act-order"),
+     ("gptq-w4-act-order", "set gptq.group_size=32: groups of 32 instead of 128")],
+)  # fmt: skip
+def test_weights_ask_for_better_rounding(recipe, expected) -> None:
+    layers = [layer(f"l{i}", 30 + i % 3) for i in range(20)]
+    proposals, proposed = advise(layers, Recipe.load(recipe), 15.0)
+    assert proposals[0].text == expected
+    proposed.resolved()
+
+
+def test_inputs_ask_by_what_is_loud() -> None:
+    def named(recipe: str, **more: object) -> str:
+        layers = [layer(f"l{i}", 30, activations="uint8 per-tensor", activation_share=0.9, **more) for i in range(20)]
+        return advise(layers, Recipe.load(recipe), 15.0)[0][0].text
+
+    assert named("int8-static", channel_outliers=40.0) == "take the recipe smoothquant"
+    assert named("int8-static", channel_outliers=400.0) == "take the recipe llm-int8"
+    assert named("smoothquant", channel_outliers=40.0) == "take the recipe llm-int8"
+    assert named("smoothquant") == "take the recipe int8-dynamic"
+
+
+def test_good_models_get_no_advice() -> None:
+    assert advise([layer(f"l{i}", 60) for i in range(20)], Recipe.load("int8-static"), 55.0) == ([], None)
+
+
+def test_what_is_left_out_stays_left_out() -> None:
+    layers = [layer(f"l{i}", 50 if i else 20) for i in range(20)]
+    recipe = Recipe.load("rtn-w4").model_copy(update={"exclude": ("lm_head",)})
+    assert advise(layers, recipe, 15.0)[1].exclude == ("lm_head", "l0")
+
+
+# ---------------------------------------------------------------------------------------------------- parts
+
+
+def test_rescaling_is_told_from_errors() -> None:
+    rng = np.random.default_rng(0)
+    x, factor = rng.normal(size=(100, 8)), np.linspace(0.1, 3, 8)
+    noise = 1e-3 * rng.normal(size=x.shape)
+    scaled, broken = Rescaling(), Rescaling()
+    scaled.update(x.astype(np.float32), (x * factor + noise).astype(np.float32))
+    broken.update(x.astype(np.float32), (x + rng.normal(size=x.shape)).astype(np.float32))
+    assert scaled.found
+    assert not broken.found
+    assert scaled.factor == pytest.approx(factor, abs=1e-3)
+    own = np.sum((noise / factor) ** 2)
+    assert scaled.difference().noise == pytest.approx(own, rel=0.1)
+
+
+def test_outliers_of_channels_and_tokens() -> None:
+    seen = Outliers()
+    array = np.ones((2, 10, 16), np.float32)
+    array[..., 3] = -12
+    array[1, 4] *= 5
+    seen.update(array)
+    assert seen.channels == 12
+    assert seen.loud == 1
+    assert seen.tokens == 5
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def run(monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["qcompiler", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return caught.value.code if isinstance(caught.value.code, int) else 0
+
+
+def test_the_command_writes_a_recipe_that_compiles(monkeypatch, capsys, tmp_path) -> None:
+    small = chain(12)
+    ir.save(small, tmp_path / "float.onnx")
+    np.savez(tmp_path / "data.npz", x=np.concatenate([sample["x"] for sample in data()]))
+    compiled = qcompiler.compile(small, "rtn-w4", target="ort-cpu").model
+    ir.save(damage(compiled, scale_of(compiled, "w5"), 2.0), tmp_path / "quantized.onnx")
+    command = ("debug", tmp_path / "float.onnx", tmp_path / "quantized.onnx", "--calibration", tmp_path / "data.npz")
+    recipe = tmp_path / "better.yaml"
+    assert run(monkeypatch, *command, "--apply", recipe) == 0
+    printed = capsys.readouterr().out
+    assert "leave p5 in float" in printed
+    assert "accumulated" in printed
+    assert yaml.safe_load(recipe.read_text())["exclude"] == ["p5"]
+    assert run(monkeypatch, *command, "--apply", recipe) == 2  # which exists
+    capsys.readouterr()
+    assert run(monkeypatch, *command, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layers"][0]["name"] == found["accumulated"][0] == "p5"
+    out = tmp_path / "out"
+    assert run(monkeypatch, "compile", tmp_path / "float.onnx", "--recipe", recipe, "-o", out) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert {site["name"]: site["status"] for site in report["sites"]}["p5"] == "excluded"

@@ -1,0 +1,332 @@
+"""lower-tensorrt: what the codes stand for stays, the form is what NVIDIA's rules ask for, and the rest is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import tiny
+
+from passes.gptq import Gptq
+from passes.lower_tensorrt import LowerTensorrt
+from passes.quantize_activations import QuantizeActivations
+from passes.quantize_weights import QuantizeWeights
+from qcompiler import compiler, inputs, runtime
+from qcompiler.canonicalize import canonicalize
+from qcompiler.errors import TargetError
+from qcompiler.match import find_sites
+from qcompiler.recipe import recipe_names
+from qcompiler.rewrite import Changes
+from qcompiler.targets import Target
+from qcompiler.tensorrt import BLOCKS, violations
+
+MATMUL = "g (float[B,S,256] x, float[256,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
+GEMM = "g (float[M,256] x, float[256,6] W, float[6] b) => (float[M,6] y) { [fc] y = Gemm(x, W, b) }"
+GEMM_T = "g (float[M,256] x, float[6,256] W, float[6] b) => (float[M,6] y) { [fc] y = Gemm<transB=1>(x, W, b) }"
+TURNED = """g (float[B,S,256] x, float[6,256] W) => (float[B,S,6] y) {
+    T = Transpose<perm=[1,0]>(W)  [fc] y = MatMul(x, T) }"""
+LAYERS = {"matmul": MATMUL, "gemm": GEMM, "gemm-transposed": GEMM_T, "transpose": TURNED}
+CONVOLUTION = """g (float[B,3,8,8] x, float[4,3,3,3] W, float[4] b, float[5,4,3,3] V) => (float[B,5,4,4] y) {
+    c = Conv(x, W, b)  [second] y = Conv(c, V) }"""
+MODEL = """g (int64[B,S] ids, float[12,64] E, float[64,128] W, float[128,64] V) => (float[B,S,12] logits) {
+    [embed] x = Gather(E, ids)  [up] h = MatMul(x, W)  r = Relu(h)  [down] d = MatMul(r, V)
+    T = Transpose<perm=[1,0]>(E)  [lm_head] logits = MatMul(d, T) }"""
+INT8 = QuantizeActivations(format="int8", symmetric=True)
+
+
+def model_of(text: str, **constants: object) -> ir.Model:
+    names = [name for name in ("W", "V", "E", "b") if f"] {name}," in text or f"] {name})" in text]
+    return tiny.build(text, **{name: constants.get(name, "normal") for name in names})
+
+
+def lower(model: ir.Model, *steps) -> tuple[ir.Model, ir.Model, Changes]:
+    """(portable, lowered, changes)."""
+    portable = model.clone()
+    tiny.compile(portable, steps, tiny.feeds(model))
+    lowered = portable.clone()
+    (changes,) = tiny.compile(lowered, [LowerTensorrt()], [])
+    return portable, lowered, changes
+
+
+def assert_same(portable: ir.Model, lowered: ir.Model, tolerance: float = 1e-6) -> None:
+    for sample in tiny.feeds(portable):
+        for now, then in zip(tiny.run(lowered, sample), tiny.run(portable, sample), strict=True):
+            assert tiny.relative_error(now, then) <= tolerance
+
+
+def weight_node(model: ir.Model) -> ir.Node:
+    (node,) = [node for node in model.graph if node.op_type == "DequantizeLinear" and node.inputs[0].const_value]
+    return node
+
+
+# ------------------------------------------------------------------------------------------------- 8 bits on both sides
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("weights", [{}, {"format": "uint8"}, {"granularity": "tensor"}, {"format": "int4"}])
+def test_int8_on_both_sides(layer: str, weights: dict) -> None:
+    portable, lowered, changes = lower(model_of(LAYERS[layer]), QuantizeWeights(**weights), INT8)
+    assert [changed.kernel for changed in changes.changed] == ["TensorRT int8"]
+    node = weight_node(lowered)
+    assert node.inputs[0].dtype == ir.DataType.INT8
+    assert len(node.inputs) == 2
+    assert node.outputs[0].uses()[0].node.name == "fc"  # nothing stands between the pair and the layer
+    axis = node.attributes.get_int("axis", 1)
+    assert node.inputs[1].const_value.size in (1, node.inputs[0].shape[axis])
+    assert_same(portable, lowered)
+
+
+def test_convolutions_that_were_kept_from_saturating_become_int8() -> None:
+    portable, lowered, changes = lower(model_of(CONVOLUTION), QuantizeWeights(saturation_safe=True), INT8)
+    assert {changed.kernel for changed in changes.changed} == {"TensorRT int8"}
+    assert not any(value.dtype == ir.DataType.UINT8 for value in lowered.graph.initializers.values())
+    assert_same(portable, lowered)
+
+
+def test_an_activation_with_a_zero_point_stays_float() -> None:
+    model = model_of("""g (float[M,64] x, float[64,6] W, float[64,6] V) => (float[M,6] y, float[M,6] z) {
+        [ours] y = MatMul(x, W)  [other] z = MatMul(x, V) }""")
+    steps = QuantizeActivations(targets=("other",)), QuantizeWeights(targets=("ours",), format="int4")
+    _, lowered, changes = lower(model, QuantizeWeights(targets=("other",)), *steps)
+    assert tiny.reasons(changes)["other"].startswith("its activation has UINT8 codes, and TensorRT multiplies INT8")
+    assert tiny.operators(lowered) == ["DequantizeLinear", "MatMul", "MatMul"]
+
+
+# ------------------------------------------------------------------------------------------------- 4-bit weights
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    ("weights", "block"),
+    [
+        ({"format": "int4"}, 128),
+        ({"format": "uint4", "granularity": "tensor"}, 128),
+        ({"format": "int4", "granularity": "group", "group_size": 128}, 128),
+        ({"format": "uint4", "granularity": "group", "group_size": 64}, 64),
+        ({"format": "int4", "granularity": "group", "group_size": 192}, 64),
+        ({"format": "uint3", "granularity": "group", "group_size": 256}, 128),
+    ],
+)
+def test_four_bits_in_blocks(layer: str, weights: dict, block: int) -> None:
+    portable, lowered, changes = lower(model_of(LAYERS[layer]), QuantizeWeights(**weights))
+    assert [(changed.kernel, changed.detail) for changed in changes.changed] == [
+        ("TensorRT int4 weights", f"blocks of {block}")
+    ]
+    node = weight_node(lowered)
+    rows = 0 if layer == "gemm-transposed" else 1
+    assert node.inputs[0].dtype == ir.DataType.INT4
+    assert node.attributes.get_int("block_size") == block
+    assert node.attributes.get_int("axis") == 1 - rows
+    assert node.inputs[1].shape[rows] == 6
+    assert node.inputs[1].shape[1 - rows] == 256 // block
+    assert_same(portable, lowered)
+
+
+def test_a_negative_scale_changes_its_sign_with_its_codes() -> None:
+    step = QuantizeWeights(format="int3", granularity="group", group_size=128, search="mse")
+    portable, lowered, changes = lower(model_of(MATMUL), step)
+    before = next(value for name, value in portable.graph.initializers.items() if name.endswith(".scale"))
+    assert np.any(before.const_value.numpy() < 0)  # or the case shows nothing
+    assert np.all(weight_node(lowered).inputs[1].const_value.numpy() > 0)
+    assert changes.changed
+    assert_same(portable, lowered)
+
+
+def test_a_negative_scale_of_the_least_code_is_no_symmetric_integer() -> None:
+    model = model_of("""g (float[M,128] x, float[128,6] W, float[128,6] V) => (float[M,6] y, float[M,6] z) {
+        [searched] y = MatMul(x, W)  [plain] z = MatMul(x, V) }""")
+    settings = {"format": "int4", "granularity": "group", "group_size": 128}
+    searched = QuantizeWeights(targets=("searched",), search="mse", **settings)
+    portable, lowered, changes = lower(model, searched, QuantizeWeights(targets=("plain",), **settings))
+    assert "positive_scales" in tiny.reasons(changes)["searched"]
+    assert_same(portable, lowered)
+
+
+@pytest.mark.parametrize("search", ["minmax", "mse", "weighted"])
+@pytest.mark.parametrize("cls", [QuantizeWeights, Gptq])
+def test_positive_scales(cls, search: str) -> None:
+    model = model_of(MATMUL)
+    step = cls(format="int4", granularity="group", group_size=128, search=search, positive_scales=True)
+    _, lowered, changes = lower(model, step)
+    assert np.all(weight_node(lowered).inputs[1].const_value.numpy() > 0)
+    assert changes.changed
+
+
+# ------------------------------------------------------------------------------------------------- what is left out
+
+
+def test_a_tied_head_shares_one_float_constant_with_the_embedding() -> None:
+    steps = [
+        QuantizeWeights(format="int4", granularity="group", group_size=64, layers=("linear",)),
+        QuantizeWeights(format="uint8", layers=("head", "embedding")),
+    ]
+    portable, lowered, changes = lower(model_of(MODEL), *steps)
+    assert {changed.site for changed in changes.changed} == {"up", "down"}
+    assert set(tiny.reasons(changes)) == {"embed", "lm_head"}
+    floats = [value for value in lowered.graph.initializers.values() if list(value.shape) == [12, 64]]
+    assert len(floats) == 1
+    assert floats[0].dtype == ir.DataType.FLOAT
+    assert_same(portable, lowered)
+
+
+def test_where_nothing_is_left_the_recipe_is_refused() -> None:
+    with pytest.raises(TargetError) as caught:
+        compiler.compile(model_of(MODEL), "int8-weights", target="tensorrt")
+    assert "weight-only kernels for linear layers of 4 bits alone" in str(caught.value)
+    assert "--recipe gptq-w4" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+REFUSED = {
+    "binary": "unpacks signs",
+    "fp8": "--recipe fp8-tensor",
+    "gptq-w2": "--recipe gptq-w4",
+    "gptq-w4-kv8": "KV-cache",
+    "hqq-w4": "symmetrically",
+    "int8-dynamic": "--recipe smoothquant",
+    "int8-dynamic-tensor": "--recipe smoothquant",
+    "kv-int4": "KV-cache",
+    "kv-int4-fused": "GroupQueryAttention",
+    "kv-int8": "KV-cache",
+    "kv-int8-fused": "GroupQueryAttention",
+    "llm-int8": "--recipe smoothquant",
+    "nf4": "table of 16 numbers",
+    "smoothquant-o1": "--recipe smoothquant",
+    "smoothquant-o2": "--recipe smoothquant",
+    "w4a8": "--recipe smoothquant",
+}
+BY_THE_PASS = ("int8-weights", "w8")
+
+
+@pytest.mark.parametrize("recipe", [name for name in recipe_names() if name not in BY_THE_PASS])
+def test_every_recipe_has_an_answer(recipe: str) -> None:
+    if recipe not in REFUSED:
+        inputs.plan(recipe, "tensorrt", (), (), None, None)
+        return
+    with pytest.raises(TargetError, match=REFUSED[recipe]) as caught:
+        inputs.plan(recipe, "tensorrt", (), (), None, None)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", ["rtn-w4", "awq-gptq-w4", "gptq-w4-act-order", "smoothquant", "int8-static"])
+def test_recipes_end_in_the_form(recipe: str, tmp_path: Path) -> None:
+    model = model_of(MODEL)
+    compiled = compiler.compile(model, recipe, target="tensorrt", calibration=tiny.feeds(model, count=4))
+    kernels = {site.name: site.kernel for site in compiled.report.sites}
+    assert kernels["up"] == kernels["down"] != ""
+    assert violations(compiled.model) == []
+    compiled.save(tmp_path / "out")
+    session = runtime.load_session(tmp_path / "out")  # on CPUs, too
+    assert session.get_outputs()[0].name == "logits"
+
+
+def test_the_recorded_options_keep_biases_float(tmp_path: Path) -> None:
+    """ONNX Runtime would quantize the bias of a convolution to int32 before any provider sees the graph."""
+    _, lowered, _ = lower(model_of(CONVOLUTION), QuantizeWeights(), INT8)
+    target, proto = Target.load("tensorrt"), ir.to_proto(lowered).SerializeToString()
+    assert ir.DataType.INT32 in _types_of_codes(proto, tmp_path / "bare.onnx", [])  # or nothing has to be prevented
+    kept = _types_of_codes(proto, tmp_path / "kept.onnx", list(target.disabled_optimizers))
+    assert kept == {ir.DataType.INT8}
+
+
+def _types_of_codes(proto: bytes, path: Path, disabled: list[str]) -> set[ir.DataType]:
+    """Of the constants that DequantizeLinears read, in the graph that providers are offered."""
+    import onnxruntime as ort
+
+    settings = ort.SessionOptions()
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    settings.optimized_model_filepath = str(path)
+    ort.InferenceSession(proto, settings, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
+    graph = onnx.load(path).graph
+    types = {item.name: ir.DataType(item.data_type) for item in graph.initializer}
+    read = [node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"]
+    return {types[name] for name in read if name in types}
+
+
+# ------------------------------------------------------------------------------------------------- the rules
+
+PAIR = "[q] q = QuantizeLinear(x, s, z)  [d] y = DequantizeLinear(q, s, z)"
+ONE, ZERO = np.float32(0.1), np.int8(0)
+BROKEN = {
+    "zero point": (f"g (float[M,8] x, float s, int8 z) => (float[M,8] y) {{ {PAIR} }}", {"s": ONE, "z": np.int8(3)}),
+    "UINT8 codes": (f"g (float[M,8] x, float s, uint8 z) => (float[M,8] y) {{ {PAIR} }}", {"s": ONE, "z": np.uint8(0)}),
+    "not positive": (f"g (float[M,8] x, float s, int8 z) => (float[M,8] y) {{ {PAIR} }}", {"s": -ONE, "z": ZERO}),
+    "several scales for an activation": (
+        f"g (float[M,8] x, float[8] s, int8[8] z) => (float[M,8] y) {{ {PAIR} }}",
+        {"s": np.full(8, ONE), "z": np.zeros(8, np.int8)},
+    ),
+    "are computed": (
+        "g (float[M,8] x, float[1] t, int8 z) => (float[M,8] y) {"
+        " [e] e = ReduceMax<keepdims=0>(x)  [q] q = QuantizeLinear(x, e, z)  [d] y = DequantizeLinear(q, e, z) }",
+        {"z": ZERO},
+    ),
+    "does not know": (
+        "g (float[M,8] x) => (float[M,8] y) { q, s, z = DynamicQuantizeLinear(x)  [d] y = DequantizeLinear(q, s, z) }",
+        {},
+    ),
+    "another node than": (
+        "g (float[M,8] x, float s, int8 z) => (float[M,8] y) {"
+        " [q] q = QuantizeLinear(x, s, z)  [c] y = Cast<to=1>(q) }",
+        {"s": ONE, "z": ZERO},
+    ),
+    "blocks of INT8": (
+        "g (float[M,128] x, int8[128,4] W, float[1,4] t) => (float[M,4] y) {"
+        " [w] w = DequantizeLinear<axis=0, block_size=128>(W, t)  y = MatMul(x, w) }",
+        {"W": np.ones((128, 4), np.int8), "t": np.full((1, 4), ONE)},
+    ),
+    "blocks of 32": (
+        "g (float[M,64] x, int4[64,4] W, float[2,4] t) => (float[M,4] y) {"
+        " [w] w = DequantizeLinear<axis=0, block_size=32>(W, t)  y = MatMul(x, w) }",
+        {"W": ir.Tensor(np.ones((64, 4), np.int8), dtype=ir.DataType.INT4), "t": np.full((2, 4), ONE)},
+    ),
+    "without blocks": (
+        "g (float[M,64] x, int4[64,4] W, float[4] t) => (float[M,4] y) {"
+        " [w] w = DequantizeLinear<axis=1>(W, t)  y = MatMul(x, w) }",
+        {"W": ir.Tensor(np.ones((64, 4), np.int8), dtype=ir.DataType.INT4), "t": np.full(4, ONE)},
+    ),
+    "INT32 codes": (
+        "g (float[M,4] x, int32[4] b, float t) => (float[M,4] y) { [d] d = DequantizeLinear(b, t)  y = Add(x, d) }",
+        {"b": np.ones(4, np.int32), "t": ONE},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_a_broken_rule_is_named(rule: str) -> None:
+    text, constants = BROKEN[rule]
+    found = violations(_built(text, constants))
+    assert any(rule in clause and "the node '" in clause for clause in found), found
+
+
+def _built(text: str, constants: dict) -> ir.Model:
+    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21]> {text}')
+    for value in list(model.graph.inputs):
+        if value.name in constants:
+            data = constants[value.name]
+            value.const_value = data if isinstance(data, ir.Tensor) else ir.tensor(data, name=value.name)
+            model.graph.inputs.remove(value)
+            model.graph.register_initializer(value)
+    canonicalize(model)
+    return model
+
+
+def test_a_model_that_came_with_a_broken_pair_is_refused_by_name() -> None:
+    model = model_of("""g (float[M,64] x, float[64,6] W, float s, uint8 z) => (float[M,6] y, float[M,64] r) {
+        [theirs] q = QuantizeLinear(x, s, z)  r = DequantizeLinear(q, s, z)  [fc] y = MatMul(x, W) }""")
+    for name, data in (("s", ONE), ("z", np.uint8(128))):
+        value = next(value for value in model.graph.inputs if value.name == name)
+        value.const_value = ir.tensor(data, name=name)
+        model.graph.inputs.remove(value)
+        model.graph.register_initializer(value)
+    tiny.compile(model, [QuantizeWeights(format="int4")], [])
+    with pytest.raises(TargetError, match=r"'theirs' .*UINT8 codes"):
+        tiny.compile(model, [LowerTensorrt()], [])
+
+
+def test_float_models_break_no_rule_and_the_blocks_are_descending() -> None:
+    assert violations(model_of(MODEL)) == []
+    assert list(BLOCKS) == sorted(BLOCKS, reverse=True)
+    assert find_sites(model_of(MODEL)).linears

@@ -1,0 +1,293 @@
+"""report.html in a real browser: it stands alone, sorts, filters, opens blocks, and fits a phone."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import tiny
+
+from qcompiler.compiler import compile
+from qcompiler.report import Gate, Report
+from qcompiler.report.html import card, page
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BLOCK = """
+  n{n} = LayerNormalization <epsilon = 1e-5> (x{n}, gain{n})
+  g{n} = MatMul(n{n}, gate{n})
+  u{n} = MatMul(n{n}, up{n})
+  s{n} = Sigmoid(g{n})
+  m{n} = Mul(s{n}, u{n})
+  d{n} = MatMul(m{n}, down{n})
+  x{next} = Add(x{n}, d{n})"""
+MODULES = {"n": "norm", "g": "mlp.gate_proj", "u": "mlp.up_proj", "s": "mlp.act", "m": "mlp", "d": "mlp.down_proj"}
+
+
+def module(value: str) -> str:
+    """What an exporter would have called the module that gives a value: g1 → model/layers.1/mlp/gate_proj."""
+    letter, number = value[0], value[1:]
+    if letter == "y":
+        return "head"
+    if letter == "x":
+        return f"model/layers.{int(number) - 1}"
+    return f"model/layers.{number}/{MODULES[letter].replace('.', '/')}"
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    """Of a model of two blocks with planted outliers."""
+    blocks, inputs, constants = "", "", {}
+    for n in range(2):
+        blocks += BLOCK.format(n=n, next=n + 1)
+        inputs += f", float[32] gain{n}, float[32,48] gate{n}, float[32,48] up{n}, float[48,32] down{n}"
+        constants |= {f"gain{n}": "outliers", f"gate{n}": "normal", f"up{n}": "normal", f"down{n}": "normal"}
+    text = f"g (float[2,S,32] x0{inputs}, float[32,16] head) => (float[2,S,16] y) {{{blocks}"
+    model = tiny.build(text + "\n  y = MatMul(x2, head)\n}", **constants, head="normal")
+    for node in model.graph:
+        node.name = f"/{module(node.name)}/{node.op_type}"
+    rng = np.random.default_rng(0)
+    data = [{"x0": rng.normal(size=(2, 8, 32)).astype(np.float32)} for _ in range(8)]
+    return compile(model, "smoothquant", calibration=data, exclude=["head"], options=["smooth-quant.alpha=0.5"]).report
+
+
+@dataclass
+class Opened:
+    """A page, and what its browser had to say."""
+
+    page: Page
+    requests: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra: test)")
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    with playwright.sync_playwright() as driver:
+        if found is None and not Path(driver.chromium.executable_path).exists():
+            pytest.skip("there is no Chromium: apt-get install chromium, or playwright install chromium")
+        launched = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def opened(browser: Browser, report: Report, tmp_path: Path) -> Iterator[Opened]:
+    file = tmp_path / "report.html"
+    file.write_text(page(report), encoding="utf-8")
+    found = Opened(browser.new_page(viewport={"width": 1280, "height": 900}))
+    found.page.on("request", lambda request: found.requests.append(request.url))
+    found.page.on("console", lambda message: found.messages.append(message.text))
+    found.page.on("pageerror", lambda error: found.messages.append(str(error)))
+    found.page.goto(file.as_uri())
+    yield found
+    # Whatever a test did, nothing was fetched beyond the file itself, and nothing went wrong.
+    assert found.requests == [file.as_uri()]
+    assert found.messages == []
+    found.page.close()
+
+
+def shown(page: Page) -> list[str]:
+    return page.locator("#table tbody tr:visible th").all_inner_texts()
+
+
+def test_the_verdict_is_seen_first(opened: Opened, report: Report) -> None:
+    heading = opened.page.locator("h1")
+    assert heading.inner_text() == "smoothquant for ort-cpu"
+    box = heading.bounding_box()
+    assert box is not None
+    assert box["y"] < 200
+    figures = dict(zip(opened.page.locator(".tile dt").all_inner_texts(),
+                       opened.page.locator(".tile .figure").all_inner_texts(), strict=True))  # fmt: skip
+    assert figures["Layers quantized"] == "6 of 7"
+    assert figures["SQNR"] == f"{report.outputs['y']['sqnr_db']:.1f} dB"
+    assert "8.8×" in figures["Speed class"]
+
+
+def test_the_map_has_every_layer(opened: Opened, report: Report) -> None:
+    rows = opened.page.locator(".heat tbody tr")
+    assert rows.count() == 2
+    assert rows.nth(0).locator(".cell").count() == 3
+    assert opened.page.locator(".others .step-excluded").count() == 1
+    assert opened.page.locator(".map .cell[data-layer]").count() == len(report.sites)
+
+
+def test_sorting_by_keyboard(opened: Opened, report: Report) -> None:
+    button = opened.page.get_by_role("button", name="SQNR dB")
+    header = opened.page.locator("#table th", has=opened.page.get_by_role("button", name="SQNR dB"))
+    button.focus()
+    opened.page.keyboard.press("Enter")
+    assert header.get_attribute("aria-sort") == "ascending"
+    measured = sorted((site for site in report.sites if site.sqnr_db is not None), key=lambda site: site.sqnr_db or 0)
+    assert [name.split(" ")[0] for name in shown(opened.page)] == [site.module_path for site in measured]
+    opened.page.keyboard.press("Enter")
+    assert header.get_attribute("aria-sort") == "descending"
+    assert shown(opened.page)[0].startswith(measured[-1].module_path)
+
+
+def test_filtering(opened: Opened) -> None:
+    opened.page.get_by_label("Filter").fill("layers.1 down")
+    assert shown(opened.page) == ["model.layers.1.mlp.down_proj MatMul"]
+    assert opened.page.locator("#count").inner_text() == "1 of 7"
+    opened.page.get_by_label("Filter").fill("")
+    opened.page.get_by_label("Status").select_option("excluded")
+    assert shown(opened.page) == ["head MatMul"]
+    opened.page.get_by_label("Filter").fill("nowhere")
+    assert shown(opened.page) == []
+    assert opened.page.locator("#nothing").is_visible()
+
+
+def test_a_cell_leads_to_its_row_though_a_filter_hid_it(opened: Opened) -> None:
+    opened.page.get_by_label("Filter").fill("head")
+    opened.page.locator(".heat .cell").first.click()
+    row = opened.page.locator("#table tr:target")
+    assert row.is_visible()
+    assert "model.layers.0.mlp.gate_proj" in row.inner_text()
+
+
+def test_opening_a_block(opened: Opened) -> None:
+    opened.page.locator(".heat .open").nth(1).click()
+    panel = opened.page.locator("#drawing")
+    assert panel.locator("h3").inner_text() == "model.layers.1"
+    before, after = panel.locator("svg.drawing").all()
+    assert before.locator(".unit.quantized").count() == after.locator(".unit.quantized").count() == 3
+    assert before.locator(".unit.added").count() == 0
+    labels = after.locator(".unit.added .label").all_text_contents()
+    assert labels == ["QuantizeLinear", "QuantizeLinear"], "one for gate and up together, one for down"
+    assert "norm" in after.locator(".unit.changed .label").all_text_contents(), "smoothing went into its gain"
+    assert "48×32 int8" in after.locator(".unit.quantized .operators").all_text_contents()
+    opened.page.keyboard.press("Escape")
+    assert panel.is_hidden()
+    assert opened.page.evaluate("document.activeElement.dataset.block") == "model.layers.1"
+
+
+def test_outliers_before_and_after(opened: Opened, report: Report) -> None:
+    smoothed = [one for one in report.pictures.channels if one.after]
+    assert {one.sites for one in smoothed} >= {
+        tuple(f"/model/layers.{n}/mlp/{kind}/MatMul" for kind in ("gate_proj", "up_proj")) for n in range(2)
+    }
+    norms = [one for one in smoothed if len(one.sites) == 2]
+    assert all(one.spread_after is not None and one.spread_before > max(10, 3 * one.spread_after) for one in norms)
+    assert opened.page.locator("#outliers svg path.before").count() == len(report.pictures.channels)
+    assert opened.page.locator("#outliers svg path.after").count() == len(smoothed)
+
+
+@pytest.mark.parametrize("width", [390, 820, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_and_can_be_read(opened: Opened, width: int, scheme: str, tmp_path: Path) -> None:
+    opened.page.set_viewport_size({"width": width, "height": 900})
+    opened.page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+    opened.page.locator(".chips .open").first.click()
+    assert opened.page.evaluate("document.documentElement.scrollWidth") == width, "nothing is wider than the window"
+    contrasts = opened.page.evaluate(CONTRASTS)
+    assert len(contrasts) > 60
+    low = {text: round(ratio, 2) for text, ratio in contrasts if ratio < 4.5}
+    assert low == {}, "WCAG 2 asks for 4.5 of text (level AA)"
+    opened.page.screenshot(path=tmp_path / f"{width}-{scheme}.png", full_page=True)
+    assert (tmp_path / f"{width}-{scheme}.png").stat().st_size > 50_000
+
+
+CONTRASTS = """
+() => {
+  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+  const luminance = (rgb) => rgb.slice(0, 3).map((c) => c / 255)
+    .map((c) => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const paper = (element) => {
+    for (let e = element; e; e = e.parentElement) {
+      const color = parse(getComputedStyle(e).backgroundColor);
+      if (color.length === 3 || color[3] === 1) return color;
+    }
+    return [255, 255, 255];
+  };
+  const found = [];
+  for (const element of document.querySelectorAll("main *:not(svg *), nav *")) {
+    const text = [...element.childNodes].filter((n) => n.nodeType === 3).map((n) => n.textContent.trim()).join("");
+    if (!text || !element.checkVisibility() || element.closest(".step-skipped, template")) continue;
+    const [a, b] = [luminance(parse(getComputedStyle(element).color)), luminance(paper(element))].sort((x, y) => y - x);
+    found.push([text.slice(0, 60), (a + 0.05) / (b + 0.05)]);
+  }
+  return found;
+}
+"""
+
+
+def test_print_shows_every_layer(opened: Opened) -> None:
+    opened.page.emulate_media(media="print")
+    assert opened.page.locator("nav").is_hidden()
+    table = opened.page.locator(".tall")
+    assert table.evaluate("element => element.scrollHeight <= element.clientHeight + 1"), "nothing is cut off"
+
+
+# What follows needs no browser.
+
+
+def test_one_file_with_nothing_of_others(report: Report) -> None:
+    text = page(report)
+    assert "http://" not in text.replace("http://www.w3.org", "")
+    assert "https://" not in text
+    assert "default-src 'none'" in text
+    assert len(text) < 400_000
+
+
+def test_a_broken_gate_is_the_first_thing_said(report: Report) -> None:
+    failed = replace(report, gates=[Gate("output_sqnr_db", 90.0, 31.0, False)])
+    text = page(failed)
+    assert text.index("output_sqnr_db 31 is not ≥ 90 dB") < text.index("Layers quantized")
+    assert "<title>✗" in text
+    assert "gate ≥ 90: broken" in text
+
+
+def test_names_are_text_and_never_markup(report: Report) -> None:
+    evil = "</script><img src=x onerror=alert(1)>"
+    sites = [replace(report.sites[0], module_path=evil, details={"p": evil}), *report.sites[1:]]
+    for text in (page(replace(report, sites=sites, warnings=[evil])), card(replace(report, sites=sites))):
+        assert "<img" not in text
+        assert "&lt;img" in text
+
+
+def test_a_report_with_nothing_in_it_is_a_page(report: Report) -> None:
+    bare = Report(recipe="w8", target="portable", sites=[], sizes=report.sizes)
+    assert "not measured" in page(bare), "its error"
+    assert "w8" in card(bare)
+
+
+def test_json_keeps_the_pictures(report: Report) -> None:
+    again = Report.from_json(report.to_json())
+    assert again.pictures == report.pictures
+    assert page(again) == page(report)
+
+
+def test_a_large_model_has_a_small_report(report: Report) -> None:
+    """As large as 40 blocks of 7 layers would make it, were each channel and histogram kept: it is below 1 MB."""
+    channel, weight = report.pictures.channels[0], report.pictures.weights[0]
+    sites = [replace(report.sites[0], name=f"/model/layers.{n}/self_attn/q_proj/MatMul") for n in range(280)]
+    pictures = replace(
+        report.pictures,
+        channels=tuple(replace(channel, before=(1.234,) * 75, after=(1.234,) * 75) for _ in range(160)),
+        weights=tuple(replace(weight, site=site.name) for site in sites),
+    )
+    assert len(replace(report, sites=sites, pictures=pictures).to_json()) < 700_000
+
+
+def test_notebooks_show_a_card_without_script(report: Report) -> None:
+    text = card(report)
+    assert "<script" not in text
+    assert "6 of 7" in text
+
+
+def test_infinite_numbers(report: Report) -> None:
+    channel = replace(report.pictures.channels[0], spread_before=math.inf)
+    sites = [replace(report.sites[0], sqnr_db=math.inf), *report.sites[1:]]
+    strange = replace(report, sites=sites, pictures=replace(report.pictures, channels=(channel,)))
+    assert "inf" in page(strange)
+    assert Report.from_json(strange.to_json()).pictures.channels[0].spread_before == math.inf
