@@ -17,8 +17,9 @@ WITH_STUB := PYTHONPATH=$(STUB)/site LD_LIBRARY_PATH=$(STUB)/lib
 demo: .venv/.ready
 	$(BIN)/python benchmarks/demo.py
 
+# A process for each core, one thread each: tiny matrices gain nothing from a second thread.
 test: .venv/.ready .venv/.browser lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # The tests of report.html run in Chromium: Debian's package, else the one that playwright brings, else they are skipped.
 .venv/.browser: .venv/.ready

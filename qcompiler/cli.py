@@ -79,7 +79,7 @@ SequenceLength = Annotated[
     int | None, typer.Option("--seq-len", min=1, help="Tokens a sample, where the data is text.")
 ]
 TargetName = Annotated[
-    str | None, typer.Option("--target", help="portable, ort-cpu or ort-cuda; see `qcompiler targets`.")
+    str | None, typer.Option("--target", help="portable, ort-cpu, ort-cuda or tensorrt; see `qcompiler targets`.")
 ]
 FloatType = Annotated[
     Precision | None,

@@ -183,6 +183,12 @@ class Decoder:
         positions = self._signature.inputs.get("position_ids")
         return "left" if masked and positions is not None and positions.rank == 2 else "none"
 
+    @property
+    def positions(self) -> int | None:
+        """Rows of the table of positions, where the model has one: no text can be longer."""
+        item = self._signature.inputs.get("position_ids")
+        return None if item is None else item.vocabulary
+
     def _vocabulary(self, model: ir.Model) -> int | None:
         rows = self._signature.inputs[self.ids_name].vocabulary
         if rows is not None:

@@ -74,9 +74,10 @@ def generate(
     if not isinstance(model, Decoder):
         model = Decoder(model, threads=threads, providers=providers, shared_buffer=shared_buffer)
     beside = companions_of(model.path)
-    prompts = check_prompts(prompt_ids, model.vocabulary, beside.context)
+    context = min((size for size in (beside.context, model.positions) if size is not None), default=None)
+    prompts = check_prompts(prompt_ids, model.vocabulary, context)
     rows = [
-        _Row(number, prompt, np.random.default_rng([seed, number]), max_new_tokens, beside.context)
+        _Row(number, prompt, np.random.default_rng([seed, number]), max_new_tokens, context)
         for number, prompt in enumerate(prompts)
     ]
     ends = frozenset(beside.stop if stop is None else stop)

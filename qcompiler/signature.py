@@ -30,14 +30,12 @@ class Input:
     """Static sizes as numbers, symbolic ones as names (None: unnamed); None where even the rank is unknown."""
     vocabulary: int | None
     """Rows of the embedding that the input indexes, where the graph shows it."""
+    is_past: bool
+    """Whether it is a cache, by its name or because an output continues it."""
 
     @property
     def rank(self) -> int | None:
         return None if self.dims is None else len(self.dims)
-
-    @property
-    def is_past(self) -> bool:
-        return PAST.match(self.name) is not None
 
     @property
     def past_axis(self) -> int | None:
@@ -264,7 +262,19 @@ def _describe(value: ir.Value) -> Input:
         dims = tuple(size if isinstance(size, int) else size.value for size in value.shape)
         if dims and not isinstance(dims[-1], int):
             dims = (*dims[:-1], _cache_width(value) or dims[-1])
-    return Input(str(value.name), value.dtype, dims, _vocabulary(value))
+    is_past = PAST.match(str(value.name)) is not None or _is_continued(value)
+    return Input(str(value.name), value.dtype, dims, _vocabulary(value), is_past)
+
+
+def _is_continued(value: ir.Value) -> bool:
+    """Whether an output of the model is this input with more appended to it, as a cache of any name is."""
+    if value.shape is None or len(value.shape) < 3:
+        return False
+    return any(
+        (node.domain, node.op_type) == ("", "Concat") and index == 0 and len(node.inputs) == 2
+        and node.outputs[0].is_graph_output()
+        for node, index in value.uses()
+    )  # fmt: skip
 
 
 def _cache_width(past: ir.Value) -> int | None:

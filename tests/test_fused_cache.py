@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from oracles.grouped_query_attention import Row, packed, rotate
 
 import qcompiler
 from passes.quantize_kv_cache import QuantizeKvCache
+from qcompiler.decoder import Decoder
 from qcompiler.recipe import Recipe, Step
 from qcompiler.statistics import HeadRange, StatisticsStore
 
@@ -148,3 +150,18 @@ def test_the_demo_model(variant: str, format: str) -> None:
     pasts = [value for value in compiled.model.graph.inputs if value.name.startswith("past")]
     assert {value.dtype for value in pasts} == {ir.DataType.INT8 if format == "int8" else ir.DataType.UINT8}
     assert {value.shape[-1] for value in pasts} == {32 if format == "int8" else 16}
+
+
+@pytest.mark.parametrize("recipe", ["kv-int8-fused", "kv-int4-fused"])
+def test_a_thousand_steps_do_not_drift(recipe: str, tmp_path: Path) -> None:
+    """Token by token, each from what the steps before stored, gives what reading all from scratch gives."""
+    compiled = qcompiler.compile(
+        model_path("dynamo-past"), recipe, calibration=str(CHECKPOINT / "calibration.txt"),
+        tokenizer=CHECKPOINT / "tokenizer.json", samples=8, sequence_length=256,
+    )  # fmt: skip
+    compiled.save(tmp_path / "out")
+    ids = np.random.default_rng(3).integers(0, 3072, 1000)
+    decoder = Decoder(tmp_path / "out", threads=1)
+    once = decoder.read(ids, prefill=1000, chunk=1)
+    stepwise = decoder.read(ids, prefill=1, chunk=1)
+    np.testing.assert_allclose(stepwise, once, rtol=0, atol=1e-4 * np.abs(once).max())

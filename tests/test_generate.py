@@ -306,6 +306,19 @@ def test_where_a_text_ends(tmp_path: Path) -> None:
     assert written(generate(folder, ROWS[0], on_token=lambda row, token: True)) == [want[0][:1]]
 
 
+def test_a_table_of_positions_bounds_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No configuration says how many positions a model with learned ones has; its table does."""
+    rows = ",".join(map(str, range(7)))
+    nodes = f"""learned = Constant<value = int64[7,1] {{{rows}}}>()  looked_up = Gather(learned, position_ids)
+        last = Constant<value_ints = [-1]>()  positions = Squeeze(looked_up, last)"""
+    monkeypatch.setattr(sys.modules[__name__], "POSITIONS", nodes)
+    folder = counting(tmp_path / "m")
+    found = generate(folder, [1, 2, 3], max_new_tokens=6, stop=())
+    assert (found[0].ids, found[0].finish) == (counted([1, 2, 3], 4), "context")
+    with pytest.raises(DataError, match="has 7 tokens, and the model reads at most 7"):
+        generate(folder, [1] * 7)
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import tiny
+from browser import WIDTHS, Opened, assert_fits_and_can_be_read, launched, visit
 
 from qcompiler.compiler import compile
 from qcompiler.report import Gate, Report
 from qcompiler.report.html import card, page
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BLOCK = """
   n{n} = LayerNormalization <epsilon = 1e-5> (x{n}, gain{n})
   g{n} = MatMul(n{n}, gate{n})
@@ -59,45 +58,18 @@ def report() -> Report:
     return compile(model, "smoothquant", calibration=data, exclude=["head"], options=["smooth-quant.alpha=0.5"]).report
 
 
-@dataclass
-class Opened:
-    """A page, and what its browser had to say."""
-
-    page: Page
-    requests: list[str] = field(default_factory=list)
-    messages: list[str] = field(default_factory=list)
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra: test)")
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    with playwright.sync_playwright() as driver:
-        if found is None and not Path(driver.chromium.executable_path).exists():
-            pytest.skip("there is no Chromium: apt-get install chromium, or playwright install chromium")
-        launched = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield launched
-        launched.close()
+    with launched() as found:
+        yield found
 
 
 @pytest.fixture
 def opened(browser: Browser, report: Report, tmp_path: Path) -> Iterator[Opened]:
     file = tmp_path / "report.html"
     file.write_text(page(report), encoding="utf-8")
-    found = Opened(browser.new_page(viewport={"width": 1280, "height": 900}))
-    found.page.on("request", lambda request: found.requests.append(request.url))
-    found.page.on("console", lambda message: found.messages.append(message.text))
-    found.page.on("pageerror", lambda error: found.messages.append(str(error)))
-    found.page.goto(file.as_uri())
-    yield found
-    # Whatever a test did, nothing was fetched beyond the file itself, and nothing went wrong.
-    assert found.requests == [file.as_uri()]
-    assert found.messages == []
-    found.page.close()
-
-
-def shown(page: Page) -> list[str]:
-    return page.locator("#table tbody tr:visible th").all_inner_texts()
+    with visit(browser, file) as found:
+        yield found
 
 
 def test_the_verdict_is_seen_first(opened: Opened, report: Report) -> None:
@@ -128,21 +100,21 @@ def test_sorting_by_keyboard(opened: Opened, report: Report) -> None:
     opened.page.keyboard.press("Enter")
     assert header.get_attribute("aria-sort") == "ascending"
     measured = sorted((site for site in report.sites if site.sqnr_db is not None), key=lambda site: site.sqnr_db or 0)
-    assert [name.split(" ")[0] for name in shown(opened.page)] == [site.module_path for site in measured]
+    assert [name.split(" ")[0] for name in opened.shown()] == [site.module_path for site in measured]
     opened.page.keyboard.press("Enter")
     assert header.get_attribute("aria-sort") == "descending"
-    assert shown(opened.page)[0].startswith(measured[-1].module_path)
+    assert opened.shown()[0].startswith(measured[-1].module_path)
 
 
 def test_filtering(opened: Opened) -> None:
     opened.page.get_by_label("Filter").fill("layers.1 down")
-    assert shown(opened.page) == ["model.layers.1.mlp.down_proj MatMul"]
+    assert opened.shown() == ["model.layers.1.mlp.down_proj MatMul"]
     assert opened.page.locator("#count").inner_text() == "1 of 7"
     opened.page.get_by_label("Filter").fill("")
     opened.page.get_by_label("Status").select_option("excluded")
-    assert shown(opened.page) == ["head MatMul"]
+    assert opened.shown() == ["head MatMul"]
     opened.page.get_by_label("Filter").fill("nowhere")
-    assert shown(opened.page) == []
+    assert opened.shown() == []
     assert opened.page.locator("#nothing").is_visible()
 
 
@@ -181,44 +153,12 @@ def test_outliers_before_and_after(opened: Opened, report: Report) -> None:
     assert opened.page.locator("#outliers svg path.after").count() == len(smoothed)
 
 
-@pytest.mark.parametrize("width", [390, 820, 1440])
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_and_can_be_read(opened: Opened, width: int, scheme: str, tmp_path: Path) -> None:
     opened.page.set_viewport_size({"width": width, "height": 900})
-    opened.page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
     opened.page.locator(".chips .open").first.click()
-    assert opened.page.evaluate("document.documentElement.scrollWidth") == width, "nothing is wider than the window"
-    contrasts = opened.page.evaluate(CONTRASTS)
-    assert len(contrasts) > 60
-    low = {text: round(ratio, 2) for text, ratio in contrasts if ratio < 4.5}
-    assert low == {}, "WCAG 2 asks for 4.5 of text (level AA)"
-    opened.page.screenshot(path=tmp_path / f"{width}-{scheme}.png", full_page=True)
-    assert (tmp_path / f"{width}-{scheme}.png").stat().st_size > 50_000
-
-
-CONTRASTS = """
-() => {
-  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
-  const luminance = (rgb) => rgb.slice(0, 3).map((c) => c / 255)
-    .map((c) => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-  const paper = (element) => {
-    for (let e = element; e; e = e.parentElement) {
-      const color = parse(getComputedStyle(e).backgroundColor);
-      if (color.length === 3 || color[3] === 1) return color;
-    }
-    return [255, 255, 255];
-  };
-  const found = [];
-  for (const element of document.querySelectorAll("main *:not(svg *), nav *")) {
-    const text = [...element.childNodes].filter((n) => n.nodeType === 3).map((n) => n.textContent.trim()).join("");
-    if (!text || !element.checkVisibility() || element.closest(".step-skipped, template")) continue;
-    const [a, b] = [luminance(parse(getComputedStyle(element).color)), luminance(paper(element))].sort((x, y) => y - x);
-    found.push([text.slice(0, 60), (a + 0.05) / (b + 0.05)]);
-  }
-  return found;
-}
-"""
+    assert_fits_and_can_be_read(opened, width, scheme, tmp_path / "page.png", texts=60)
 
 
 def test_print_shows_every_layer(opened: Opened) -> None:

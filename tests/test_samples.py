@@ -62,6 +62,27 @@ def test_missing_inputs_are_filled_in_with_the_one_right_value():
     assert sample["past_key_values.0.key"].dtype == np.float16
 
 
+def test_a_cache_of_any_name_may_be_empty():
+    model = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 21]>
+        lm (int64[b, s] input_ids, float[b, 2, s, 4] new, float[b, 2, p, 4] old) => (float[b, 2, t, 4] y) {
+            y = Concat <axis = 2> (old, new)
+        }"""
+    )
+    new = np.ones((1, 2, 3, 4), np.float32)
+    (sample,) = from_python([{"input_ids": [[3, 4, 5]], "new": new}], model=model)
+    assert sample["old"].shape == (1, 2, 0, 4)
+    with pytest.raises(DataError, match="'new' is empty"):
+        from_python([{"input_ids": [[3]], "new": new[:, :, :0], "old": new}], model=model)
+
+
+def test_more_tokens_than_the_model_has_positions():
+    model = language_model()
+    model.graph.append(ir.node("Gather", [model.graph.initializers["table"], model.graph.inputs[2]]))
+    with pytest.raises(DataError, match=r"holds the position 20, and the model has 20; give shorter samples"):
+        from_python([{"input_ids": [[1] * 21]}], model=model)
+
+
 def test_mask_and_positions_continue_after_a_past_that_is_given():
     past = np.zeros((1, 2, 5, 4), np.float32)
     (sample,) = from_python([{"input_ids": [[3, 4]], "past_key_values.0.key": past}], model=language_model())

@@ -52,13 +52,13 @@ def of_value(value: ir.Value | None) -> Activation | None:
     return Activation(kind or "int8", f"static {_grain(dequantize.inputs[1])}", nodes)
 
 
-def of_operand(node: ir.Node, scale_place: int, zero_place: int) -> Activation | None:
-    """How the first operand of a kernel is quantized; None where the kernel takes it as float."""
+def of_operand(node: ir.Node, scale_place: int, zero_place: int, place: int = 0) -> Activation | None:
+    """How the operand of a kernel at `place` is quantized; None where the kernel takes it as float."""
     if node.op_type == "DynamicQuantizeMatMul":
         return Activation("uint8", "dynamic per tensor")
     if scale_place < 0 and zero_place < 0:
-        return of_value(node.inputs[0])
-    codes = node.inputs[0]
+        return of_value(node.inputs[place])
+    codes = node.inputs[place]
     quantize = _quantizer(codes)
     if codes is None:
         return None

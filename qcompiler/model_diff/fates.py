@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qcompiler.graph import constant
 from qcompiler.model_diff.activations import of_operand, of_value, quantizes, through_quantization
 from qcompiler.model_diff.changes import nodes_of, operator
-from qcompiler.model_diff.layers import Layer
+from qcompiler.model_diff.layers import Layer, fused_cache_grain
 from qcompiler.model_diff.pairing import LayerPair
 from qcompiler.model_diff.stories import LayerStory
 
@@ -66,7 +66,10 @@ def _paired(node: ir.Node, other: ir.Node, same: Mapping[str, str]) -> tuple[str
     rounded = next((found for value in other.inputs if (found := of_value(value)) is not None), None)
     before = any(of_value(value) is not None for value in node.inputs)
     if other.op_type.startswith("QLinear") and not node.op_type.startswith("QLinear"):
-        return ("quantized", *names, str(of_operand(other, 1, 2) or ""))
+        first = 2 if other.op_type == "QLinearConcat" else 0  # which has the scale and zero point of its result first
+        return ("quantized", *names, str(of_operand(other, first + 1, first + 2, first) or ""))
+    if fused_cache_grain(other) and not fused_cache_grain(node):
+        return ("quantized", *names, f"cache {other.attributes.get_int('kv_cache_bit_width', 8)}-bit static")
     if rounded is not None and not before and not quantizes(node):
         return ("quantized", *names, str(rounded))
     if _narrowed(node, other):

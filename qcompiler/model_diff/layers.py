@@ -9,11 +9,13 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from qcompiler.cache_functions import DEQUANTIZE, UNPACK
 from qcompiler.caches import Cache, find_caches
 from qcompiler.embeddings import QuantizedEmbedding, find_quantized_embeddings
 from qcompiler.graph import constant
 from qcompiler.match import PART_OF, find_sites
 from qcompiler.model_diff.activations import Activation, of_operand, of_value, through_quantization
+from qcompiler.model_diff.arithmetic import source
 from qcompiler.model_diff.weights import (
     Weight,
     bnb4,
@@ -136,6 +138,9 @@ def _layer(
 
 # ----------------------------------------------------------------------------------------------------------- embeddings
 
+QLINEAR = ("QLinearAdd", "QLinearMul", "QLinearMatMul", "QGemm")
+"""Kernels whose operands are followed by their scale and zero point."""
+
 
 def _embedding(node: ir.Node) -> Layer | None:
     if node.op_type == "GatherBlockQuantized":
@@ -148,13 +153,22 @@ def _embedding(node: ir.Node) -> Layer | None:
         rows = Weight(weight.form, weight.quantized, weight.constants, weight.shape[::-1], weight.matrix, weight.nodes)
         wide = len(rows.shape) == 2 and 1 not in rows.shape and not _angles(node)
         return _layer("embedding", node, node.inputs[1], rows, None, rows.nodes) if wide else None
-    after = _only_reader(node)
-    if after is None or after.op_type != "DequantizeLinear":
+    # Codes that are looked up are dequantized, or read by kernels that take the table's scale along.
+    readers = sorted((use.node for use in node.outputs[0].uses()), key=lambda reader: reader.op_type in QLINEAR)
+    after = next((reader for reader in readers if reader.op_type in ("DequantizeLinear", *QLINEAR)), None)
+    place = _place_of(node.outputs[0], after) if after is not None else 0
+    if after is None:
         return None
-    weight = codes_operand(node.inputs[0], after.inputs[1], _at(after, 2))
+    weight = codes_operand(node.inputs[0], _at(after, place + 1), _at(after, place + 2))
     if weight is None or len(weight.shape) != 2:
         return None
-    return _layer("embedding", node, node.inputs[1], _by_row(weight), None, (after,), output=after.outputs[0])
+    decoded = after.op_type == "DequantizeLinear"
+    output = after.outputs[0] if decoded else None
+    return _layer("embedding", node, node.inputs[1], _by_row(weight), None, (after,) if decoded else (), output=output)
+
+
+def _place_of(value: ir.Value, reader: ir.Node) -> int:
+    return next(place for place, item in enumerate(reader.inputs) if item is value)
 
 
 def _by_row(weight: Weight) -> Weight:
@@ -317,9 +331,13 @@ def read_caches(model: ir.Model) -> Iterator[CacheView]:
         parts = [stored, *map(_position_bytes, companions)]
         yield CacheView(
             past=site.name, present=str(present.name) if present is not None else "", module_path=site.module_path,
-            dtype=past.dtype, form=_cache_form(past, bool(companions)), node=site.node,
+            dtype=past.dtype, form=_cache_form(past, bool(companions), site.node), node=site.node,
             bytes=None if None in parts else sum(part for part in parts if part is not None),
         )  # fmt: skip
+
+
+_CARRIES = ("Concat", "TensorScatter", UNPACK, "Transpose", "Reshape", "Unsqueeze", "Expand", "Slice")
+"""Operators behind which codes of a cache are still codes of the cache."""
 
 
 def _position_bytes(value: ir.Value) -> int | None:
@@ -334,13 +352,39 @@ def _is_companion(value: ir.Value, past: ir.Value) -> bool:
     return str(value.name) in (f"{past.name}_scale", f"{past.name}_offset")
 
 
-def _cache_form(past: ir.Value, per_token: bool) -> str:
+def fused_cache_grain(node: ir.Node) -> str:
+    """How the scales lie of the quantized cache that a GroupQueryAttention reads; empty where it reads no codes."""
+    if node.op_type != "GroupQueryAttention":
+        return ""
+    return {"PER_TENSOR": "per tensor", "PER_CHANNEL": "per channel"}.get(
+        node.attributes.get_string("k_quant_type", "") or "", ""
+    )
+
+
+def _static_grain(past: ir.Value, join: ir.Node) -> str:
+    """How the constant scales of a cache lie, which its join knows, or who reads what has been joined."""
+    if grain := fused_cache_grain(join):
+        return grain
+    values, seen = [past], set[ir.Node]()
+    while values:
+        for node in [use.node for use in values.pop().uses()]:
+            if node in seen:
+                continue
+            seen.add(node)
+            if node.op_type not in (DEQUANTIZE, "DequantizeLinear"):
+                values.extend(node.outputs if node.op_type in _CARRIES else ())
+            elif (scale := constant(source(node.inputs[1]))) is not None:
+                return "per tensor" if scale.size == 1 else "per channel"
+    return ""
+
+
+def _cache_form(past: ir.Value, per_token: bool, join: ir.Node) -> str:
     name = type_name(past.dtype)
     if past.dtype is None or past.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
         return name
     if past.dtype == ir.DataType.UINT8:
         name = "4-bit"  # two codes in a byte
-    return f"{name} per token" if per_token else f"{name} static"
+    return f"{name} per token" if per_token else f"{name} static {_static_grain(past, join)}".rstrip()
 
 
 def _at(node: ir.Node, index: int) -> ir.Value | None:

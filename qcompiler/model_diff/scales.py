@@ -23,6 +23,8 @@ from qcompiler.sites import Factor, NormGroup
 NOTICEABLE = 2e-3  # half precision rounds by up to 5e-4
 EXPLAINED = 0.5
 """Columns count as scaled where scaling them explains at least half of what differs; rounding alone explains little."""
+EXPLAINED_OF_KNOWN = 0.95
+"""The same where metadata says that one pass moved scales in both layers: small factors hide in the noise of 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,10 @@ def _through_layer(
     energy = np.einsum("nk,nk->n", expected, expected)
     outputs = np.where(energy == 0, 1.0, np.einsum("nk,nk->n", after, expected) / np.where(energy == 0, 1.0, energy))
     plain, fitted = error_of(after, expected), error_of(after, expected * outputs[:, None])
-    if np.any(outputs <= 0) or plain < NOTICEABLE or fitted > EXPLAINED * plain:
+    readers = [partner[by_node[linear.node]] for linear in group.linears if by_node.get(linear.node) in partner]
+    by_one = all(set(exact_passes(other.node)) & set(exact_passes(reader.node)) for reader in readers)
+    share = EXPLAINED_OF_KNOWN if readers and by_one else EXPLAINED
+    if np.any(outputs <= 0) or plain < NOTICEABLE or fitted > share * plain:
         return
     found[writer] = Scaling(old.inputs, outputs.astype(np.float32), old.move)
     _note(found, group, 1 / outputs[factor.channels], writer.module_path, exact_passes(other.node), by_node)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.match import PART_OF
-from qcompiler.model_diff.arithmetic import Array, error_of
+from qcompiler.model_diff.arithmetic import Array, error_of, evaluate
 from qcompiler.model_diff.layers import CacheView, Layer, read_caches
 from qcompiler.model_diff.pairing import LayerPair
 from qcompiler.model_diff.provenance import exact_passes, passes_of, rounding_passes
@@ -102,7 +102,11 @@ def tell(
     Without `errors` no weight is read, but for those that were needed to match layers.
     """
     shared = _newly_shared(pairs)
-    outliers = {node.metadata_props[PART_OF] for node in second.graph.all_nodes() if PART_OF in node.metadata_props}
+    outliers = {
+        node.metadata_props[PART_OF]: node
+        for node in second.graph.all_nodes()
+        if PART_OF in node.metadata_props and node.op_type == "MatMul"
+    }
     for pair in pairs:
         if not pair.before or not pair.after:
             yield _alone(pair)
@@ -121,12 +125,12 @@ def _alone(pair: LayerPair) -> LayerStory:
 
 
 def _story(
-    pair: LayerPair, scalings: Mapping[Layer, Scaling], same: Mapping[str, str], outliers: set[str],
+    pair: LayerPair, scalings: Mapping[Layer, Scaling], same: Mapping[str, str], outliers: Mapping[str, ir.Node],
     shared: Mapping[Layer, Layer], errors: bool,
 ) -> LayerStory:  # fmt: skip
     first, last = pair.before[0], pair.after[0]
     stored = _stored_alike(pair, same)
-    error = 0.0 if stored else (_error(pair, scalings) if errors else None)
+    error = 0.0 if stored else (_error(pair, scalings, outliers) if errors else None)
     named = first if "." in first.module_path or first.module_path != first.name else last
     path = named.module_path
     if len(pair.after) == 1 < len(pair.before):
@@ -192,7 +196,7 @@ def _newly_shared(pairs: Sequence[LayerPair]) -> dict[Layer, Layer]:
 
 
 def _notes(
-    pair: LayerPair, scalings: Mapping[Layer, Scaling], outliers: set[str], shared: Mapping[Layer, Layer]
+    pair: LayerPair, scalings: Mapping[Layer, Scaling], outliers: Mapping[str, ir.Node], shared: Mapping[Layer, Layer]
 ) -> Iterator[str]:
     if len(pair.before) > 1:
         yield f"{', '.join(_short(layer) for layer in pair.before)} packed into one"
@@ -209,7 +213,7 @@ def _notes(
     if pair.after[0] in shared:
         yield f"stored once with {shared[pair.after[0]].module_path}"
     if pair.after[0].node.name in outliers:
-        yield "outlier columns stay float"
+        yield _of_outliers(outliers[str(pair.after[0].node.name)])
     new = [note for note in pair.after[0].notes if note not in pair.before[0].notes]
     yield from new
 
@@ -226,9 +230,35 @@ def _stored_alike(pair: LayerPair, same: Mapping[str, str]) -> bool:
     return pair.before[0].weight.form == pair.after[0].weight.form and [same.get(name) for name in theirs] == mine
 
 
-def _error(pair: LayerPair, scalings: Mapping[Layer, Scaling]) -> float | None:
+def _of_outliers(product: ir.Node) -> str:
+    columns = _columns(product)
+    if columns is None:
+        return "outlier columns stay float, found at run time"
+    return f"{len(columns)} outlier column{' stays' if len(columns) == 1 else 's stay'} float"
+
+
+def _columns(product: ir.Node) -> Array | None:
+    """Which columns of its input a product of outliers takes; None where that is found at run time."""
+    picked = product.inputs[0].producer() if product.inputs[0] is not None else None
+    return evaluate(picked.inputs[1]) if picked is not None and picked.op_type == "Gather" else None
+
+
+def _with_outliers(data: Array, product: ir.Node) -> Array:
+    """The weight [outputs, inputs] with the columns that are multiplied apart: `data` meets only zeros there."""
+    columns, rows = _columns(product), evaluate(product.inputs[1])
+    if columns is None or rows is None:
+        return data
+    whole = data.copy()
+    whole[:, columns] = rows.T
+    return whole
+
+
+def _error(pair: LayerPair, scalings: Mapping[Layer, Scaling], outliers: Mapping[str, ir.Node]) -> float | None:
     before = _stacked(pair.before, scalings)
     after = _stacked(pair.after, {})
+    product = outliers.get(str(pair.after[0].node.name))
+    if after is not None and product is not None and len(pair.after) == 1:
+        after = _with_outliers(after, product)
     if before is None or after is None or before.shape != after.shape:
         return None
     return error_of(after, before)

@@ -106,7 +106,7 @@ def report(
         absent = ", ".join(comparison.not_run)
         warnings.append(f"compared with the float model before lowering, as ONNX Runtime has no {absent} for CPUs")
     outputs = {name: item.to_dict() for name, item in comparison.outputs.items()} if comparison is not None else {}
-    warnings += binary_warnings(sites, outputs) + range_warnings(recipe)
+    warnings += binary_warnings(sites, outputs) + range_warnings(recipe) + idle_warnings(runs)
     return Report(
         recipe=recipe.name, target=recipe.target, sites=sites,
         sizes=sizes(facts, sites, before, after, sum(run.changes.narrowed for run in runs)),
@@ -143,6 +143,17 @@ def binary_warnings(sites: Sequence[SiteReport], outputs: Mapping[str, Mapping[s
     cost = cost or "; ".join(_cost(name, measures) for name, measures in outputs.items())
     measured = f"the error against the float model is {cost}" if cost else "what that costs here was not measured"
     return [f"{layers} binary weights, which ruins a model that was not trained with them: {measured}"]
+
+
+def idle_warnings(runs: Sequence[PassRun]) -> list[str]:
+    """A sentence for each pass that was to quantize something and met nothing at all, not even something to skip."""
+    met: dict[str, int] = {}
+    for run in runs:
+        if run.step.kind == "rounding":
+            changes = run.changes
+            count = len(changes.changed) + len(changes.skipped) + len(changes.excluded)
+            met[run.step.name] = met.get(run.step.name, 0) + count
+    return [f"{name} found nothing in this model to work on" for name, count in met.items() if count == 0]
 
 
 def range_warnings(recipe: Recipe) -> list[str]:

@@ -247,23 +247,46 @@ def _bytes(diff: Diff) -> list[str]:
     ]
 
 
-def _nodes(changes: Sequence[NodeChange]) -> list[str]:
-    """Nodes with the same change on one line."""
+@dataclass(frozen=True)
+class NodeGroup:
+    """Nodes with the same change."""
+
+    kind: str
+    count: int
+    operator: str
+    """``MatMul``, or ``MatMul → MatMulNBits`` of nodes that were replaced."""
+    passes: str
+    names: str
+    """Of the first few."""
+    detail: str
+    """In parentheses, where the group is a single node."""
+
+
+def node_groups(changes: Sequence[NodeChange]) -> list[NodeGroup]:
     groups: dict[tuple[str, str, str, str], list[NodeChange]] = defaultdict(list)
     for change in changes:
         groups[change.kind, change.before, change.after, change.passes].append(change)
-    lines = []
+    found = []
     for (kind, before, after, passes), members in groups.items():
-        what = f"{before} → {after}" if kind == "replaced" else before or after
-        by = f" by {passes}" if passes else ""
+        operator = f"{before} → {after}" if kind == "replaced" else before or after
         names = ", ".join(member.name for member in members[:SHOWN]) + (", …" if len(members) > SHOWN else "")
         detail = f" ({members[0].detail})" if len(members) == 1 and members[0].detail else ""
-        lines.append(f"{MARKS[kind]} {len(members)} × {escape(what)}{escape(by)}: {escape(names)}{escape(detail)}")
+        found.append(NodeGroup(kind, len(members), operator, passes, names, detail))
+    return found
+
+
+def _nodes(changes: Sequence[NodeChange]) -> list[str]:
+    """Nodes with the same change on one line."""
+    lines = []
+    for group in node_groups(changes):
+        by = f" by {group.passes}" if group.passes else ""
+        what = escape(f"{group.operator}{by}: {group.names}{group.detail}")
+        lines.append(f"{MARKS[group.kind]} {group.count} × {what}")
     return lines
 
 
 def _initializer(change: InitializerChange) -> str:
-    before, after = _tensor(change.before), _tensor(change.after)
+    before, after = tensor_text(change.before), tensor_text(change.after)
     what = f"{before} → {after}" if before and after and before != after else before or after
     note = ""
     if change.kind == "changed" and before == after:
@@ -271,7 +294,7 @@ def _initializer(change: InitializerChange) -> str:
     return f"{MARKS[change.kind]} {escape(change.name)} {escape(what)}{note}"
 
 
-def _tensor(info: TensorInfo | None) -> str:
+def tensor_text(info: TensorInfo | None) -> str:
     return f"{info.type}{list(info.shape)} {size(info.bytes)}" if info else ""
 
 

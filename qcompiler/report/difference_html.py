@@ -6,12 +6,12 @@ from collections import Counter
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from qcompiler.report.difference import Row, figures, port_lines, rows_of, what
+from qcompiler.report.difference import NodeGroup, Row, figures, node_groups, port_lines, rows_of, tensor_text, what
 from qcompiler.report.html import environment
 from qcompiler.report.table import MEASURES, size
 
 if TYPE_CHECKING:
-    from qcompiler.model_diff import Diff, Form, LayerStory
+    from qcompiler.model_diff import Diff, Form, LayerStory, MovedScale
     from qcompiler.verify import Measures
 
 CARD_ROWS = 30
@@ -68,6 +68,55 @@ class View:
     def types(self) -> list[tuple[str, str, str]]:
         before, after = self._diff.before.bytes, self._diff.after.bytes
         return [(name, size(before.get(name, 0)), size(after.get(name, 0))) for name in sorted({*before, *after})]
+
+    @property
+    def blocks(self) -> list[tuple[str, str, list[LayerStory]]]:
+        """Name, what became of its layers, and these; in the order of the first of each."""
+        found: dict[str, list[LayerStory]] = {}
+        for story in self._diff.layers:
+            found.setdefault(story.block, []).append(story)
+        counted = {block: Counter(story.fate for story in stories).most_common() for block, stories in found.items()}
+        return [
+            (block or "outside the blocks", ", ".join(f"{count} {fate}" for fate, count in counted[block]), stories)
+            for block, stories in found.items()
+        ]
+
+    def nodes(self, story: LayerStory) -> str:
+        names = [form.name if form is not None else "(none)" for form in (story.before, story.after)]
+        return " → ".join(dict.fromkeys(names))
+
+    def readers(self, move: MovedScale) -> str:
+        return ", ".join(reader.rsplit(".", 1)[-1] for reader in move.readers)
+
+    @property
+    def fate_rows(self) -> list[tuple[str, int, str, str, str]]:
+        """Fate, nodes, operator, what that is now, what it reads; of nodes that something happened to."""
+        return [
+            (entry.fate, entry.count, entry.op, entry.after if entry.after != entry.op else "", entry.activations)
+            for entry in self._diff.fates
+            if entry.fate != "untouched"
+        ]
+
+    @property
+    def untouched(self) -> str:
+        """How many nodes nothing happened to, and of which operators; empty where there are none."""
+        kept = [entry for entry in self._diff.fates if entry.fate == "untouched"]
+        operators = ", ".join(f"{entry.count}\u00a0×\u00a0{entry.op}" for entry in kept)
+        return f"{sum(entry.count for entry in kept)} nodes are untouched: {operators}." if kept else ""
+
+    @property
+    def node_groups(self) -> list[NodeGroup]:
+        return node_groups(self._diff.nodes)
+
+    @property
+    def changed(self) -> list[tuple[str, str, str, str]]:
+        """Name, before, after and relative error of constants that both models have."""
+        return [
+            (change.name, tensor_text(change.before), tensor_text(change.after),
+             "" if change.error is None else f"{change.error:.3g}")
+            for change in self._diff.initializers
+            if change.kind == "changed"
+        ]  # fmt: skip
 
     @cached_property
     def _rows(self) -> list[Row]:
