@@ -330,7 +330,7 @@ def test_compiled_without_data_saved_and_compared(recipe: str, activations: str,
 
     stream = io.StringIO()
     difference = qcompiler.diff(model, tmp_path / "out")
-    render_diff(difference, Console(file=stream, width=200, color_system=None))
+    render_diff(difference, Console(file=stream, width=200, color_system=None), details=True)
     functions = {"int8-dynamic": "qcompiler.DynamicQuantizePerToken", "int8-dynamic-tensor": "DynamicQuantizeLinear"}
     assert f"+ 1 × {functions[recipe]} by quantize-weights,quantize-activations: h.quantized" in stream.getvalue()
     (item,) = [item for item in difference.quantization if item.value == "h.quantized"]
