@@ -56,6 +56,7 @@ bench: .venv/.ready
 	$(BIN)/python benchmarks/kv_quality.py
 	$(BIN)/python benchmarks/kv_cache.py
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/charts.py
 
 clean:
 	rm -rf .venv models/.cache benchmarks/.cache demo-output

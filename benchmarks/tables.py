@@ -1,4 +1,7 @@
-"""Write the figures of `results/*.json` into the README, between their marks: `python benchmarks/tables.py`."""
+"""Write the figures of `results/*.json` between their marks in README.md and docs/benchmarks.md.
+
+python benchmarks/tables.py
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+TEXTS = ("README.md", "docs/benchmarks.md")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -41,6 +45,44 @@ def quality(report: dict[str, Any]) -> str:
         report, "benchmarks/quality.py"
     )
     return "\n\n".join([*parts, note])
+
+
+def int8(report: dict[str, Any]) -> str:
+    """What `quality` says of the recipes that most will take, and of every peer, in one table."""
+    shown = ("smoothquant", "int8-dynamic", "llm-int8", "int8-weights", "fp8")
+    found = {(row["method"], row["variant"]): row for row in report["rows"]}
+    rows = []
+    for method in dict.fromkeys(row["method"] for row in report["rows"]):
+        if method in shown or method.startswith("onnxruntime"):
+            plain, outliers = found[method, "dynamo"], found[method, "dynamo-outliers"]
+            rows.append([
+                f"**{method}**" if method in shown else method, f"{plain['kl']:.4f}", f"{outliers['kl']:.4f}",
+                f"{outliers['top1']:.1%}", f"{plain['bytes'] / 1e6:.1f}", f"{plain['speed']:.2f} ×",
+            ])  # fmt: skip
+    head = ["8 bits", "KL", "KL, outliers", "same top-1, outliers", "MB", "speed"]
+    return (
+        table(head, rows)
+        + f"\n\n{report['rows'][0]['tokens']:,} tokens; the float model has "
+        + (f"{found['float', 'dynamo']['bytes'] / 1e6:.1f} MB. " + source(report, "benchmarks/quality.py"))
+    )
+
+
+def four_bits(report: dict[str, Any]) -> str:
+    """KL alone, of all that `weight_only` says of 4 bits."""
+    rows = [row for row in report["rows"] if row.get("bits") == 4]
+    places = [(symmetric, group) for symmetric in (True, False) for group in (128, 32)]
+    found = {(row["tool"], row["method"], row["symmetric"], row["group"]): row["kl"] for row in rows}
+    lines = []
+    for tool, method in sorted(dict.fromkeys((row["tool"], row["method"]) for row in rows), key=_ours_first):
+        values = [found.get((tool, method, *place)) for place in places]
+        name = f"**{method}**" if tool == "qcompiler" else f"{tool} {method}"
+        lines.append([name, *("" if value is None else f"{value:.4f}" for value in values)])
+    head = ["KL with weights in 4 bits", "symmetric, 128", "32", "zero points, 128", "32"]
+    return table(head, lines) + f"\n\n{report['tokens']:,} tokens. " + source(report, "benchmarks/weight_only.py")
+
+
+def _ours_first(row: tuple[str, str]) -> bool:
+    return row[0] != "qcompiler"
 
 
 def speed(report: dict[str, Any]) -> str:
@@ -137,21 +179,29 @@ def kv_cache(report: dict[str, Any]) -> str:
 
 
 TABLES = {
-    "kv_quality": kv_quality, "kv_cache": kv_cache,
-    "quality": quality, "speed": speed, "memory": memory, "weight_only": weight_only,
-    "weight_only_memory": weight_only_memory,
+    "int8": ("quality", int8), "quality": ("quality", quality), "speed": ("speed", speed), "memory": ("memory", memory),
+    "four_bits": ("weight_only", four_bits), "weight_only": ("weight_only", weight_only),
+    "weight_only_memory": ("weight_only_memory", weight_only_memory), "kv_quality": ("kv_quality", kv_quality),
+    "kv_cache": ("kv_cache", kv_cache),
 }  # fmt: skip
+"""A mark, whose results it takes, and what it writes."""
 
 
-def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+def filled(text: str) -> str:
+    """A text with the tables of today's results between its marks."""
     for name in re.findall(r"^<!-- (\w+) -->$", text, re.MULTILINE):
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, rest = text.split(begin)
-        report = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        text = f"{before}{begin}\n{TABLES[name](report)}\n{end}{rest.split(end)[1]}"
-    readme.write_text(text, encoding="utf-8")
+        results, write = TABLES[name]
+        report = json.loads((RESULTS / f"{results}.json").read_text(encoding="utf-8"))
+        text = f"{before}{begin}\n{write(report)}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def main() -> None:
+    for name in TEXTS:
+        path = ROOT / name
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

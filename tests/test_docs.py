@@ -41,6 +41,14 @@ def test_the_pages_of_the_passes_are_fresh() -> None:
     assert not stale, f"run python docs/build.py, as these are not what the docstrings say: {stale}"
 
 
+def test_the_tables_are_those_of_the_results() -> None:
+    from benchmarks.tables import TEXTS, filled
+
+    for name in TEXTS:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert filled(text) == text, f"run python benchmarks/tables.py: {name} is not what benchmarks/results say"
+
+
 # --- commands
 
 
