@@ -23,8 +23,8 @@ column's multiply the integer product from the outside: y_ij ≈ s_i t_j Σ_k X_
 "LLM.int8()", section 2.2, eq. 3 and 4). It is always symmetric: a zero point for each row would need the sums of the
 weight's columns multiplied in, and no kernel does that. With ``format: int4`` codes are -7 … 7.
 
-Skipped: layers whose weight is float, as there is nothing to win; inputs that are quantized already; convolutions
-where scales are per token, as their inputs have no rows.
+Left out: layers whose weight is float, as there is nothing to win (a pass that quantizes weights comes first).
+Skipped: inputs that are quantized already; convolutions where scales are per token, as their inputs have no rows.
 """
 
 from __future__ import annotations
@@ -128,6 +128,9 @@ class QuantizeActivations(Pass):
         pairs = Pairs(self.name)
         sites = self._sites(model)
         for site in sites:
+            if site.dequantize is None:
+                changes.excluded.append(Skipped(site.name, "its weight is float"))
+                continue
             obstacle = _obstacle(site, scheme)
             if obstacle is not None:
                 changes.skipped.append(Skipped(site.name, obstacle))
@@ -226,8 +229,6 @@ def _check(scheme: Scheme, range: str) -> None:
 
 def _obstacle(site: Quantizable, scheme: Scheme) -> str | None:
     """Why the input of a layer stays as it is, or None."""
-    if site.dequantize is None:
-        return "its weight is float (quantize-weights comes first)"
     if is_quantized(site.input):
         return "its input is quantized already"
     if isinstance(site, Convolution) and isinstance(scheme.granularity, PerToken):
