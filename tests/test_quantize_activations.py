@@ -126,10 +126,11 @@ def test_a_value_that_never_changes() -> None:
     assert np.all(tiny.run(after, {"x": np.zeros((2, 5, 8), np.float32)})[0] == 0)
 
 
-def test_a_float_weight_is_skipped_with_the_reason() -> None:
+def test_a_layer_of_float_weight_is_left_out_with_the_reason() -> None:
     model = tiny.build(SIBLINGS, W="normal", V="normal")
     after, changes = quantize(model, weights={"ignore": ("second",)})
-    assert "float" in tiny.reasons(changes)["second"]
+    assert [(left.site, left.reason) for left in changes.excluded] == [("second", "its weight is float")]
+    assert not changes.skipped
     first, second = find_sites(after).linears
     assert first.input.name == "h.dequantized"
     assert second.input.name == "h"
