@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from dataclasses import replace
 
+import decoders
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -213,13 +215,119 @@ def test_a_model_of_another_kind_is_refused(model) -> None:
         debug(model, model, calibration=[{"z": np.zeros(3)}])
 
 
+def test_models_in_the_wrong_order_or_without_quantization_are_refused(model) -> None:
+    small = chain(4)
+    compiled = qcompiler.compile(small, "rtn-w4").model
+    with pytest.raises(ModelError, match="give the float model first"):
+        debug(compiled, small, calibration=data(1))
+    with pytest.raises(ModelError, match="there is nothing to find"):
+        debug(small, small, calibration=data(1))
+    compiled.graph.outputs[0].name = "other"
+    with pytest.raises(ModelError, match=r"no output of the float model \(out\) is one of"):
+        debug(small, compiled, calibration=data(1))
+
+
+# ---------------------------------------------------------------------------------------------------- kinds of damage
+
+
+def louder(array: np.ndarray, live: np.ndarray, factor: float = 1.3) -> np.ndarray:
+    """The scale of the loudest channel."""
+    array.reshape(-1)[live[0]] *= np.float32(factor)
+    return array
+
+
+def swapped(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    array[rows[:16]] = array[rows[15::-1]]
+    return array
+
+
+# Recipe, target, the constant ({} is the layer, {-} the one before), and what happens to it: the array, and the output
+# channels, the loudest first. What a Relu swallows would harm nothing.
+DAMAGES = {
+    "a channel": ("int8-static", "ort-cpu", "p{}.weight_scale", louder),
+    "a channel, dynamic": ("int8-dynamic", "ort-cpu", "p{}.weight_scale", louder),
+    "a channel, portable": ("int8-static", "portable", "w{}.scale", louder),
+    "a channel of 4 bits": ("rtn-w4", "ort-cpu", "w{}.codes.block_scales", lambda array, live: louder(array, live, 4)),
+    "the scales of NF4": ("nf4", "portable", "w{}.scale.mean", lambda array, _: array * np.float32(2)),
+    "a zero point of inputs": ("int8-static", "portable", "s{-}.zero_point", lambda array, _: array + np.uint8(32)),
+    "zero points of 4 bits": ("hqq-w4", "ort-cpu", "w{}.codes.block_zero_points", lambda array, _: array ^ np.uint8(3)),
+    "swapped inputs": ("int8-static", "ort-cpu", "w{}.codes", lambda array, _: swapped(array, np.arange(WIDTH))),
+    "swapped outputs of 4 bits": ("rtn-w4", "ort-cpu", "w{}.codes.blocks", swapped),
+    "clipped inputs": ("int8-static", "portable", "s{-}.scale", lambda array, _: array / np.float32(4)),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("place", [2, 30])
+def test_every_kind_of_damage_is_found(model, compilations, kind, place) -> None:
+    """An early layer's error goes through all others, and they are not taken for its cause."""
+    recipe, target, pattern, how = DAMAGES[kind]
+    live = np.argsort(-inner(model, data(1)[0], f"r{place}").mean((0, 1)))
+    copy = compilations(recipe, target).clone()
+    constant = copy.graph.initializers[pattern.replace("{}", str(place)).replace("{-}", str(place - 1))]
+    constant.const_value = ir.tensor(how(constant.const_value.numpy().copy(), live), name=constant.name)
+    found = debug(model, copy, calibration=data(2))
+    assert found.alone[0].name == found.accumulated[0].name == f"p{place}"
+    if pattern.startswith("s"):
+        assert found.alone[0].cause == "activations"
+
+
+@pytest.fixture(scope="module")
+def compilations(model):
+    return functools.cache(
+        lambda recipe, target: qcompiler.compile(model, recipe, calibration=data(), target=target).model
+    )
+
+
+def test_what_kernels_round_inside_is_told_from_weights() -> None:
+    """Against the weight alone: kernels that take the input as it is, and a weight that is as good as float."""
+    small = chain(4)
+    whole = qcompiler.compile(small, "int8-weights", target="ort-cpu").model
+    inside = debug(small, whole, calibration=data(1))
+    assert all(layer.activations == "int8 group(32) dynamic" for layer in inside.alone)
+    exact = whole.clone()
+    for node in exact.graph:
+        node.attributes.pop("accuracy_level", None)
+    outside = {layer.name: layer for layer in debug(small, exact, calibration=data(1)).alone}
+    for layer in inside.alone:
+        weight = 10 ** (-outside[layer.name].alone_db / 10)
+        share = 1 - weight / 10 ** (-layer.alone_db / 10)
+        assert layer.activation_share == pytest.approx(share, abs=0.15)
+
+
+# ---------------------------------------------------------------------------------------------------- caches
+
+
+@pytest.mark.parametrize("form", ["concat", "scatter", "attention-past", "fused"])
+def test_a_cache_alone_is_what_only_this_cache_quantized_does(form) -> None:
+    """Against a model in which the other layers' caches stay float."""
+    scatter = form == "scatter"
+    model = decoders.build(form, layers=3, opset=24 if scatter else 23, room=8 if scatter else 0)
+    samples = decoders.calibration(model, 8)
+    if scatter:
+        samples = [sample | {"at": np.zeros(2, np.int64)} for sample in samples]
+
+    def compiled(**options: object) -> ir.Model:
+        recipe = Recipe.from_dict({"name": "caches", "passes": [{"quantize-kv-cache": options}]})
+        return qcompiler.compile(model, recipe, calibration=samples, target="portable").model
+
+    found = debug(model, compiled(), calibration=samples, effect_samples=2)
+    caches = [layer for layer in found.alone if layer.cache]
+    assert len(caches) == (6 if form in ("concat", "scatter") else 3)
+    assert found.caches_db == pytest.approx(found.output_db, abs=2)  # their errors added, each made by itself
+    one = next(cache for cache in caches if ".1." in cache.name)
+    only = debug(model, compiled(targets=[one.module_path]), calibration=samples, effect_samples=0)
+    assert one.output_db == pytest.approx(only.output_db, abs=0.05)
+
+
 # ---------------------------------------------------------------------------------------------------- advice
 
 
 def layer(name: str, decibels: float, **more) -> LayerDiagnosis:
     plain = LayerDiagnosis(
         name=name, module_path=name, block="", op="MatMul", kernel="", weights="int4 group(128) symmetric",
-        activations="", alone_db=decibels, output_db=decibels, kl=None, before_db=60.0, accumulated_db=decibels,
+        activations="", cache="", alone_db=decibels, output_db=decibels, kl=None, before_db=60.0,
+        accumulated_db=decibels,
         added_db=0.0, activation_share=None, channel_outliers=2.0, loud_channels=0, token_outliers=1.5,
     )  # fmt: skip
     return replace(plain, **more)
@@ -227,11 +335,14 @@ def layer(name: str, decibels: float, **more) -> LayerDiagnosis:
 
 @pytest.mark.parametrize(
     ("recipe", "expected"),
-    [("rtn-w4", "take the recipe gptq-w4-act-order"), ("gptq-w4", "take the recipe gptq-w4-act-order"),
-     ("gptq-w4-act-order", "set gptq.group_size=32: groups of 32 instead of 128")],
+    [("rtn-w4", "take the recipe gptq-w4-act-order"),
+     ("gptq-w4", "set gptq.act_order=True, gptq.refine=4: the loudest inputs first, and four more sweeps"),
+     ("gptq-w2", "set gptq.format=int4: 4 bits instead of 2"),
+     ("gptq-w4-act-order", "set gptq.granularity=group, gptq.group_size=32: groups of 32 instead of 128")],
 )  # fmt: skip
 def test_weights_ask_for_better_rounding(recipe, expected) -> None:
-    layers = [layer(f"l{i}", 30 + i % 3) for i in range(20)]
+    bits = "int2" if recipe == "gptq-w2" else "int4"
+    layers = [layer(f"l{i}", 30 + i % 3, weights=f"{bits} group(128) symmetric") for i in range(20)]
     proposals, proposed = advise(layers, Recipe.load(recipe), 15.0)
     assert proposals[0].text == expected
     proposed.resolved()
@@ -245,7 +356,33 @@ def test_inputs_ask_by_what_is_loud() -> None:
     assert named("int8-static", channel_outliers=40.0) == "take the recipe smoothquant"
     assert named("int8-static", channel_outliers=400.0) == "take the recipe llm-int8"
     assert named("smoothquant", channel_outliers=40.0) == "take the recipe llm-int8"
-    assert named("smoothquant") == "take the recipe int8-dynamic"
+    assert named("smoothquant").startswith("set quantize-activations.granularity=token")  # and the smoothing stays
+    assert named("int8-static") == "take the recipe int8-dynamic"
+
+
+def test_advice_about_layers_leaves_caches_alone() -> None:
+    layers = [layer(f"l{i}", 30) for i in range(20)]
+    _, proposed = advise(layers, Recipe.load("gptq-w4-kv8"), 15.0)
+    assert [step.name for step in proposed.passes] == ["gptq", "quantize-weights", "quantize-kv-cache"]
+    rounded = Recipe.load("rtn-w4").passes + Recipe.load("kv-int8").passes
+    _, proposed = advise(layers, Recipe.load("rtn-w4").model_copy(update={"passes": rounded}), 15.0)
+    assert [step.name for step in proposed.passes] == ["gptq", "quantize-weights", "quantize-kv-cache"]
+    proposed.resolved()
+
+
+def test_caches_of_4_bits_ask_for_8() -> None:
+    layers = [layer(f"c{i}", 30, weights="", cache="int4 per-token") for i in range(8)] + [layer("l", 60)]
+    proposals, proposed = advise(layers, Recipe.load("kv-int4"), 15.0)
+    assert proposals[0].text == "set quantize-kv-cache.format=int8: 8 bits for caches instead of 4"
+    proposed.resolved()
+
+
+def test_sensitive_layers_are_rounded_better_before_they_are_left_out() -> None:
+    """They are rounded as well as others, and gptq costs nothing at run time; a layer that is rounded worse is out."""
+    layers = [layer("l0", 20, alone_db=30.0), *(layer(f"l{i}", 40, alone_db=30.0) for i in range(1, 20))]
+    assert advise(layers, Recipe.load("rtn-w4"), 15.0)[0][0].text == "take the recipe gptq-w4-act-order"
+    damaged = [replace(layers[0], alone_db=15.0), *layers[1:]]
+    assert advise(damaged, Recipe.load("rtn-w4"), 15.0)[0][0].text == "leave l0 in float"
 
 
 def test_good_models_get_no_advice() -> None:

@@ -166,6 +166,33 @@ def test_attributes_ports_and_unnamed_nodes() -> None:
     ]
 
 
+def test_empty_inputs_at_the_end_are_none() -> None:
+    def model(*inputs: str) -> ir.Model:
+        return build([helper.make_node("Clip", ["x", *inputs], ["y"], name="clip")], {"low": np.float32(0)})
+
+    assert not diff(model("low"), model("low", ""))
+    assert diff(model("low"), model("", "low")).nodes
+
+
+def test_what_is_fused_is_told_by_the_operator_that_is_new() -> None:
+    """And not by what stands between it and the nodes that stayed."""
+    chain = [("Neg", "x", "a"), ("Softmax", "a", "p"), ("Exp", "p", "q"), ("Relu", "q", "y")]
+    other = [("LpNormalization", "x", "h"), ("Neg", "h", "r"), ("Relu", "r", "y")]
+    models = [
+        build([helper.make_node(op, [source], [name], name=name) for op, source, name in steps], {}, width=3)
+        for steps in (chain, other)
+    ]
+    fates = {(fate.fate, fate.op): fate.after for fate in diff(*models).fates if fate.fate != "untouched"}
+    assert fates == {("fused", op): "LpNormalization" for op in ("Neg", "Softmax", "Exp")}
+
+
+def test_unrelated_models_have_nothing_fused() -> None:
+    other = build([helper.make_node("Conv", ["x", "k"], ["y"], name="conv")], {"k": np.ones((3, 4, 1), np.float32)})
+    found = diff(float_model(), other)
+    assert [story.fate for story in found.layers] == ["removed", "added"]
+    assert "fused" not in {fate.fate for fate in found.fates}
+
+
 def test_changed_bytes_are_found_in_external_files_without_reading_them_whole(tmp_path) -> None:
     rows = 4096
     data = np.zeros((rows, 1024), np.float32)  # 16 MB

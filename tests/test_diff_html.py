@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import tiny
 from browser import WIDTHS, Opened, assert_fits_and_can_be_read, launched, visit
@@ -29,8 +30,8 @@ LINEARS = [f"model.layers.{n}.mlp.{kind}_proj" for n in range(2) for kind in ("u
 
 
 @pytest.fixture(scope="module")
-def difference() -> Diff:
-    """Between a model of two blocks with planted outliers and what smooth-quant and the rounding made of it."""
+def model() -> ir.Model:
+    """Of two blocks, with planted outliers."""
     blocks, inputs, constants = "", "", {}
     for n in range(2):
         blocks += BLOCK.format(n=n, next=n + 1)
@@ -42,6 +43,12 @@ def difference() -> Diff:
         letter, number = node.name[0], node.name[1:]
         path = f"/model/{NAMES[letter].format(n=number)}" if letter in NAMES else f"/{node.name}"
         node.name = "/head/MatMul" if letter == "y" else f"{path}/{node.op_type}"
+    return model
+
+
+@pytest.fixture(scope="module")
+def difference(model: ir.Model) -> Diff:
+    """Between the model and what smooth-quant and the rounding made of it."""
     rng = np.random.default_rng(0)
     data = [{"x0": rng.normal(size=(2, 8, 32)).astype(np.float32)} for _ in range(4)]
     options = ["smooth-quant.alpha=0.5"]
@@ -118,6 +125,48 @@ def test_opening_a_block(opened: Opened, difference: Diff) -> None:
         assert f"touched by {', '.join(story.passes)}" in text
     assert "touched by smooth-quant, quantize-weights" in told[0]
     assert "input scaled by smooth-quant into model.layers.1.norm" in told[0]
+
+
+def test_a_block_opens_its_drawing(opened: Opened, difference: Diff) -> None:
+    """Before and after, with what became of each node: smoothing went into the norm, and codes are added."""
+    block = opened.page.locator("#blocks details", has_text="model.layers.1")
+    assert block.locator("svg").count() == 0
+    block.locator("summary").press("Enter")
+    before, after = block.locator("svg.drawing").all()
+    assert before.get_by_text("before").count() == 1
+    for side in (before, after):
+        assert side.locator(".unit.quantized .label").all_text_contents() == ["mlp.up_proj", "mlp.down_proj"]
+        assert side.locator(".unit.changed .label").all_text_contents() == ["norm"]
+        assert set(side.locator(".unit.same .label").all_text_contents()) == {"mlp.act"}
+    assert before.locator(".unit.added").count() == 0
+    assert after.locator(".unit.added .label").all_text_contents() == ["QuantizeLinear", "QuantizeLinear"]
+    assert "48×32 int8" in after.locator(".unit.quantized .operators").all_text_contents()
+    assert block.locator(".unit title").first.text_content()
+
+
+def test_blocks_that_look_alike_share_a_drawing(opened: Opened, difference: Diff) -> None:
+    assert len(difference.drawings) == opened.page.locator("template").count()
+    drawn = {block for drawing in difference.drawings for block in drawing.blocks}
+    assert drawn == {"", "model.layers.0", "model.layers.1"}
+    assert "drawings" not in difference.to_dict()
+
+
+def test_nodes_are_the_same_under_other_names(difference: Diff, model: ir.Model) -> None:
+    """Of a model that another exporter wrote, in the blocks of the first one."""
+    other = model.clone()
+    for number, node in enumerate(other.graph):
+        node.name = node.name.replace("/model/layers", "/transformer/h")
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.name = f"value_{number}"
+    found = diff(model, other)
+    assert not any(story.fate != "untouched" for story in found.layers)
+    assert {block for drawing in found.drawings for block in drawing.blocks} == {
+        "", "model.layers.0", "model.layers.1"
+    }  # fmt: skip
+    for drawing in found.drawings:
+        assert drawing.before == drawing.after
+        assert {unit.fate for unit in drawing.after.units} <= {"same", "outside"}
 
 
 def test_opening_nodes_and_constants(opened: Opened, difference: Diff) -> None:

@@ -14,8 +14,8 @@ import qcompiler
 from qcompiler import cli, model_io
 from qcompiler.errors import RecipeError
 from qcompiler.inspection import inspect
-from qcompiler.inspection.weights import statistics_of_tensor
-from qcompiler.quantized_weights import numbers, quantized_weight
+from qcompiler.inspection.weights import statistics_of
+from qcompiler.stored_weights import float_weight
 
 GRAPH = """g (int64[B,S] ids, float[50,32] table, float[32,64] w0, float[64] b0, float[64,32] w1, float[64,64] wx)
     => (float[B,S,32] y, float[B,S,64] z) {
@@ -68,7 +68,7 @@ def test_statistics_of_odd_weights(case) -> None:
         "offset": 1e4 + rng.normal(size=(300, 5000)), "constant": np.full((3, 4), 2.0),
         "broken": np.array([1.0, np.nan, np.inf, -3.0]), "empty": np.zeros((0, 4)),
     }[case].astype(np.float32)  # fmt: skip
-    seen = statistics_of_tensor(ir.tensor(array, name="w"))
+    seen = statistics_of(float_weight(ir.Value(name="w", const_value=ir.tensor(array))))
     if case == "empty":
         assert seen is None
         return
@@ -89,6 +89,7 @@ def test_statistics_of_odd_weights(case) -> None:
         ("rtn-w4", "ort-cpu", "MatMulNBits", "uint4 group(16) symmetric", ""),
         ("hqq-w4", "ort-cpu", "MatMulNBits", "uint4 group(16) asymmetric", ""),
         ("nf4", "portable", "MatMul", "nf4 group(64) symmetric", ""),
+        ("nf4", "ort-cpu", "MatMulBnb4", "nf4 group(64) symmetric", ""),
     ],
 )
 def test_models_of_ours(model, recipe, target, op, scheme, activations) -> None:
@@ -101,26 +102,9 @@ def test_models_of_ours(model, recipe, target, op, scheme, activations) -> None:
     assert found.metadata["recipe"] == recipe
     assert {layer.module_path for layer in found.layers} == {"embed", "layers.0.up", "layers.0.down", "extra"}
     assert all(layer.scheme for layer in found.layers)
-    if recipe != "nf4":
-        floats = {layer.module_path: layer.statistics for layer in inspect(model).layers}
-        for layer in found.layers:
-            assert layer.statistics.std == pytest.approx(floats[layer.module_path].std, rel=0.05)
-
-
-@pytest.mark.parametrize("target", ["portable", "ort-cpu"])
-@pytest.mark.parametrize("recipe", ["rtn-w4", "hqq-w4", "int8-weights", "w8"])
-def test_codes_stand_for_what_the_runtime_multiplies_by(recipe, target) -> None:
-    """The numbers of a weight against the layer's answer to the rows of the identity."""
-    one = tiny.build("g (float[40,40] x, float[40,48] w) => (float[40,48] y) { y = MatMul(x, w) }", w="normal")
-    rounds = "hqq" if recipe == "hqq-w4" else "quantize-weights"
-    options = [] if recipe == "int8-weights" else [f"{rounds}.group_size=16"]
-    compiled = qcompiler.compile(one, recipe, target=target, options=options).model
-    weight = next(found for node in compiled.graph if (found := quantized_weight(node)) is not None)
-    stored = np.concatenate([part.reshape(-1) for part in numbers(weight)]).reshape(weight.shape)
-    (expected,) = tiny.run(compiled, {"x": np.eye(40, dtype=np.float32)})
-    stored = stored.T if stored.shape != expected.shape else stored
-    # MatMulNBits rounds its input to 8 bits; rows of the identity lose a little in their block's scale.
-    np.testing.assert_allclose(stored, expected, rtol=0.01, atol=1e-5)
+    floats = {layer.module_path: layer.statistics for layer in inspect(model).layers}
+    for layer in found.layers:
+        assert layer.statistics.std == pytest.approx(floats[layer.module_path].std, rel=0.06)
 
 
 def test_weights_in_files(model, tmp_path) -> None:

@@ -20,16 +20,17 @@ from qcompiler.canonicalize import canonicalize
 from qcompiler.companions import tokenizer_beside
 from qcompiler.diagnosis.activations import schemes
 from qcompiler.diagnosis.advice import advise, harm
+from qcompiler.diagnosis.caches import find_cache_regions
 from qcompiler.diagnosis.measure import LayerErrors, measure
-from qcompiler.diagnosis.regions import Region, find_regions
+from qcompiler.diagnosis.regions import Region, StoredCache, find_regions
 from qcompiler.diagnosis.report import Diagnosis, LayerDiagnosis, Proposal
 from qcompiler.errors import ModelError, RecipeError
 from qcompiler.inputs import load
 from qcompiler.likelihood import Difference
-from qcompiler.quantized_weights import quantized_weight
 from qcompiler.recipe import Recipe
 from qcompiler.registry import pass_class
 from qcompiler.samples import Samples, from_python, open_samples
+from qcompiler.stored_weights import quantized_weight, scheme
 from qcompiler.targets.kernels import missing_on_cpu
 
 if TYPE_CHECKING:
@@ -63,7 +64,13 @@ def debug(
             f"the quantized model has {', '.join(absent)}, which ONNX Runtime does not have for CPUs; "
             "compile it with --target portable, and debug that"
         )
+    if _has_codes(mine) and not _has_codes(theirs):
+        raise ModelError(
+            "the first model has quantized weights and the second one has none; give the float model first"
+        )
     regions, missing = find_regions(mine, theirs)
+    caches, unexamined = find_cache_regions(mine, theirs)
+    regions, missing = [*regions, *caches], [*missing, *unexamined]
     if not regions:
         why = f" ({missing[0].name}: {missing[0].reason})" if missing else ", which has none"
         raise ModelError(f"no layer of the float model was found in the quantized model{why}")
@@ -75,13 +82,20 @@ def debug(
     )  # fmt: skip
     typical = max(LEAST_NOISE, median(_noise(measured.layers[region.name].before) for region in regions))
     layers = [_layer(region, measured.layers[region.name], typical) for region in regions]
-    worst_first = sorted(layers, key=lambda layer: (-_effect(layer), layer.alone_db))
+    if not any(layer.quantized for layer in layers) and measured.outputs.noise == 0:
+        raise ModelError(
+            "nothing is quantized in the second model, and it answers as the first one does: there is nothing to find"
+        )
+    worst_first = sorted(layers, key=lambda layer: (-harm(layer), layer.alone_db))
+    together = measured.caches
     proposals, proposed = advise(layers, recipe, measured.outputs.sqnr_db)
     return Diagnosis(
         alone=tuple(worst_first),
         accumulated=tuple(sorted(layers, key=lambda layer: -layer.added_db)),
         output_db=measured.outputs.sqnr_db,
         kl=measured.divergence.kl if measured.divergence.positions else None,
+        caches_db=together.outputs.sqnr_db if together is not None and together.outputs is not None else None,
+        caches_kl=together.divergence.kl if together is not None and together.divergence is not None else None,
         samples=measured.samples,
         effect_samples=min(effect_samples, measured.samples),
         unmatched=tuple((item.module_path or item.name, item.reason) for item in missing),
@@ -101,6 +115,10 @@ def _samples(
     beside = None if isinstance(path, ir.Model) else tokenizer_beside(path)
     found = Path(tokenizer) if tokenizer is not None else beside
     return open_samples(data, model=model, tokenizer=found, limit=limit, sequence_length=sequence_length)
+
+
+def _has_codes(model: ir.Model) -> bool:
+    return any(quantized_weight(node) is not None for node in model.graph)
 
 
 def _recipe(model: ir.Model) -> Recipe | None:
@@ -129,7 +147,8 @@ def _rescales(recipe: Recipe | None) -> bool:
 
 def _layer(region: Region, errors: LayerErrors, typical: float) -> LayerDiagnosis:
     site = region.site
-    weights = [weight for node in region.nodes if (weight := quantized_weight(node)) is not None]
+    cached = isinstance(site, StoredCache)
+    weights = [] if cached else [weight for node in region.nodes if (weight := quantized_weight(node)) is not None]
     kernels = [node.op_type for node in region.nodes if node.op_type == site.node.op_type or node.domain]
     share = None
     if errors.activation is not None and errors.alone.noise > 0:
@@ -138,7 +157,8 @@ def _layer(region: Region, errors: LayerErrors, typical: float) -> LayerDiagnosi
     return LayerDiagnosis(
         name=site.name, module_path=site.module_path, block=site.block, op=site.node.op_type,
         kernel=kernels[-1] if kernels else region.nodes[-1].op_type,
-        weights=", ".join(dict.fromkeys(weight.scheme for weight in weights)), activations=schemes(region),
+        weights=", ".join(dict.fromkeys(map(scheme, weights))),
+        activations="" if cached else schemes(region), cache=site.scheme if isinstance(site, StoredCache) else "",
         alone_db=errors.alone.sqnr_db,
         output_db=errors.outputs.sqnr_db if errors.outputs is not None else None,
         kl=errors.divergence.kl if errors.divergence is not None else None,
@@ -162,7 +182,3 @@ def _added(before: Difference, after: Difference, typical: float) -> float:
     if math.isinf(_noise(before)):
         return 0.0
     return 10 * math.log10((_noise(after) + typical) / (_noise(before) + typical))
-
-
-def _effect(layer: LayerDiagnosis) -> float:
-    return layer.kl if layer.kl is not None else harm(layer)

@@ -16,6 +16,8 @@ from qcompiler.match import Linear
 
 CODED = {"MatMulIntegerToFloat": (0, 2, 4), "QLinearMatMul": (0, 1, 2), "QGemm": (0, 1, 2)}
 """Operators that multiply codes of the activation: where they have codes, scale and zero point."""
+IN_KERNEL = ("DynamicQuantizeMatMul", "MatMulNBits")
+"""Operators that round their input themselves; MatMulNBits where its accuracy level allows that."""
 PRODUCTS = ("MatMul", "Gemm", "FusedMatMul")
 
 
@@ -31,8 +33,13 @@ class Rounded:
     constants: tuple[np.ndarray | None, ...] = ()
     """In the place of values: those of codes, scale and zero point that are constants."""
 
-    def dequantized(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """The rounded input, float32, from what `values` are."""
+    block: int | None = None
+    """Where the kernel itself rounds: along how many input features with one scale; 0: all of the tensor."""
+
+    def dequantized(self, arrays: Sequence[np.ndarray], source: np.ndarray) -> np.ndarray:
+        """The rounded input, float32, from what `values` and the input are."""
+        if self.block is not None:
+            return _in_blocks(source, self.block) if self.block else _in_whole(source)
         if not self.constants:
             return arrays[0].astype(np.float32)
         computed = iter(arrays)
@@ -41,17 +48,20 @@ class Rounded:
 
 
 def rounded_input(region: Region) -> Rounded | None:
-    """The rounded input of a linear layer; None where it stays float, or where a kernel rounds it inside."""
+    """The rounded input of a linear layer; None where it stays float."""
     site = region.site
     if not isinstance(site, Linear) or str(site.input.name) not in region.inputs.values():
         return None
     inside = {value for node in region.nodes for value in node.outputs}
-    products = [node for node in region.nodes if node.op_type in (*CODED, *PRODUCTS)]
+    products = [node for node in region.nodes if node.op_type in (*CODED, *PRODUCTS, *IN_KERNEL)]
     if len(products) != 1:
         return None  # a layer that was split, say into columns of integers and of floats
     node = products[0]
     if node.op_type in CODED:
         return _codes(node, str(site.input.name), inside)
+    if node.op_type in IN_KERNEL:
+        block = _kernel_block(node)
+        return None if block is None else Rounded(str(site.input.name), _kernel_scheme(block), (), block=block)
     value = node.inputs[0]
     if value is None or value not in inside or not (scheme := activation_scheme(value)):
         return None
@@ -64,8 +74,8 @@ def schemes(region: Region) -> str:
     for node in region.nodes:
         if node.op_type in CODED and node.inputs[0] is not None:
             found.append(coded_scheme(node.inputs[0]))
-        elif node.op_type == "DynamicQuantizeMatMul":
-            found.append("uint8 per-tensor dynamic")
+        elif node.op_type in IN_KERNEL and (block := _kernel_block(node)) is not None:
+            found.append(_kernel_scheme(block))
         elif node.op_type in ("Conv", *PRODUCTS):
             found.append(activation_scheme(node.inputs[0]))
         elif node.op_type in ("MatMulInteger", "ConvInteger", "QLinearConv") and node.inputs[0] is not None:
@@ -117,3 +127,36 @@ def coded_scheme(codes: ir.Value) -> str:
     if constant(node.inputs[1]) is None:
         return f"{dtype} {'per-token' if node.attributes.get_int('block_size', 0) else 'per-tensor'} dynamic"
     return f"{dtype} per-tensor"
+
+
+# ---------------------------------------------------------------------------------------------------- inside of kernels
+
+
+def _kernel_block(node: ir.Node) -> int | None:
+    """Input features that share a scale, 0 for all of the tensor; None where the kernel takes inputs as they are."""
+    if node.op_type == "DynamicQuantizeMatMul":
+        return 0
+    return node.attributes.get_int("block_size", 0) if node.attributes.get_int("accuracy_level", 0) == 4 else None
+
+
+def _kernel_scheme(block: int) -> str:
+    return f"int8 group({block}) dynamic" if block else "uint8 per-tensor dynamic"
+
+
+def _in_whole(x: np.ndarray) -> np.ndarray:
+    """As DynamicQuantizeLinear has it."""
+    lo, hi = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    scale = np.float32((hi - lo) / 255 or 1.0)
+    zero = np.clip(np.rint(-lo / scale), 0, 255)
+    codes = np.clip(np.rint(x.astype(np.float32) / scale) + zero, 0, 255)
+    return np.asarray((codes - zero) * scale, np.float32)
+
+
+def _in_blocks(x: np.ndarray, size: int) -> np.ndarray:
+    """As MatMulNBits has it: codes of -127 … 127, by the largest magnitude of each block."""
+    width = x.shape[-1]
+    padded = np.pad(x.astype(np.float32), [(0, 0)] * (x.ndim - 1) + [(0, -width % size)])
+    blocks = padded.reshape(*x.shape[:-1], -1, size)
+    scale = np.abs(blocks).max(-1, keepdims=True) / 127
+    rounded = np.rint(blocks / np.where(scale > 0, scale, 1)) * scale
+    return np.asarray(rounded.reshape(padded.shape)[..., :width], np.float32)

@@ -20,14 +20,14 @@ from qcompiler import segments
 from qcompiler.caches import Cache, find_caches
 from qcompiler.diagnosis.activations import Rounded, rounded_input
 from qcompiler.diagnosis.channels import Outliers, Rescaling
-from qcompiler.diagnosis.regions import Cut, Region, model_of
-from qcompiler.errors import DataError
+from qcompiler.diagnosis.effects import Deltas, inject
+from qcompiler.diagnosis.regions import STORED, Cut, Region, StoredCache, model_of
+from qcompiler.errors import DataError, ModelError
 from qcompiler.execution import Kept, Session
-from qcompiler.graph import Names, insert_after
 from qcompiler.likelihood import Difference, Divergence
 from qcompiler.match import Linear
 from qcompiler.progress import progress_bar
-from qcompiler.samples import Sample, Samples
+from qcompiler.samples import Samples
 from qcompiler.stored_past import Adapted
 
 KEPT_BYTES = 1 << 30
@@ -36,7 +36,6 @@ SESSION_BYTES = 1 << 30
 """Constants of the regions that are run together, likewise."""
 MOST_REGIONS = 64
 ALONE = "alone:"
-DELTA = "delta:"
 
 
 @dataclass
@@ -66,6 +65,8 @@ class Measured:
     """Of the model's outputs, all layers quantized."""
     divergence: Divergence
     samples: int
+    caches: LayerErrors | None
+    """Outputs and divergence with all quantized caches; None where there are none, or that was not measured."""
 
 
 def measure(
@@ -86,12 +87,16 @@ def measure(
         outputs, divergence = _run_candidate(
             candidate, regions, main, samples, found, scales, kept, memory_limit, progress
         )
-        deltas = _Deltas(kept, min(effect_samples, count))
-        for group in _groups(regions, memory_limit):
-            _run_regions(candidate, reference, group, found, scales, kept, deltas, count, memory_limit)
-        if deltas.samples:
-            _inject(reference, regions, main, samples, found, kept, deltas, memory_limit, progress)
-    return Measured(found, outputs, divergence, count)
+        deltas = Deltas(kept, min(effect_samples, count))
+        with progress_bar("layers alone", progress) as report:
+            done = 0
+            for group in _groups(regions, memory_limit):
+                _run_regions(candidate, reference, group, found, scales, kept, deltas, count, memory_limit)
+                done += len(group)
+                if report is not None:
+                    report(done, len(regions))
+        caches = _measure_effects(reference, regions, main, samples, found, kept, deltas, memory_limit, progress)
+    return Measured(found, outputs, divergence, count, caches)
 
 
 def _main_outputs(reference: ir.Model, candidate: ir.Model) -> list[str]:
@@ -99,12 +104,19 @@ def _main_outputs(reference: ir.Model, candidate: ir.Model) -> list[str]:
     caches = {str(cache.present.name) for cache in find_caches(reference) if isinstance(cache, Cache)}
     theirs = {str(value.name) for value in candidate.graph.outputs}
     numbers = (value for value in reference.graph.outputs if value.dtype is None or value.dtype.is_floating_point())
-    return [str(value.name) for value in numbers if value.name in theirs and value.name not in caches]
+    mine = [str(value.name) for value in numbers if value.name not in caches]
+    found = [name for name in mine if name in theirs]
+    if not found:
+        raise ModelError(
+            f"no output of the float model ({', '.join(mine) or 'which has none of floats'}) is one of the quantized "
+            f"model ({', '.join(sorted(theirs - caches))}); give outputs the same names"
+        )
+    return found
 
 
 def _names(regions: Sequence[Region]) -> set[str]:
     """Values of the float model that regions read or write."""
-    return {name for region in regions for name in (*region.inputs.values(), str(region.site.output.name))}
+    return {name for region in regions for name in (*region.shared.values(), str(region.site.output.name))}
 
 
 # ---------------------------------------------------------------------------------------------------- both models
@@ -143,11 +155,14 @@ def _run_candidate(
 ) -> tuple[Difference, Divergence]:  # fmt: skip
     """Compare the quantized model with what was kept, value by value."""
     outputs, divergence = Difference(), Divergence()
-    names = {str(value.name): original for region in regions for value, original in region.inputs.items()}
+    names = {str(value.name): original for region in regions for value, original in region.shared.items()}
     names |= {str(region.output.name): str(region.site.output.name) for region in regions}
     errors = {original: Difference() for original in names.values()}
+    stored = {str(value.name) for region in regions for value in region.inputs.keys() - region.shared.keys()}
 
     def compare(name: str, sample: int, array: np.ndarray) -> None:
+        if name in stored:
+            kept.put(STORED + name, sample, array)
         if name in main:
             expected = _same_shape(name, kept.get(name, sample), array)
             outputs.update(expected, array)
@@ -163,14 +178,14 @@ def _run_candidate(
 
     with progress_bar("running the quantized model", progress) as report:
         read = Adapted(samples, model)
-        segments.run(model, read, {*names, *main}, compare, memory_limit=memory_limit, progress=report)
+        segments.run(model, read, {*names, *main, *stored}, compare, memory_limit=memory_limit, progress=report)
     for original, scaling in scales.items():
         if scaling.found:
             errors[original] = scaling.difference()
     for region in regions:
         mine = found[region.name]
         mine.accumulated = errors[str(region.site.output.name)]
-        floats = [errors[name] for name in region.inputs.values() if errors[name].signal]
+        floats = [errors[name] for name in region.shared.values() if errors[name].signal]
         mine.before = max(floats, key=_nsr, default=Difference())
     return outputs, divergence
 
@@ -195,23 +210,6 @@ def _is_logits(name: str, array: np.ndarray) -> bool:
 # ---------------------------------------------------------------------------------------------------- layers alone
 
 
-class _Deltas:
-    """The errors of the first samples, for `_inject`."""
-
-    def __init__(self, kept: Kept, samples: int) -> None:
-        self._kept, self.samples = kept, samples
-        self.sites: list[str] = []
-
-    def put(self, site: str, sample: int, error: np.ndarray) -> None:
-        if sample < self.samples:
-            self._kept.put(DELTA + site, sample, error)
-            if sample == 0:
-                self.sites.append(site)
-
-    def get(self, site: str, sample: int) -> np.ndarray:
-        return self._kept.get(DELTA + site, sample)
-
-
 def _groups(regions: Sequence[Region], memory_limit: int | None) -> Iterator[list[Region]]:
     """Regions that are run together: their constants fit the budget."""
     budget = SESSION_BYTES if memory_limit is None else int(memory_limit * segments.WEIGHT_SHARE)
@@ -231,7 +229,7 @@ def _groups(regions: Sequence[Region], memory_limit: int | None) -> Iterator[lis
 
 def _run_regions(
     candidate: ir.Model, reference: ir.Model, regions: Sequence[Region], found: dict[str, LayerErrors],
-    scales: Mapping[str, Rescaling], kept: Kept, deltas: _Deltas, count: int, memory_limit: int | None,
+    scales: Mapping[str, Rescaling], kept: Kept, deltas: Deltas, count: int, memory_limit: int | None,
 ) -> None:  # fmt: skip
     rounded = {region.name: rounded_input(region) for region in regions}
     cuts = []
@@ -265,7 +263,9 @@ def _measure_activations(
         assert extra is not None
         source = kept.get(extra.source, sample)
         arrays = [results[f"{region.name}:{value.name}"] for value in extra.values]
-        array = _restored(extra.dequantized(arrays), scales.get(extra.source))
+        scaling = scales.get(extra.source)
+        theirs = source * scaling.factor if scaling is not None and scaling.found else source
+        array = _restored(extra.dequantized(arrays, theirs), scaling)
         feeds[region.name] = array.reshape(source.shape).astype(source.dtype)
     for name, array in floats.session.run(feeds, sample):
         region = next(region for region in sites if ALONE + region.name == name)
@@ -322,73 +322,30 @@ def _restored(array: np.ndarray, scaling: Rescaling | None) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------- on the outputs
 
 
-def _inject(
+def _measure_effects(
     reference: ir.Model, regions: Sequence[Region], main: Sequence[str], samples: Samples,
-    found: dict[str, LayerErrors], kept: Kept, deltas: _Deltas, memory_limit: int | None, progress: bool,
-) -> None:  # fmt: skip
-    """Run the float model with the error of one layer added to its output, for each layer."""
-    wanted = set(deltas.sites)
-    sites = [region for region in regions if region.name in wanted]
-    model, inputs = _with_deltas(reference, sites)
-    runs = [(region.name, sample) for region in sites for sample in range(deltas.samples)]
+    found: Mapping[str, LayerErrors], kept: Kept, deltas: Deltas, memory_limit: int | None, progress: bool,
+) -> LayerErrors | None:  # fmt: skip
+    """What each region alone does to the outputs, and what all caches do together, which is returned."""
+    if not deltas.samples:
+        return None
+    caches = [region for region in regions if isinstance(region.site, StoredCache)]
+    for errors in found.values():
+        errors.outputs = Difference()
+    together = LayerErrors(outputs=Difference())
 
-    def measure(name: str, run: int, array: np.ndarray) -> None:
-        site, sample = runs[run]
-        errors = found[site]
+    def measure(sites: tuple[str, ...], name: str, sample: int, array: np.ndarray) -> None:
+        errors = together if len(sites) > 1 else found[sites[0]]
         expected = kept.get(name, sample)
-        errors.outputs = errors.outputs or Difference()
+        assert errors.outputs is not None
         errors.outputs.update(expected, array)
         if _is_logits(name, array):
             errors.divergence = errors.divergence or Divergence()
             errors.divergence.update(expected, array)
 
-    feeds = _Injected(list(samples.part(0, deltas.samples)), runs, inputs, deltas)
+    feeds = list(samples.part(0, deltas.samples))
     with progress_bar("one layer quantized at a time", progress) as report:
-        segments.run(model, feeds, main, measure, memory_limit=memory_limit, progress=report)
-
-
-class _Injected:
-    """Samples in which one layer has its error, and the others zero."""
-
-    def __init__(
-        self, samples: Sequence[Sample], runs: Sequence[tuple[str, int]], inputs: Mapping[str, ir.Value],
-        deltas: _Deltas,
-    ) -> None:  # fmt: skip
-        self._samples, self._runs, self._inputs, self._deltas = samples, runs, inputs, deltas
-        self.count: int | None = len(runs)
-
-    def __iter__(self) -> Iterator[Sample]:
-        zeros = {str(value.name): np.zeros((), _dtype(value).numpy()) for value in self._inputs.values()}
-        for site, sample in self._runs:
-            yield {**self._samples[sample], **zeros, str(self._inputs[site].name): self._deltas.get(site, sample)}
-
-
-def _with_deltas(reference: ir.Model, sites: Sequence[Region]) -> tuple[ir.Model, dict[str, ir.Value]]:
-    """The model with an input for each layer that is added to its output, and these inputs by the site's name."""
-    model = reference.clone()
-    names = Names(model.graph)
-    nodes = {node.name: node for node in model.graph}
-    inputs: dict[str, ir.Value] = {}
-    for region in sites:
-        original = region.site.output
-        producer = original.producer()
-        assert producer is not None
-        twin = nodes[producer.name]
-        value = twin.outputs[original.index() or 0]
-        # No shape: zero is fed as a scalar, and an error in the shape of the output.
-        delta = ir.Value(name=names.fresh(DELTA + region.name), type=ir.TensorType(_dtype(value)))
-        name = str(value.name)
-        total = ir.Value(name=names.fresh(f"{name}.with_error"), type=value.type, shape=value.shape)
-        add = ir.Node("", "Add", [value, delta], outputs=[total], name=total.name)
-        value.replace_all_uses_with(total, replace_graph_outputs=True)
-        add.replace_input_with(0, value)
-        insert_after(twin, [add])
-        if total.is_graph_output():
-            value.name, total.name = names.fresh(f"{name}.without_error"), name
-        model.graph.inputs.append(delta)
-        inputs[region.name] = delta
-    return model, inputs
-
-
-def _dtype(value: ir.Value) -> ir.DataType:
-    return value.dtype or ir.DataType.FLOAT
+        inject(reference, regions, caches, main, feeds, kept, deltas, measure, memory_limit, report)
+    if len(caches) == 1:
+        return found[caches[0].name]
+    return together if caches else None

@@ -27,13 +27,24 @@ QUANTIZERS = frozenset(
      "DequantizePerToken", "DynamicQuantizeFloat8", "DynamicQuantizeFloat8PerToken", "Reshape"}
 )  # fmt: skip
 Layer = Linear | Convolution | Embedding
+STORED = "stored:"
+"""Before the name of an input of the quantized model that the float model does not have: the codes of a past."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoredCache(Site):
+    """A KV-cache that the quantized model keeps as codes; `node` appends to it in the float model."""
+
+    output: ir.Value
+    """What has the cache's error in the float model: the present, or what attention makes of keys and values."""
+    scheme: str
 
 
 @dataclass(frozen=True, eq=False)
 class Region:
     """What stands for a layer of the float model in the quantized one."""
 
-    site: Layer
+    site: Layer | StoredCache
     """In the float model."""
     output: ir.Value
     """In the quantized model; what `site.output` is in the float one."""
@@ -45,6 +56,11 @@ class Region:
     @property
     def name(self) -> str:
         return self.site.name
+
+    @property
+    def shared(self) -> dict[ir.Value, str]:
+        """The inputs that both models have."""
+        return {value: name for value, name in self.inputs.items() if not name.startswith(STORED)}
 
 
 @dataclass(frozen=True)
@@ -59,7 +75,7 @@ class Unmatched:
 def find_regions(reference: ir.Model, candidate: ir.Model) -> tuple[list[Region], list[Unmatched]]:
     """The layers of the float model, in graph order, as the quantized model has them; both are canonicalized."""
     layers = [site for site in find_sites(reference) if isinstance(site, Layer)]
-    flows = _flowing(candidate.graph)
+    flows = flowing(candidate.graph)
     pairs = _pairs(reference, candidate, layers, flows)
     by_original = {original: value for value, original in pairs.items()}
     order = {node: index for index, node in enumerate(candidate.graph)}
@@ -69,7 +85,7 @@ def find_regions(reference: ir.Model, candidate: ir.Model) -> tuple[list[Region]
         output = by_original.get(str(site.output.name))
         region = (
             "the quantized model has no value of its output's name, and no layer of its module path"
-            if output is None else _region(site, output, pairs, flows, order)
+            if output is None else region_of(site, output, pairs, flows, order)
         )  # fmt: skip
         if isinstance(region, str):
             missing.append(Unmatched(site.name, site.module_path, region))
@@ -78,7 +94,7 @@ def find_regions(reference: ir.Model, candidate: ir.Model) -> tuple[list[Region]
     return found, missing
 
 
-def _flowing(graph: ir.Graph) -> set[ir.Value]:
+def flowing(graph: ir.Graph) -> set[ir.Value]:
     """The values that depend on what is fed."""
     found = {value for value in graph.inputs if value.name not in graph.initializers}
     for node in graph:
@@ -91,15 +107,20 @@ def _flowing(graph: ir.Graph) -> set[ir.Value]:
     return found
 
 
-def _pairs(
-    reference: ir.Model, candidate: ir.Model, layers: Sequence[Layer], flows: set[ir.Value]
-) -> dict[ir.Value, str]:
-    """Values of the candidate, and the names of the same values in the reference."""
-    mine = {str(value.name): value for value in _flowing(reference.graph) if value.name}
-    pairs = {
+def same_values(reference: ir.Model, flows: set[ir.Value]) -> dict[ir.Value, str]:
+    """Values of the candidate that the reference has by the same name, and that name."""
+    mine = {str(value.name): value for value in flowing(reference.graph) if value.name}
+    return {
         value: str(value.name)
         for value in flows if value.name in mine and _comparable(mine[str(value.name)], value)
     }  # fmt: skip
+
+
+def _pairs(
+    reference: ir.Model, candidate: ir.Model, layers: Sequence[Layer], flows: set[ir.Value]
+) -> dict[ir.Value, str]:
+    """Values of the candidate, and the names of the same values in the reference, the ends of layers included."""
+    pairs = same_values(reference, flows)
     known = set(pairs.values())
     theirs = _by_path(find_sites(candidate))
     ours = Counter(site.module_path for site in layers)
@@ -155,9 +176,10 @@ def _source(node: ir.Node, index: int) -> ir.Value | None:
     return None
 
 
-def _region(
-    site: Layer, output: ir.Value, pairs: Mapping[ir.Value, str], flows: set[ir.Value], order: Mapping[ir.Node, int]
-) -> Region | str:
+def region_of(
+    site: Layer | StoredCache, output: ir.Value, pairs: Mapping[ir.Value, str], flows: set[ir.Value],
+    order: Mapping[ir.Node, int],
+) -> Region | str:  # fmt: skip
     """The nodes from values that both models have up to the output; a reason where that is no layer."""
     inside = {str(site.output.name), str(site.node.outputs[0].name)}
     nodes: set[ir.Node] = set()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from qcompiler.recipe import Recipe
 
-Cause = Literal["", "activations", "weights", "both"]
+Cause = Literal["", "activations", "weights", "both", "cache"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,9 @@ class LayerDiagnosis:
     weights: str
     """The scheme of its weight; empty where that is float."""
     activations: str
-    """The scheme of its input; empty where that is float, or rounded inside of a kernel."""
+    """The scheme of its input; empty where that is float."""
+    cache: str
+    """The scheme of a KV-cache, which is diagnosed like a layer; empty for what is none."""
     alone_db: float
     """Of the layer's output where all others are float."""
     output_db: float | None
@@ -48,11 +50,13 @@ class LayerDiagnosis:
 
     @property
     def quantized(self) -> bool:
-        return bool(self.weights or self.activations)
+        return bool(self.weights or self.activations or self.cache)
 
     @property
     def cause(self) -> Cause:
         """Whether the input or the weight makes the error; empty where that is not known."""
+        if self.cache:
+            return "cache"
         if self.activation_share is None:
             return "weights" if self.weights and not self.activations else ""
         return "activations" if self.activation_share > 0.6 else "weights" if self.activation_share < 0.4 else "both"
@@ -79,6 +83,9 @@ class Diagnosis:
     output_db: float
     """Of the model's outputs, all layers quantized."""
     kl: float | None
+    caches_db: float | None
+    """Of the model's outputs where all KV-caches are quantized and nothing else; None where that was not measured."""
+    caches_kl: float | None
     samples: int
     effect_samples: int
     """On how many of them the effect on the outputs was measured."""
@@ -93,6 +100,8 @@ class Diagnosis:
         return {
             "output_db": self.output_db,
             "kl": self.kl,
+            "caches_db": self.caches_db,
+            "caches_kl": self.caches_kl,
             "samples": self.samples,
             "effect_samples": self.effect_samples,
             "layers": [{**dataclasses.asdict(layer), "cause": layer.cause} for layer in self.alone],

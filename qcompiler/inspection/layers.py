@@ -10,10 +10,11 @@ import onnx_ir as ir
 from qcompiler.diagnosis.activations import activation_scheme, coded_scheme
 from qcompiler.embeddings import QuantizedEmbedding, find_quantized_embeddings
 from qcompiler.graph import constant
-from qcompiler.inspection.weights import WeightStatistics, statistics_of, statistics_of_tensor
+from qcompiler.inspection.weights import WeightStatistics, statistics_of
 from qcompiler.match import Convolution, Embedding, Linear, Site, find_sites
 from qcompiler.module_path import block_of, module_path
-from qcompiler.quantized_weights import QuantizedWeight, is_symmetric, quantized_weight
+from qcompiler.stored_weights import StoredWeight, float_weight, quantized_weight, scheme, table_weight
+from qcompiler.stored_weights.kernels import CODED
 
 CODED_INPUT = ("MatMulIntegerToFloat", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv", "QGemm")
 
@@ -34,7 +35,7 @@ class Layer:
     activations: str
     """How its input is quantized; empty where it is float, or rounded inside of the operator."""
     shape: tuple[int, ...]
-    """Of the weight, as it is stored; of codes in bytes, of what they stand for."""
+    """Of the weight, as the node that decodes or multiplies it reads it; of packed codes, of what they stand for."""
     bytes: int
     """Weight, scales and zero points; a tied weight counts for each of its layers."""
     weight: str
@@ -54,57 +55,39 @@ def layers_of(model: ir.Model, *, statistics: bool = True) -> list[Layer]:
     computed: dict[ir.Value, WeightStatistics | None] = {}
     for node in model.graph.all_nodes():
         site = sites.get(node)
-        weight = _quantized(node, site)
+        weight = _weight(node, site)
         if weight is not None:
-            layer = _of_codes(node, site, weight, statistics, computed)
-        elif isinstance(site, Linear | Convolution | Embedding):
-            layer = _of_floats(site, statistics, computed)
+            found.append(_layer(node, site, weight, statistics, computed))
         elif site is not None:
-            layer = _unsupported(site)
-        else:
-            continue
-        found.append(layer)
+            found.append(_unsupported(site))
     count = Counter(layer.weight for layer in found if layer.weight)
     return [_with_shared(layer, count[layer.weight] > 1) for layer in found]
 
 
-def _quantized(node: ir.Node, site: Site | None) -> QuantizedWeight | None:
-    """The codes that a node multiplies by or gathers, directly or through a DequantizeLinear."""
+def _weight(node: ir.Node, site: Site | None) -> StoredWeight | None:
+    """What a node multiplies by or gathers, directly or through what decodes it."""
     if isinstance(site, Linear | Convolution):
-        return quantized_weight(site.dequantize) if site.dequantize is not None else None
+        return quantized_weight(site.dequantize) if site.dequantize is not None else float_weight(site.weight)
+    if isinstance(site, Embedding):
+        return float_weight(site.table)
     if isinstance(site, QuantizedEmbedding):
-        return _of_rows(site)
-    if node.op_type == "DequantizeLinear" or node.domain == "qcompiler":
-        return None  # told with the layer that reads it
-    return quantized_weight(node)
+        return table_weight(site)
+    # What decodes a weight is told with the layer that reads it.
+    return quantized_weight(node) if node.op_type in CODED else None
 
 
-def _of_rows(site: QuantizedEmbedding) -> QuantizedWeight | None:
-    """The codes of an embedding in any of its portable forms."""
-    if site.dequantize is not None:
-        return quantized_weight(site.dequantize)
-    tensor = constant(site.codes)
-    assert tensor is not None  # recognisers only report constants
-    granularity = f"group({site.block_size})" if site.block_size else "per-channel"
-    return QuantizedWeight(
-        site.gather, tensor.dtype.name.lower(), tensor.dtype.bitwidth, granularity, is_symmetric(site.zero_point),
-        tuple(int(size) for size in tensor.shape.numpy()), site.codes, site.scale, site.zero_point, site.axis,
-        site.block_size,
-    )  # fmt: skip
-
-
-def _of_codes(
-    node: ir.Node, site: Site | None, weight: QuantizedWeight, statistics: bool,
+def _layer(
+    node: ir.Node, site: Site | None, weight: StoredWeight, statistics: bool,
     computed: dict[ir.Value, WeightStatistics | None],
 ) -> Layer:  # fmt: skip
     path = site.module_path if site is not None else module_path(node)
-    if statistics and weight.codes not in computed:
-        computed[weight.codes] = statistics_of(weight)
+    stored = weight.constants[0]
+    if statistics and stored not in computed:
+        computed[stored] = statistics_of(weight)
     return Layer(
         name=site.name if site is not None else node.name or "", module_path=path, block=block_of(path),
-        op=node.op_type, type=weight.format,
-        scheme=weight.scheme, activations=_activations(node), shape=weight.shape, bytes=weight.bytes,
-        weight=str(weight.codes.name), shared=False, note="", statistics=computed.get(weight.codes),
+        op=node.op_type, type=weight.format, scheme=scheme(weight), activations=_activations(node), shape=weight.shape,
+        bytes=weight.bytes, weight=str(stored.name), shared=False, note="", statistics=computed.get(stored),
     )  # fmt: skip
 
 
@@ -114,23 +97,6 @@ def _activations(node: ir.Node) -> str:
     if node.op_type == "DynamicQuantizeMatMul":
         return "uint8 per-tensor dynamic"
     return "" if node.op_type in ("Gather", "GatherBlockQuantized") else activation_scheme(node.inputs[0])
-
-
-def _of_floats(
-    site: Linear | Convolution | Embedding, statistics: bool, computed: dict[ir.Value, WeightStatistics | None]
-) -> Layer:
-    weight = site.table if isinstance(site, Embedding) else site.weight
-    tensor = constant(weight)
-    assert tensor is not None  # recognisers only report constants
-    if statistics and weight not in computed:
-        computed[weight] = statistics_of_tensor(tensor)
-    return Layer(
-        name=site.name, module_path=site.module_path, block=site.block, op=site.node.op_type,
-        type=tensor.dtype.name.lower(), scheme="",
-        activations="" if isinstance(site, Embedding) else activation_scheme(site.input),
-        shape=tuple(int(size) for size in tensor.shape.numpy()), bytes=tensor.nbytes, weight=str(weight.name),
-        shared=False, note="", statistics=computed.get(weight),
-    )  # fmt: skip
 
 
 def _unsupported(site: Site) -> Layer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.quantized_weights import QuantizedWeight, float_numbers, numbers
+from qcompiler.graph import constant
+from qcompiler.stored_weights import StoredWeight
 
 OUTLIER = 6.0
 
@@ -31,23 +33,17 @@ class WeightStatistics:
     """How many are NaN or infinite; the others' statistics stand beside it."""
 
 
-def statistics_of_tensor(tensor: ir.TensorProtocol) -> WeightStatistics | None:
-    """Of a float constant; its pages are given back afterwards. None where it is empty or no number."""
-    if not tensor.dtype.is_floating_point():
-        return None
-    found = _statistics(float_numbers(tensor))
-    if isinstance(tensor, ir.ExternalTensor):
-        try:
-            tensor.release()
-        except BufferError:
-            return found  # somebody else reads the same mapping; its pages can be reclaimed anyway
+def statistics_of(weight: StoredWeight) -> WeightStatistics | None:
+    """Of a weight; pages of a file are given back afterwards. None where it is empty, or its numbers are not known."""
+    parts = weight.pieces()
+    found = None if parts is None else _statistics(parts)
+    for value in weight.constants:
+        tensor = constant(value)
+        if isinstance(tensor, ir.ExternalTensor):
+            # Where somebody else reads the same mapping, its pages can be reclaimed anyway.
+            with contextlib.suppress(BufferError):
+                tensor.release()
     return found
-
-
-def statistics_of(weight: QuantizedWeight) -> WeightStatistics | None:
-    """Of what codes stand for; None where the layout of the operator is not known."""
-    found = numbers(weight)
-    return None if found is None else _statistics(found)
 
 
 def _statistics(parts: Iterable[np.ndarray]) -> WeightStatistics | None:

@@ -34,13 +34,16 @@ from qcompiler.model_diff.changes import (
     same_constants,
     totals,
 )
+from qcompiler.model_diff.drawn import draw
 from qcompiler.model_diff.fates import Fate, count_fates
 from qcompiler.model_diff.layers import read_layers
 from qcompiler.model_diff.node_pairing import pair_nodes
 from qcompiler.model_diff.numbers import measure
+from qcompiler.model_diff.outliers import joined
 from qcompiler.model_diff.pairing import pair_layers
 from qcompiler.model_diff.scales import MovedScale, find_scalings, moves
 from qcompiler.model_diff.stories import Form, LayerStory, tell, tell_caches
+from qcompiler.report.pictures import Drawing
 from qcompiler.report.report import finite
 from qcompiler.samples import Samples
 from qcompiler.verify import Measures
@@ -70,13 +73,19 @@ class Diff:
     """Nodes that are the same under another name."""
     outputs: dict[str, Measures] = field(default_factory=dict)
     """How far B's outputs are from A's, where both were run."""
+    drawings: tuple[Drawing, ...] = ()
+    """Of each block, those that look the same once; for the page."""
+    undrawn: str = ""
+    """Why blocks are missing among the drawings; empty where none is."""
 
     def __bool__(self) -> bool:
         return bool(self.nodes or self.initializers or self.ports or self.quantization)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; infinite numbers become the string ``inf``."""
-        data: dict[str, Any] = finite(dataclasses.asdict(self))
+        """Plain data for JSON, without the drawings; infinite numbers become the string ``inf``."""
+        plain = dataclasses.replace(self, drawings=(), undrawn="")
+        data: dict[str, Any] = finite(dataclasses.asdict(plain))
+        del data["drawings"], data["undrawn"]
         for entry, story in zip(data["layers"], self.layers, strict=True):
             entry["text"] = story.text
         return data
@@ -112,12 +121,12 @@ def diff(
     output is measured. Raises ModelError where a model cannot be read or run, DataError where the data does not fit.
     """
     first, second = _prepared(a), _prepared(b)
-    pairs = pair_layers(read_layers(first), read_layers(second))
+    pairs = pair_layers(*(joined(model, read_layers(model)) for model in (first, second)))
     nodes = pair_nodes(first, second, pairs)
     mine, theirs = initializers(first), initializers(second)
     same = same_constants(mine, theirs)
     scalings = find_scalings(first, pairs, nodes)
-    stories = list(tell(pairs, scalings, same, second, errors=errors))
+    stories = list(tell(pairs, scalings, same, errors=errors))
     outputs: dict[str, Measures] = {}
     if calibration is not None:
         beside = None if isinstance(a, ir.Model) else tokenizer_beside(a)
@@ -125,8 +134,10 @@ def diff(
             first, second, pairs, stories, scalings, calibration, tokenizer=Path(tokenizer) if tokenizer else beside,
             limit=samples, sequence_length=sequence_length, memory_limit=memory_limit, progress=progress,
         )  # fmt: skip
+    caches = list(tell_caches(first, second))
+    drawn, undrawn = draw(first, second, nodes, pairs, stories, caches, same)
     return Diff(
-        layers=(*stories, *tell_caches(first, second)),
+        layers=(*stories, *caches),
         scales=tuple(moves(scalings)),
         fates=count_fates(first, nodes, pairs, stories, same),
         nodes=tuple(node_changes(first, second, nodes, same)),
@@ -137,6 +148,8 @@ def diff(
         after=totals(second),
         renamed=sum(node.name != other.name for node, other in nodes.items()),
         outputs=outputs,
+        drawings=drawn,
+        undrawn=undrawn,
     )
 
 

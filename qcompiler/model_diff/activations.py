@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qcompiler.activations import dynamic_pair
 from qcompiler.functions import DOMAIN
 from qcompiler.graph import constant
-from qcompiler.model_diff.arithmetic import source
+from qcompiler.stored_weights.constants import source
 from qcompiler.token_functions import DEQUANTIZE
 
 QUANTIZERS = ("QuantizeLinear", "DynamicQuantizeLinear")

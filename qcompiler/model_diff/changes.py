@@ -149,7 +149,7 @@ def passes_of(node: ir.Node) -> str:
 
 def _differences(a: ir.Node, b: ir.Node, pairs: Pairs, renamed: Mapping[str, str]) -> str:
     parts = []
-    before, after = list(a.inputs), list(b.inputs)
+    before, after = given_inputs(a), given_inputs(b)
     moved = [
         f"{_name(x) or '∅'} → {_name(y) or '∅'}"
         for x, y in zip(before, after, strict=False)
@@ -164,6 +164,14 @@ def _differences(a: ir.Node, b: ir.Node, pairs: Pairs, renamed: Mapping[str, str
         if left.get(key) != right.get(key):
             parts.append(f"{key} {left.get(key, '∅')} → {right.get(key, '∅')}")
     return "; ".join(parts)
+
+
+def given_inputs(node: ir.Node) -> list[ir.Value | None]:
+    """Without the empty ones at the end, which a file may leave out or name."""
+    inputs = list(node.inputs)
+    while inputs and inputs[-1] is None:
+        inputs.pop()
+    return inputs
 
 
 def same_value(a: ir.Value | None, b: ir.Value | None, pairs: Pairs, renamed: Mapping[str, str]) -> bool:

@@ -10,12 +10,13 @@ import onnx_ir as ir
 
 from qcompiler.graph import constant
 from qcompiler.model_diff.activations import of_operand, of_value, quantizes, through_quantization
-from qcompiler.model_diff.changes import nodes_of, operator
+from qcompiler.model_diff.changes import given_inputs, nodes_of, operator
 from qcompiler.model_diff.layers import Layer, fused_cache_grain
 from qcompiler.model_diff.pairing import LayerPair
 from qcompiler.model_diff.stories import LayerStory
+from qcompiler.stored_weights import operand_weight
 
-FATES = ("quantized", "cast", "fused", "folded", "scaled", "changed", "replaced", "untouched", "removed")
+FATES = ("quantized", "dequantized", "cast", "fused", "folded", "scaled", "changed", "replaced", "untouched", "removed")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ def count_fates(
 ) -> tuple[Fate, ...]:  # fmt: skip
     told = {layer.node: (story, pair) for pair, story in zip(layers, stories, strict=True) for layer in pair.before}
     constants, matched = _of_constants(a), set(nodes.values())
+    known = {operator(node) for node in nodes_of(a)}
+    related = not layers or any(pair.before and pair.after for pair in layers)
     found: Counter[tuple[str, str, str, str]] = Counter()
     gone: dict[ir.Node, ir.Node | None] = {}
     for node in nodes_of(a):
@@ -47,21 +50,32 @@ def count_fates(
             after = operator(layer.node) if layer.op == layer.node.op_type else layer.op
             found[story.fate, operator(node), after, str(layer.activation or "")] += 1
         elif other is not None:
-            found[_paired(node, other, same)] += 1
+            fate, op, after, activations = fate_of_pair(node, other, same)
+            core = _core(other, matched, known)
+            if fate == "replaced" and core is not other:  # it only took the place of the last of what was fused
+                fate, after = "fused", operator(core)
+            found[fate, op, after, activations] += 1
         elif node in constants:
             found["folded", operator(node), "", ""] += 1
         else:
-            gone[node] = _fused_into(node, nodes, told, matched)
+            into = _fused_into(node, nodes, told, matched) if related else None
+            gone[node] = into if into is None else _core(into, matched, known)
     shared = Counter(into for into in gone.values() if into is not None)
     for node, into in gone.items():
-        fate = "removed" if into is None else "fused" if shared[into] > 1 or into in matched else "replaced"
-        found[fate, operator(node), operator(into) if into is not None else "", ""] += 1
+        if into is None:
+            found["removed", operator(node), "", ""] += 1
+        elif into not in matched and operator(into) in known:  # one of several that do the same in another way
+            found["replaced", operator(node), "", ""] += 1
+        else:
+            fate = "fused" if shared[into] > 1 or into in matched else "replaced"
+            found[fate, operator(node), operator(into), ""] += 1
     order = {fate: place for place, fate in enumerate(FATES)}
     rows = sorted(found.items(), key=lambda item: (order.get(item[0][0], len(order)), -item[1], item[0]))
     return tuple(Fate(fate, op, after, count, activations) for (fate, op, after, activations), count in rows)
 
 
-def _paired(node: ir.Node, other: ir.Node, same: Mapping[str, str]) -> tuple[str, str, str, str]:
+def fate_of_pair(node: ir.Node, other: ir.Node, same: Mapping[str, str]) -> tuple[str, str, str, str]:
+    """Fate, both operators, and how what it reads is quantized, of a node that no layer's story is about."""
     names = operator(node), operator(other)
     rounded = next((found for value in other.inputs if (found := of_value(value)) is not None), None)
     before = any(of_value(value) is not None for value in node.inputs)
@@ -91,18 +105,27 @@ def _narrowed(node: ir.Node, other: ir.Node) -> bool:
 
 def _kept(node: ir.Node, other: ir.Node, same: Mapping[str, str]) -> str:
     """Untouched where it has the same attributes, constants and sources; who writes a source may have changed."""
-    if len(node.inputs) != len(other.inputs) or set(node.attributes) != set(other.attributes):
+    mine, theirs = given_inputs(node), given_inputs(other)
+    if len(mine) != len(theirs) or set(node.attributes) != set(other.attributes):
         return "changed"
     if any(str(item.value) != str(other.attributes[name].value) for name, item in _plain(node)):
         return "changed"
-    for a, b in zip(node.inputs, other.inputs, strict=True):
+    for a, b in zip(mine, theirs, strict=True):
         if (constant(a) is not None) != (constant(b) is not None):
-            return "changed"
+            return _stored_otherwise(a, b)
         if constant(a) is None or a is None or b is None:
             continue
         if same.get(str(b.name)) != a.name:
             return "scaled" if _is_vector(a) and _is_vector(b) else "changed"
     return "untouched"
+
+
+def _stored_otherwise(a: ir.Value | None, b: ir.Value | None) -> str:
+    """Fate of who reads a constant that the other model computes."""
+    before, after = operand_weight(a), operand_weight(b)
+    if before is None or after is None or before.quantized == after.quantized:
+        return "changed"
+    return "quantized" if after.quantized else "dequantized"
 
 
 def _plain(node: ir.Node) -> Iterator[tuple[str, ir.Attr]]:
@@ -153,6 +176,17 @@ def _fused_into(
                 if writer is not None and writer not in matched and not quantizes(writer):
                     return writer
     return _writer(node, nodes, told)
+
+
+def _core(node: ir.Node, matched: set[ir.Node], known: set[str]) -> ir.Node:
+    """The operator that the first model does not have, where `node` only prepares its result for what follows."""
+    current: ir.Node | None = node
+    while current is not None and operator(current) in known:
+        value = through_quantization(current.inputs[0]) if current.inputs else None
+        current = value.producer() if value is not None else None
+        if current in matched:
+            return node
+    return current or node
 
 
 def _counterpart(

@@ -14,20 +14,14 @@ from qcompiler.caches import Cache, find_caches
 from qcompiler.embeddings import QuantizedEmbedding, find_quantized_embeddings
 from qcompiler.graph import constant
 from qcompiler.match import PART_OF, find_sites
-from qcompiler.model_diff.activations import Activation, of_operand, of_value, through_quantization
-from qcompiler.model_diff.arithmetic import source
-from qcompiler.model_diff.weights import (
-    Weight,
-    bnb4,
-    codes_operand,
-    grouped_table,
-    operand,
-    packed_blocks,
-    table_blocks,
-    type_name,
-)
+from qcompiler.model_diff.activations import Activation, of_value, through_quantization
+from qcompiler.model_diff.activations import of_operand as activation_of
+from qcompiler.model_diff.weights import Weight, as_table, of_codes, of_operand, type_name
 from qcompiler.module_path import block_of, module_path
 from qcompiler.sites import Linear
+from qcompiler.stored_weights import coded_weight, quantized_weight, table_weight
+from qcompiler.stored_weights.constants import source
+from qcompiler.stored_weights.kernels import KERNELS, operand, outputs_first, tail_of
 
 LayerKind = Literal["linear", "convolution", "embedding", "recurrent", "cache"]
 
@@ -75,7 +69,7 @@ def read_layers(model: ir.Model) -> list[Layer]:
     linears = {site.node: site for site in find_sites(model).linears}
     embeddings = {site.gather: site for site in find_quantized_embeddings(model)}
     found: list[Layer] = []
-    taken: set[ir.Node] = set()
+    taken = {gather for site in embeddings.values() for gather in _gathers_of_scales(site)}
     for node in model.graph.all_nodes():
         if node in taken or PART_OF in node.metadata_props:
             continue
@@ -91,12 +85,12 @@ def _read(node: ir.Node, linear: Linear | None, embedding: QuantizedEmbedding | 
         return _embedding_of_codes(embedding)
     if node.op_type in ("Gather", "GatherBlockQuantized"):
         return _embedding(node)
-    if node.op_type in _KERNELS:
+    if node.op_type in KERNELS:
         return _kernel(node)
     if node.op_type in ("MatMul", "Gemm", "FusedMatMul", "Conv", "FusedGemm", "FusedConv", "ConvTranspose"):
         return _plain(node, linear)
     if node.op_type in ("LSTM", "GRU", "RNN"):
-        weight = operand(_at(node, 1), outputs_first=True)
+        weight = of_operand(operand(node, 1), outputs_first=True)
         return None if weight is None else _layer("recurrent", node, node.inputs[0], weight)
     return None
 
@@ -106,11 +100,10 @@ def _read(node: ir.Node, linear: Linear | None, embedding: QuantizedEmbedding | 
 
 def _plain(node: ir.Node, linear: Linear | None) -> Layer | None:
     convolves = "Conv" in node.op_type
-    outputs_first = convolves or bool(node.attributes.get_int("transB", 0))
-    weight = operand(_at(node, 1), outputs_first=outputs_first)
+    weight = of_operand(operand(node, 1), outputs_first=outputs_first(node))
     if weight is None or (not convolves and (len(weight.shape) != 2 or 1 in weight.shape)):
         return None
-    if operand(_at(node, 0), outputs_first=False) is not None:
+    if of_operand(operand(node, 0), outputs_first=False) is not None:
         return None  # constants alone
     activation = of_value(node.inputs[0])
     bias = linear.bias_node if linear is not None else None
@@ -144,42 +137,31 @@ QLINEAR = ("QLinearAdd", "QLinearMul", "QLinearMatMul", "QGemm")
 
 def _embedding(node: ir.Node) -> Layer | None:
     if node.op_type == "GatherBlockQuantized":
-        weight = table_blocks(node)
-        return None if weight is None else _layer("embedding", node, _at(node, 1), weight)
-    if node.domain or constant(_at(node, 1)) is not None or node.attributes.get_int("axis", None) not in (None, 0):
+        table = as_table(of_codes(quantized_weight(node), outputs_first=True))
+        return None if table is None else _layer("embedding", node, operand(node, 1), table)
+    if node.domain or constant(operand(node, 1)) is not None or node.attributes.get_int("axis", None) not in (None, 0):
         return None
-    weight = operand(node.inputs[0], outputs_first=True)
-    if weight is not None:
-        rows = Weight(weight.form, weight.quantized, weight.constants, weight.shape[::-1], weight.matrix, weight.nodes)
-        wide = len(rows.shape) == 2 and 1 not in rows.shape and not _angles(node)
-        return _layer("embedding", node, node.inputs[1], rows, None, rows.nodes) if wide else None
+    table = as_table(of_operand(node.inputs[0], outputs_first=True))
+    if table is not None:
+        wide = len(table.shape) == 2 and 1 not in table.shape and not _angles(node)
+        return _layer("embedding", node, node.inputs[1], table, None, table.nodes) if wide else None
     # Codes that are looked up are dequantized, or read by kernels that take the table's scale along.
     readers = sorted((use.node for use in node.outputs[0].uses()), key=lambda reader: reader.op_type in QLINEAR)
     after = next((reader for reader in readers if reader.op_type in ("DequantizeLinear", *QLINEAR)), None)
-    place = _place_of(node.outputs[0], after) if after is not None else 0
-    if after is None:
+    if after is None or node.inputs[0] is None:
         return None
-    weight = codes_operand(node.inputs[0], _at(after, place + 1), _at(after, place + 2))
-    if weight is None or len(weight.shape) != 2:
+    place = _place_of(node.outputs[0], after)
+    stored = coded_weight(after, node.inputs[0], operand(after, place + 1), operand(after, place + 2), axis=1)
+    table = as_table(of_codes(stored, outputs_first=True))
+    if table is None or len(table.shape) != 2:
         return None
     decoded = after.op_type == "DequantizeLinear"
     output = after.outputs[0] if decoded else None
-    return _layer("embedding", node, node.inputs[1], _by_row(weight), None, (after,) if decoded else (), output=output)
+    return _layer("embedding", node, node.inputs[1], table, None, (after,) if decoded else (), output=output)
 
 
 def _place_of(value: ir.Value, reader: ir.Node) -> int:
     return next(place for place, item in enumerate(reader.inputs) if item is value)
-
-
-def _by_row(weight: Weight) -> Weight:
-    """A table read as [inputs, outputs] is one of [rows, features]."""
-    matrix = weight.matrix
-
-    def turned() -> object:
-        data = matrix()
-        return None if data is None else data.T
-
-    return Weight(weight.form, True, weight.constants, weight.shape, turned, weight.nodes)  # type: ignore[arg-type]
 
 
 def _angles(gather: ir.Node) -> bool:
@@ -191,116 +173,34 @@ def _angles(gather: ir.Node) -> bool:
 def _embedding_of_codes(site: QuantizedEmbedding) -> Layer | None:
     if site.dequantize is not None:
         return _embedding(site.gather)
-    weight = codes_operand(site.codes, site.scale, site.zero_point, outputs_first=True) if not site.block_size else None
-    if weight is None:
-        weight = grouped_table(site)
-    else:
-        weight = Weight(weight.form, True, weight.constants, weight.shape[::-1], weight.matrix, weight.nodes)
-    if weight is None:
+    table = as_table(of_codes(table_weight(site), outputs_first=site.row_axis == 0))
+    if table is None:
         return None
-    return _layer("embedding", site.node, site.ids, weight, None, (site.gather, site.node), op="Gather")
+    return _layer("embedding", site.node, site.ids, table, None, (site.gather, site.node), op="Gather")
+
+
+def _gathers_of_scales(site: QuantizedEmbedding) -> Iterator[ir.Node]:
+    """What looks up scales and zero points for the codes, and is no embedding of its own."""
+    for value in site.node.inputs[1:] if site.node is not site.gather else ():
+        producer = value.producer() if value is not None else None
+        if producer is not None and producer.op_type == "Gather":
+            yield producer
 
 
 # ------------------------------------------------------------------------------------------------------ integer kernels
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Which inputs of a kernel hold what; -1: none does."""
-
-    weight: int
-    scale: int
-    zero: int
-    x_scale: int = -1
-    x_zero: int = -1
-    y_scale: int = -1
-    """Set where the kernel gives codes."""
-
-
-_KERNELS: dict[str, _Places] = {
-    "MatMulNBits": _Places(1, 2, 3),
-    "MatMulBnb4": _Places(1, 2, -1),
-    "MatMulBlockQuantizedFp8Weight": _Places(1, 2, -1),
-    "GemmFloat8": _Places(1, 4, -1, 3),
-    "MatMulIntegerToFloat": _Places(1, 3, 5, 2, 4),
-    "DynamicQuantizeMatMul": _Places(1, 2, 3),
-    "MatMulInteger": _Places(1, -1, 3, -1, 2),
-    "ConvInteger": _Places(1, -1, 3, -1, 2),
-    "QLinearMatMul": _Places(3, 4, 5, 1, 2, 6),
-    "QLinearConv": _Places(3, 4, 5, 1, 2, 6),
-    "QGemm": _Places(3, 4, 5, 1, 2, 7),
-}
-
-
 def _kernel(node: ir.Node) -> Layer | None:
-    places = _KERNELS[node.op_type]
-    output, tail = _kernel_output(node, places)
-    weight = _kernel_weight(node, places, tail)
+    weight = of_codes(quantized_weight(node), outputs_first=outputs_first(node))
     if weight is None:
         return None
-    activation = of_operand(node, places.x_scale, places.x_zero)
+    places, tail = KERNELS[node.op_type], tail_of(node)
+    activation = activation_of(node, places.x_scale, places.x_zero)
     nodes = (*weight.nodes, *(activation.nodes if activation is not None else ()), *tail)
     notes = ("computed in 8-bit integers",) if node.attributes.get_int("accuracy_level", 0) == 4 else ()
     kind: LayerKind = "convolution" if "Conv" in node.op_type else "linear"
+    output = (tail[-1] if tail else node).outputs[0]
     return _layer(kind, node, through_quantization(node.inputs[0]), weight, activation, nodes, None, output, notes)
-
-
-def _kernel_weight(node: ir.Node, places: _Places, tail: tuple[ir.Node, ...]) -> Weight | None:
-    if node.op_type == "MatMulNBits":
-        return packed_blocks(node)
-    if node.op_type == "MatMulBnb4":
-        return bnb4(node)
-    scale = _at(node, places.scale) if places.scale >= 0 else _scale_behind(tail)
-    zero = _at(node, places.zero) if places.zero >= 0 else None
-    outputs_first = (
-        "Conv" in node.op_type
-        or node.op_type == "MatMulBlockQuantizedFp8Weight"
-        or bool(node.attributes.get_int("transB", 0))
-    )
-    return codes_operand(_at(node, places.weight), scale, zero, outputs_first=outputs_first)
-
-
-def _kernel_output(node: ir.Node, places: _Places) -> tuple[ir.Value, tuple[ir.Node, ...]]:
-    """The float value of a kernel that gives codes or sums, and the nodes that make it."""
-    value, tail = node.outputs[0], list[ir.Node]()
-    if places.y_scale >= 0:
-        after = next((use.node for use in value.uses() if use.node.op_type == "DequantizeLinear"), None)
-        return (value, ()) if after is None else (after.outputs[0], (after,))
-    if node.op_type not in ("MatMulInteger", "ConvInteger"):
-        return value, ()
-    current: ir.Node | None = _only_reader(node)
-    while current is not None and _belongs(current, tuple(tail)):
-        tail.append(current)
-        value, current = current.outputs[0], _only_reader(current)
-    return value, tuple(tail)
-
-
-def _belongs(node: ir.Node, tail: tuple[ir.Node, ...]) -> bool:
-    """Whether a node turns the sums of an integer product into the layer's output; `tail` are those before it."""
-    if node.op_type in ("Cast", "Reshape"):
-        return node.op_type == "Cast" or _scale_behind(tail) is not None
-    if node.op_type == "Mul":
-        return _scale_behind(tail) is None
-    return (
-        node.op_type == "Add" and _scale_behind(tail) is not None and any(constant(v) is not None for v in node.inputs)
-    )
-
-
-def _scale_behind(tail: tuple[ir.Node, ...]) -> ir.Value | None:
-    """The constant scale that sums are multiplied by, alone or times the activation's."""
-    for node in tail:
-        if node.op_type != "Mul":
-            continue
-        for value in node.inputs:
-            if constant(value) is not None:
-                return value
-            inner = value.producer() if value is not None else None
-            if inner is None or inner.op_type != "Mul" or inner in tail:
-                continue
-            known = [item for item in inner.inputs if constant(item) is not None]
-            if known:
-                return known[0]
-    return None
 
 
 # --------------------------------------------------------------------------------------------------------------- caches
@@ -385,12 +285,3 @@ def _cache_form(past: ir.Value, per_token: bool, join: ir.Node) -> str:
     if past.dtype == ir.DataType.UINT8:
         name = "4-bit"  # two codes in a byte
     return f"{name} per token" if per_token else f"{name} static {_static_grain(past, join)}".rstrip()
-
-
-def _at(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if 0 <= index < len(node.inputs) else None
-
-
-def _only_reader(node: ir.Node) -> ir.Node | None:
-    uses = list(node.outputs[0].uses())
-    return uses[0].node if len(uses) == 1 and not node.outputs[0].is_graph_output() else None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from qcompiler.errors import ModelError
 from qcompiler.model_diff.layers import Layer
 from qcompiler.model_diff.pairing import LayerPair
 from qcompiler.model_diff.scales import Scaling
@@ -47,6 +48,9 @@ def measure(
         first, second, samples, outputs=common, values=values, divided=divided, limit=limit, memory_limit=memory_limit,
         progress=progress,
     )  # fmt: skip
+    changed = [name for name in common if name in found.reshaped]
+    if changed:
+        raise ModelError(f"{changed[0]!r} has another shape in the second model, so they cannot be compared")
     told = [
         replace(story, measures=found.values.get(story.before.output)) if story.before is not None else story
         for story in stories

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 import onnx_ir as ir
 
@@ -22,6 +23,12 @@ def exact_passes(node: ir.Node) -> tuple[str, ...]:
 def rounding_passes(node: ir.Node) -> tuple[str, ...]:
     """Also those that this installation does not know: somebody else's plugins."""
     return tuple(name for name in passes_of(node) if _kind(name) in ("rounding", ""))
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Exact passes first, lowering ones last, as recipes have them."""
+    order = ("exact", "rounding", "", "lowering")
+    return tuple(sorted(names, key=lambda name: order.index(_kind(name))))
 
 
 @functools.cache

@@ -21,10 +21,12 @@ from qcompiler.model_diff.provenance import exact_passes
 from qcompiler.sites import Factor, NormGroup
 
 NOTICEABLE = 2e-3  # half precision rounds by up to 5e-4
-EXPLAINED = 0.5
-"""Columns count as scaled where scaling them explains at least half of what differs; rounding alone explains little."""
-EXPLAINED_OF_KNOWN = 0.95
-"""The same where metadata says that one pass moved scales in both layers: small factors hide in the noise of 4 bits."""
+AGREE = 0.7
+"""Correlation of what an activation was divided by with what its readers' columns were multiplied by, from which scales
+count as moved between them: rounding alone gives up to 0.3, however coarse, and small scales beside the noise of 4 bits
+give more than 0.9."""
+MOSTLY = 0.9
+"""Channels of which that must be known."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,23 @@ def find_scalings(
 ) -> dict[Layer, Scaling]:  # fmt: skip
     """By layer of the first model; layers whose input and output nothing scales are left out."""
     by_node = {layer.node: layer for pair in layers for layer in pair.before}
-    partner = {pair.before[0]: pair.after[0] for pair in layers if len(pair.before) == len(pair.after) == 1}
+    pair_of = {layer: pair for pair in layers for layer in pair.before if pair.after}
     found: dict[Layer, Scaling] = {}
     groups = find_linear_groups(model)
     for group in groups:
-        if group.gains:
-            factors = _of_gains(group, nodes)
-            if factors is not None:
-                _note(found, group, factors, group.module_path, exact_passes(nodes[group.gains[0][0]]), by_node)
+        readers = [by_node[linear.node] for linear in group.linears if linear.node in by_node]
+        factors = _of_gains(group, nodes) if group.gains and readers else None
+        if factors is None:
+            continue
+        passes, columns = exact_passes(nodes[group.gains[0][0]]), _columns(readers, pair_of)
+        # Another gain alone is another function, unless who reads it makes up for it.
+        if _agree(factors, columns) if columns is not None else passes:
+            _note(found, readers, factors, group.module_path, passes)
     for group in groups:
-        if isinstance(group.factor, Factor):
-            _through_layer(group, group.factor, found, by_node, partner)
+        readers = [by_node[linear.node] for linear in group.linears if linear.node in by_node]
+        if isinstance(group.factor, Factor) and group.factor.linear.node in by_node and readers:
+            _through_layer(by_node[group.factor.linear.node], group.factor, readers, found, pair_of)
+    partner = {pair.before[0]: pair.after[0] for pair in layers if len(pair.before) == len(pair.after) == 1}
     for layer, other in partner.items():
         factors = None if layer in found and found[layer].inputs is not None else _inserted(layer, other)
         if factors is not None:
@@ -88,12 +96,8 @@ def moves(scalings: Mapping[Layer, Scaling]) -> Iterator[MovedScale]:
 
 
 def _note(
-    found: dict[Layer, Scaling], group: NormGroup, factors: Array, into: str, passes: tuple[str, ...],
-    by_node: Mapping[ir.Node, Layer],
-) -> None:  # fmt: skip
-    readers = [by_node[linear.node] for linear in group.linears if linear.node in by_node]
-    if not readers:
-        return
+    found: dict[Layer, Scaling], readers: Sequence[Layer], factors: Array, into: str, passes: tuple[str, ...]
+) -> None:
     move = _move(factors, into, passes, readers)
     for layer in readers:
         found[layer] = Scaling(factors, found.get(layer, Scaling()).outputs, move)
@@ -133,29 +137,78 @@ def _vector(value: ir.Value | None) -> Array | None:
 
 
 def _through_layer(
-    group: NormGroup, factor: Factor, found: dict[Layer, Scaling], by_node: Mapping[ir.Node, Layer],
-    partner: Mapping[Layer, Layer],
+    writer: Layer, factor: Factor, readers: Sequence[Layer], found: dict[Layer, Scaling],
+    pair_of: Mapping[Layer, LayerPair],
 ) -> None:  # fmt: skip
-    """Factors in the outputs of the layer before, which a least-squares fit of each output shows."""
-    writer = by_node.get(factor.linear.node)
-    other = partner.get(writer) if writer is not None else None
-    if writer is None or other is None:
-        return
-    before, after = writer.weight.matrix(), other.weight.matrix()
+    """Factors in the outputs of the layer before, where the columns of its readers take the opposite ones."""
+    before, after = writer.weight.matrix(), _after(writer, pair_of)
     if before is None or after is None or before.shape != after.shape:
         return
     old = found.get(writer, Scaling())
     expected = old.applied(before)
-    energy = np.einsum("nk,nk->n", expected, expected)
-    outputs = np.where(energy == 0, 1.0, np.einsum("nk,nk->n", after, expected) / np.where(energy == 0, 1.0, energy))
-    plain, fitted = error_of(after, expected), error_of(after, expected * outputs[:, None])
-    readers = [partner[by_node[linear.node]] for linear in group.linears if by_node.get(linear.node) in partner]
-    by_one = all(set(exact_passes(other.node)) & set(exact_passes(reader.node)) for reader in readers)
-    share = EXPLAINED_OF_KNOWN if readers and by_one else EXPLAINED
-    if np.any(outputs <= 0) or plain < NOTICEABLE or fitted > share * plain:
+    if error_of(after, expected) < NOTICEABLE:
         return
+    outputs, columns = _fit(after, expected, 1), _columns(readers, pair_of)
+    outputs = np.where(outputs > 0, outputs, 1.0)  # coarse rounding may turn a faint channel
+    factors = 1 / outputs[factor.channels]
+    if columns is None or not _agree(factors, columns):
+        return
+    passes = exact_passes(pair_of[writer].after[0].node)
     found[writer] = Scaling(old.inputs, outputs.astype(np.float32), old.move)
-    _note(found, group, 1 / outputs[factor.channels], writer.module_path, exact_passes(other.node), by_node)
+    _note(found, readers, factors, writer.module_path, passes)
+
+
+def _after(layer: Layer, pair_of: Mapping[Layer, LayerPair]) -> Array | None:
+    """The weight of a layer in the second model: some rows of it where that packs several."""
+    pair = pair_of.get(layer)
+    data = _stacked(pair.after) if pair is not None else None
+    if pair is None or data is None:
+        return None
+    start = sum(other.weight.shape[1] for other in pair.before[: pair.before.index(layer)])
+    return data[start : start + layer.weight.shape[1]] if len(pair.before) > 1 else data
+
+
+def _stacked(layers: Sequence[Layer]) -> Array | None:
+    parts = [layer.weight.matrix() for layer in layers]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    return known[0] if len(known) == 1 else np.concatenate(known)
+
+
+def _fit(after: Array, before: Array, axis: int) -> Array:
+    """The factor by which each slice of a weight differs, by least squares; 1 for slices of zeros."""
+    energy = np.square(before, dtype=np.float64).sum(axis)
+    product = np.multiply(after, before, dtype=np.float64).sum(axis)
+    factors: Array = np.divide(product, energy, out=np.ones_like(energy), where=energy > 0)
+    return factors
+
+
+def _columns(readers: Sequence[Layer], pair_of: Mapping[Layer, LayerPair]) -> Array | None:
+    """What the columns of layers that read one value were multiplied by; None where it cannot be told."""
+    after = [_after(layer, pair_of) for layer in readers]
+    before = _stacked(readers)
+    known = [data for data in after if data is not None]
+    if before is None or len(known) < len(after):
+        return None
+    whole = np.concatenate(known)
+    return _fit(whole, before, 0) if whole.shape == before.shape else None
+
+
+def _agree(factors: Array, columns: Array) -> bool:
+    """Whether columns were multiplied by these factors, channel by channel or as a whole, but for rounding."""
+    if factors.shape != columns.shape:
+        return False
+    known = (factors > 0) & (columns > 0)
+    if known.mean() < MOSTLY:
+        return False
+    left, right = np.log(factors[known]), np.log(columns[known])
+    return max(_cosine(left, right), _cosine(left - left.mean(), right - right.mean())) > AGREE
+
+
+def _cosine(left: Array, right: Array) -> float:
+    size = float(np.linalg.norm(left) * np.linalg.norm(right))
+    return float(left @ right) / size if size > 0 else 0.0
 
 
 def _inserted(layer: Layer, other: Layer) -> Array | None:

@@ -9,11 +9,10 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.match import PART_OF
-from qcompiler.model_diff.arithmetic import Array, error_of, evaluate
+from qcompiler.model_diff.arithmetic import Array, error_of
 from qcompiler.model_diff.layers import CacheView, Layer, read_caches
 from qcompiler.model_diff.pairing import LayerPair
-from qcompiler.model_diff.provenance import exact_passes, passes_of, rounding_passes
+from qcompiler.model_diff.provenance import exact_passes, in_order, passes_of, rounding_passes
 from qcompiler.model_diff.scales import Scaling
 from qcompiler.module_path import block_of
 from qcompiler.verify import Measures
@@ -94,24 +93,18 @@ def _sizes(shape: Sequence[int]) -> str:
 
 
 def tell(
-    pairs: Sequence[LayerPair], scalings: Mapping[Layer, Scaling], same: Mapping[str, str], second: ir.Model,
-    *, errors: bool = True,
-) -> Iterator[LayerStory]:  # fmt: skip
+    pairs: Sequence[LayerPair], scalings: Mapping[Layer, Scaling], same: Mapping[str, str], *, errors: bool = True
+) -> Iterator[LayerStory]:
     """A story for each pair; `same` are constants of the second model that are equal to one of the first.
 
     Without `errors` no weight is read, but for those that were needed to match layers.
     """
     shared = _newly_shared(pairs)
-    outliers = {
-        node.metadata_props[PART_OF]: node
-        for node in second.graph.all_nodes()
-        if PART_OF in node.metadata_props and node.op_type == "MatMul"
-    }
     for pair in pairs:
         if not pair.before or not pair.after:
             yield _alone(pair)
         else:
-            yield _story(pair, scalings, same, outliers, shared, errors)
+            yield _story(pair, scalings, same, shared, errors)
 
 
 def _alone(pair: LayerPair) -> LayerStory:
@@ -125,22 +118,37 @@ def _alone(pair: LayerPair) -> LayerStory:
 
 
 def _story(
-    pair: LayerPair, scalings: Mapping[Layer, Scaling], same: Mapping[str, str], outliers: Mapping[str, ir.Node],
-    shared: Mapping[Layer, Layer], errors: bool,
+    pair: LayerPair, scalings: Mapping[Layer, Scaling], same: Mapping[str, str], shared: Mapping[Layer, Layer],
+    errors: bool,
 ) -> LayerStory:  # fmt: skip
     first, last = pair.before[0], pair.after[0]
     stored = _stored_alike(pair, same)
-    error = 0.0 if stored else (_error(pair, scalings, outliers) if errors else None)
+    error = 0.0 if stored else (_error(pair, scalings) if errors else None)
     named = first if "." in first.module_path or first.module_path != first.name else last
     path = named.module_path
     if len(pair.after) == 1 < len(pair.before):
         path = last.module_path
     return LayerStory(
         kind=first.kind, fate=_fate(pair, scalings, error, last in shared), module_path=path, block=block_of(path),
-        before=_form(pair.before), after=_form(pair.after), passes=passes_of(last.node),
-        method=", ".join(rounding_passes(last.node)) if _quantized(pair.after) else "",
-        notes=tuple(_notes(pair, scalings, outliers, shared)), weight_error=error,
+        before=_form(pair.before), after=_form(pair.after), passes=_passes(last), method=", ".join(_method(last)),
+        notes=tuple(_notes(pair, scalings, shared)), weight_error=error,
     )  # fmt: skip
+
+
+def _passes(layer: Layer) -> tuple[str, ...]:
+    """That touched the layer or how its input is rounded."""
+    found = passes_of(layer.node)
+    for node in layer.activation.nodes if layer.activation is not None else ():
+        found += passes_of(node)
+    return in_order(dict.fromkeys(found))
+
+
+def _method(layer: Layer) -> tuple[str, ...]:
+    """The passes that rounded the weight; where it is float, those that rounded the input."""
+    if layer.weight.quantized:
+        return rounding_passes(layer.node)
+    nodes = layer.activation.nodes if layer.activation is not None else ()
+    return tuple(dict.fromkeys(name for node in nodes for name in rounding_passes(node)))
 
 
 def _form(layers: Sequence[Layer]) -> Form:
@@ -195,9 +203,7 @@ def _newly_shared(pairs: Sequence[LayerPair]) -> dict[Layer, Layer]:
     return found
 
 
-def _notes(
-    pair: LayerPair, scalings: Mapping[Layer, Scaling], outliers: Mapping[str, ir.Node], shared: Mapping[Layer, Layer]
-) -> Iterator[str]:
+def _notes(pair: LayerPair, scalings: Mapping[Layer, Scaling], shared: Mapping[Layer, Layer]) -> Iterator[str]:
     if len(pair.before) > 1:
         yield f"{', '.join(_short(layer) for layer in pair.before)} packed into one"
     if len(pair.after) > 1:
@@ -212,10 +218,7 @@ def _notes(
             yield f"its outputs take the scale of the next layer{by}"
     if pair.after[0] in shared:
         yield f"stored once with {shared[pair.after[0]].module_path}"
-    if pair.after[0].node.name in outliers:
-        yield _of_outliers(outliers[str(pair.after[0].node.name)])
-    new = [note for note in pair.after[0].notes if note not in pair.before[0].notes]
-    yield from new
+    yield from (note for note in pair.after[0].notes if note not in pair.before[0].notes)
 
 
 def _short(layer: Layer) -> str:
@@ -230,35 +233,9 @@ def _stored_alike(pair: LayerPair, same: Mapping[str, str]) -> bool:
     return pair.before[0].weight.form == pair.after[0].weight.form and [same.get(name) for name in theirs] == mine
 
 
-def _of_outliers(product: ir.Node) -> str:
-    columns = _columns(product)
-    if columns is None:
-        return "outlier columns stay float, found at run time"
-    return f"{len(columns)} outlier column{' stays' if len(columns) == 1 else 's stay'} float"
-
-
-def _columns(product: ir.Node) -> Array | None:
-    """Which columns of its input a product of outliers takes; None where that is found at run time."""
-    picked = product.inputs[0].producer() if product.inputs[0] is not None else None
-    return evaluate(picked.inputs[1]) if picked is not None and picked.op_type == "Gather" else None
-
-
-def _with_outliers(data: Array, product: ir.Node) -> Array:
-    """The weight [outputs, inputs] with the columns that are multiplied apart: `data` meets only zeros there."""
-    columns, rows = _columns(product), evaluate(product.inputs[1])
-    if columns is None or rows is None:
-        return data
-    whole = data.copy()
-    whole[:, columns] = rows.T
-    return whole
-
-
-def _error(pair: LayerPair, scalings: Mapping[Layer, Scaling], outliers: Mapping[str, ir.Node]) -> float | None:
+def _error(pair: LayerPair, scalings: Mapping[Layer, Scaling]) -> float | None:
     before = _stacked(pair.before, scalings)
     after = _stacked(pair.after, {})
-    product = outliers.get(str(pair.after[0].node.name))
-    if after is not None and product is not None and len(pair.after) == 1:
-        after = _with_outliers(after, product)
     if before is None or after is None or before.shape != after.shape:
         return None
     return error_of(after, before)
@@ -287,17 +264,24 @@ def tell_caches(a: ir.Model, b: ir.Model) -> Iterator[LayerStory]:
         if other is None:
             yield LayerStory("cache", "removed", view.module_path, block_of(view.module_path), _cache(view), None)
             continue
-        fate: Fate = "untouched" if view.form == other.form else "quantized"
-        if view.form != other.form and not other.dtype.is_integer() and other.dtype.bitwidth > 8:
-            fate = "cast"
+        fate = _fate_of_cache(view, other)
         passes = passes_of(other.node)
         yield LayerStory(
             "cache", fate, view.module_path, block_of(view.module_path), _cache(view), _cache(other), passes,
-            ", ".join(rounding_passes(other.node)) if fate == "quantized" else "",
+            ", ".join(rounding_passes(other.node)) if fate in ("quantized", "requantized") else "",
         )  # fmt: skip
     known = {view.past for view in mine}
     for view in [] if in_order else [view for view in theirs if view.past not in known]:
         yield LayerStory("cache", "added", view.module_path, block_of(view.module_path), None, _cache(view))
+
+
+def _fate_of_cache(view: CacheView, other: CacheView) -> Fate:
+    if view.form == other.form:
+        return "untouched"
+    before, after = (cache.dtype.bitwidth <= 8 for cache in (view, other))
+    if not after:
+        return "dequantized" if before else "cast"
+    return "requantized" if before else "quantized"
 
 
 def _cache(view: CacheView) -> Form:

@@ -23,6 +23,9 @@ def render_diagnosis(found: Diagnosis, console: Console, rows: int) -> None:
     total = len(found.alone)
     kl = f", KL {found.kl:.3g} nats a token" if found.kl is not None else ""
     console.print(f"[bold]outputs {decibels(found.output_db)} from the float model{kl}[/bold], {found.samples} samples")
+    if found.caches_db is not None:
+        kl = f", KL {found.caches_kl:.3g}" if found.caches_kl is not None else ""
+        console.print(f"all KV-caches alone, the layers in float: {decibels(found.caches_db)}{kl}", highlight=False)
     for proposal in found.proposals:
         console.print(f"[green]→[/green] {escape(proposal.text)}: {escape(proposal.reason)}", highlight=False)
     if not found.proposals:
@@ -31,7 +34,7 @@ def render_diagnosis(found: Diagnosis, console: Console, rows: int) -> None:
     _table(console, title, found.alone[:rows], total, ALONE, found.effect_samples > 0)
     _table(console, "accumulated, by what each layer adds", found.accumulated[:rows], total, ACCUMULATED, True)
     if found.unmatched:
-        console.print(f"\n[bold]not found in the quantized model: {len(found.unmatched)}[/bold]")
+        console.print(f"\n[bold]not examined: {len(found.unmatched)}[/bold]")
         for name, reason in found.unmatched[:MOST_UNMATCHED]:
             console.print(f"  {escape(name)}: {escape(reason)}", highlight=False)
 
@@ -50,7 +53,7 @@ def _cause(layer: LayerDiagnosis) -> str:
         return "float"
     if layer.activation_share is None:
         return layer.cause
-    return f"{layer.cause} ({layer.activation_share:.0%} input)"
+    return f"input {layer.activation_share:.0%}"
 
 
 def _outliers(layer: LayerDiagnosis) -> str:
@@ -58,7 +61,10 @@ def _outliers(layer: LayerDiagnosis) -> str:
 
 
 LAYER: Column = ("layer", lambda layer: layer.module_path or layer.name)
-SCHEME: Column = ("scheme", lambda layer: " × ".join(part for part in (layer.activations, layer.weights) if part))
+SCHEME: Column = (
+    "scheme",
+    lambda layer: layer.cache or " × ".join(part for part in (layer.activations, layer.weights) if part),
+)
 ALONE: tuple[Column, ...] = (
     LAYER,
     ("outputs", lambda layer: decibels(layer.output_db)),

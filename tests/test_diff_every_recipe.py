@@ -1,0 +1,217 @@
+"""The diff tells of every recipe's output, for every target, what the report of the compilation says."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import decoders
+import numpy as np
+import onnx_ir as ir
+import pytest
+import tiny
+
+import qcompiler
+from qcompiler.compiled import Compiled
+from qcompiler.model_diff import LayerStory, diff
+from qcompiler.recipe import recipe_names
+from qcompiler.samples import from_python
+
+BLOCK = """
+  p{n} = Pow(x{n}, two)  m{n} = ReduceMean<keepdims=1>(p{n}, last)  e{n} = Add(m{n}, tiny)  r{n} = Sqrt(e{n})
+  i{n} = Div(x{n}, r{n})  ["/model/layers.{n}/norm/Mul"] n{n} = Mul(i{n}, G{n})
+  ["/model/layers.{n}/mlp/gate_proj/MatMul"] g{n} = MatMul(n{n}, gate{n})  s{n} = Sigmoid(g{n})  a{n} = Mul(g{n}, s{n})
+  ["/model/layers.{n}/mlp/up_proj/MatMul"] u{n} = MatMul(n{n}, up{n})  h{n} = Mul(a{n}, u{n})
+  ["/model/layers.{n}/mlp/down_proj/MatMul"] d{n} = MatMul(h{n}, down{n})  x{m} = Add(x{n}, d{n})"""
+BLOCKS = 3
+GRID = 4
+OTHERS = {
+    "ort-cuda": ("int8-dynamic-tensor", "int8-weights", "rtn-w4", "nf4", "fp8", "fp8-tensor", "llm-int8", "kv-int8"),
+    "tensorrt": ("int8-static", "smoothquant-o3", "rtn-w4"),
+}
+SAME_KERNELS = ("awq-gptq-w4", "gptq-w4-act-order", "gptq-w4-kv8", "gptq-w3")  # as gptq-w4 and awq-w4
+CASES = [("portable", recipe) for recipe in recipe_names()]
+CASES += [("ort-cpu", recipe) for recipe in recipe_names() if recipe not in SAME_KERNELS]
+CASES += [(target, recipe) for target, recipes in OTHERS.items() for recipe in recipes]
+CACHES = tuple(name for name in recipe_names() if name.startswith("kv-"))
+
+DOWN = "model.layers.1.mlp.down_proj"
+STORIES = {  # of that layer, where no other test tells one
+    ("portable", "awq-gptq-w4"): "MatMul 4-bit block 128 symmetric, gptq; "
+                                 "input scaled by awq into model.layers.1.mlp.up_proj",
+    ("portable", "binary"): "MatMul binary per channel, activations int8 dynamic per token, quantize-weights",
+    ("portable", "fp8"): "MatMul fp8 e4m3 per channel, activations fp8 e4m3 dynamic per token, fp8",
+    ("portable", "fp8-tensor"): "MatMul fp8 e4m3 per tensor, activations fp8 e4m3 static per tensor, fp8",
+    ("portable", "gptq-w3"): "MatMul 3-bit block 128 symmetric, gptq",
+    ("portable", "nf4"): "MatMul nf4 block 64, scales quantized again, nf4",
+    ("portable", "w4a8"): "MatMul 4-bit block 128 symmetric, activations int8 dynamic per token, gptq",
+    ("ort-cpu", "gptq-w2"): "MatMulNBits 2-bit block 128 symmetric, gptq; computed in 8-bit integers",
+    ("ort-cpu", "hqq-w4"): "MatMulNBits 4-bit block 128 asymmetric, hqq; computed in 8-bit integers",
+    ("ort-cpu", "int8-dynamic-tensor"): "DynamicQuantizeMatMul 8-bit per channel symmetric, "
+                                        "activations uint8 dynamic per tensor, quantize-weights",
+    ("ort-cpu", "w4a8"): "MatMulNBits 4-bit block 128 symmetric, gptq; computed in 8-bit integers",
+    ("ort-cpu", "w8"): "MatMulNBits 8-bit block 128 symmetric, quantize-weights; computed in 8-bit integers",
+    ("ort-cuda", "int8-dynamic-tensor"): "MatMulInteger 8-bit per channel symmetric, "
+                                         "activations int8 dynamic per tensor, quantize-weights",
+    ("tensorrt", "smoothquant-o3"): "MatMul 8-bit per channel symmetric, activations int8 static per tensor, "
+                                    "quantize-weights; input scaled by smooth-quant into model.layers.1.mlp.up_proj",
+}  # fmt: skip
+
+
+@cache
+def decoder() -> ir.Model:
+    """Three gated blocks between a table and its transpose: what recipes treat apart is there."""
+    weights = {f"{name}{n}": shape for n in range(BLOCKS)
+               for name, shape in {"G": "64", "gate": "64,256", "up": "64,256", "down": "256,64"}.items()}  # fmt: skip
+    constants = ["float[40,64] E", "float two", "float tiny", "int64[1] last"]
+    constants += [f"float[{shape}] {name}" for name, shape in weights.items()]
+    body = "".join(BLOCK.format(n=n, m=n + 1) for n in range(BLOCKS))
+    return tiny.build(
+        f"""g (int64[B,S] input_ids, {", ".join(constants)}) => (float[B,S,40] logits) {{
+  ["/model/embed_tokens/Gather"] x0 = Gather(E, input_ids) {body}
+  T = Transpose<perm=[1,0]>(E)  ["/lm_head/MatMul"] logits = MatMul(x{BLOCKS}, T) }}""",
+        E="normal", two=np.float32(2), tiny=np.float32(1e-6), last=[-1],
+        **{name: "outliers" if name[0] == "G" else "normal" for name in weights},
+    )  # fmt: skip
+
+
+def compiled(model: ir.Model, recipe: str, target: str) -> Compiled:
+    samples = decoders.calibration(model) if "x" in {value.name for value in model.graph.inputs} else None
+    options = [f"awq.grid={GRID}"] if "awq" in recipe else []
+    return qcompiler.compile(
+        model, recipe, target=target, calibration=samples or tiny.feeds(model, count=2, ids=40), options=options
+    )
+
+
+def expected(scheme: str) -> tuple[str, str]:
+    """What a story calls a scheme of the report: form of the weight, and how activations are rounded."""
+    weight, _, activations = scheme.partition(", activations ")
+    weight = re.sub(r"^(\w+) blocks of (\d+).*", r"\1 group(\2)", weight)
+    kind, grain, *symmetry = weight.split()
+    number = re.sub(r"^u?int(\d+)$", r"\1-bit", kind).replace("_", " ")
+    grain = re.sub(r"group\((\d+)\)", r"block \1", grain).replace("per-", "per ")
+    form = " ".join([number, grain, *(symmetry if number.endswith("-bit") else ())])
+    if not activations:
+        return form, ""
+    kind, grain, *words = activations.split()
+    when = "dynamic" if "dynamic" in words else "static"
+    return form, f"activations {kind.replace('_', ' ')} {when} {grain.replace('-', ' ')}"
+
+
+def assert_form(story: LayerStory, scheme: str) -> None:
+    weight, activations = expected(scheme)
+    form = story.after
+    features = form.shape[1 if story.kind == "embedding" else 0]
+    told, wanted = (_without_wide_blocks(text, features) for text in (form.weight, weight))
+    if form.op in ("MatMulNBits", "GatherBlockQuantized"):
+        wanted = wanted.replace("3-bit", "4-bit")  # as there is no kernel for 3
+        repeated = re.sub(r"block \d+", "per channel", told)  # the scale of a channel, for each block
+        assert wanted in (told, repeated)
+    else:
+        assert told.removesuffix(", scales quantized again") == wanted
+    if form.op == "MatMulNBits":  # rounds inside, if at all
+        assert form.activations == ""
+    else:  # kernels take signed codes as unsigned ones, which are the same numbers
+        assert form.activations.replace("uint8", "int8") == activations.replace("uint8", "int8")
+
+
+def _without_wide_blocks(form: str, features: int) -> str:
+    """Blocks that are no narrower than the rows are channels; of a table of numbers they run on over the rows."""
+    if form.startswith("nf4"):
+        return form
+    return re.sub(r"block (\d+)", lambda found: "per channel" if int(found[1]) >= features else found[0], form)
+
+
+def assert_bytes(story: LayerStory) -> None:
+    """Codes as wide as they are stored, scales and zero points: never as much as the float weight."""
+    found = re.match(r"(\d)-bit|fp8|nf4|binary", story.after.weight)
+    bits = int(found[1]) if found[1] else {"fp8": 8, "nf4": 4, "binary": 1}[found[0]]
+    numbers = story.after.shape[0] * story.after.shape[1]
+    assert numbers * bits // 8 <= story.after.bytes < story.before.bytes
+    assert story.before.bytes == numbers * 4
+
+
+@pytest.mark.parametrize(("target", "recipe"), CASES)
+def test_stories_say_what_the_report_says(target: str, recipe: str) -> None:
+    model = decoders.build(layers=2) if recipe in CACHES else decoder()
+    result = compiled(model, recipe, target)
+    found = diff(model, result.model)
+    told = {story.module_path: story for story in found.layers}
+    assert len(told) == len(found.layers)
+    sites = {site.module_path: site for site in result.report.sites}
+    assert set(sites) <= set(told)
+    assert "quantized" in {site.status for site in sites.values()}
+    scaled = set()
+    for path, story in told.items():
+        site = sites.get(path)
+        if target == "tensorrt" and story.fate == "changed":  # rounded, and stored as numbers again
+            assert story.after.weight == "float32"
+            assert path in ("model.embed_tokens", "lm_head")
+            continue
+        if site is None or site.status != "quantized":
+            assert story.fate in ("untouched", "scaled")
+            assert (story.method, story.after.weight) == ("", story.before.weight)
+            continue
+        assert story.fate == "quantized"
+        assert story.method == site.pass_name
+        if story.kind == "cache":
+            assert story.after.weight.startswith(f"{re.search(r'int(.)', site.scheme)[1]}-bit ")
+            assert story.after.bytes < story.before.bytes / 2
+            continue
+        assert_form(story, site.scheme)
+        assert_bytes(story)
+        assert 0 < story.weight_error < (1.5 if recipe in ("binary", "gptq-w2") else 0.8)
+        into = {name for text in site.details.values() for name in re.findall(r"folded into ([\w.]+)", text)}
+        assert {note.rsplit(" into ", 1)[1] for note in story.notes if note.startswith("input scaled by")} == into
+        scaled |= into
+        columns = {text for note in story.notes for text in re.findall(r"(\d+) outlier columns? stay", note)}
+        assert columns == {text for line in site.details.values() for text in re.findall(r"^(\d+) .*column", line)}
+    assert {move.into for move in found.scales} == scaled
+    assert bool(scaled) == recipe.startswith(("smoothquant", "awq"))
+    if (target, recipe) in STORIES:
+        assert told[DOWN].text == f"{DOWN}: MatMul float32 256×64 → {STORIES[target, recipe]}"
+
+
+def test_outlier_columns_in_half_precision() -> None:
+    samples = tiny.feeds(decoder(), count=2, ids=40)
+    half = qcompiler.compile(decoder(), "llm-int8", target="ort-cuda", dtype="fp16", calibration=samples).model
+    split = [story for story in diff(decoder(), half).layers if any("outlier column" in note for note in story.notes)]
+    assert len(split) > 3
+    for story in split:
+        assert re.fullmatch(r"\d+ outlier columns? stays? float", story.notes[-1])
+        assert story.weight_error < 0.02
+
+
+@pytest.mark.parametrize(("target", "recipe"), [("ort-cpu", "llm-int8"), ("ort-cuda", "int8-dynamic-tensor")])
+def test_what_is_measured_of_a_layer_is_its_whole_output(target: str, recipe: str) -> None:
+    """Also where several kernels compute it: the sum with the outlier columns, and no sums of codes."""
+    model, samples = decoder(), tiny.feeds(decoder(), count=2, ids=40)
+    quantized = compiled(model, recipe, target).model
+    found = diff(model, quantized, calibration=from_python(samples, model=model))
+    told = {story.module_path: story for story in found.layers}
+    if recipe == "llm-int8":
+        assert any("stay float" in note for note in told["model.layers.1.mlp.up_proj"].notes)
+    for path, value in (("model.layers.1.mlp.up_proj", "u1"), (DOWN, "d1")):
+        signal = noise = 0.0
+        for feeds in samples:
+            expected, got = (_value_of(graph, value, feeds) for graph in (model, quantized))
+            signal, noise = signal + np.square(expected).sum(), noise + np.square(got - expected).sum()
+        assert told[path].measures.sqnr_db == pytest.approx(10 * np.log10(signal / noise), abs=0.01)
+
+
+def _value_of(model: ir.Model, name: str, feeds: tiny.Feeds) -> np.ndarray:
+    copy = model.clone()
+    value = next(value for node in copy.graph for value in node.outputs if value.name == name)
+    copy.graph.outputs[:] = [value]
+    return tiny.run(copy, feeds)[0].astype(np.float64)
+
+
+def test_another_gain_alone_is_no_moved_scale() -> None:
+    model = decoder()
+    other = model.clone()
+    gain = other.graph.initializers["G1"]
+    gain.const_value = ir.tensor(gain.const_value.numpy() * 3, name="G1")
+    found = diff(model, other)
+    assert not found.scales
+    assert {story.fate for story in found.layers} == {"untouched"}
+    assert ("scaled", "Mul", 1) in {(fate.fate, fate.op, fate.count) for fate in found.fates}
