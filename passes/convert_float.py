@@ -102,7 +102,7 @@ class ConvertFloat(Pass):
     def _plan(self, model: ir.Model, peaks: dict[str, float]) -> HalfPlan:
         sites = find_sites(model)
         left = {site.node for site in sites if not self.selects(site)}
-        return plan(model, DTYPES[self.dtype], sites, lambda node: node not in left, peaks)
+        return plan(model, DTYPES[self.dtype], sites, lambda node: node not in left, self._stays, peaks)
 
     def _stays(self, name: str) -> bool:
         """Whether a graph input or output keeps its type."""

@@ -52,10 +52,19 @@ def inline_functions(model: ir.Model) -> None:
     """Replace calls of the model's functions by their bodies; functions of qcompiler stay, a diff shows them as one."""
     if all(domain == "qcompiler" for domain, _, _ in model.functions):
         return
+    name_bodies(model)
     try:
         common.InlinePass(criteria=lambda function: function.domain != "qcompiler")(model)
     except (ir.passes.PassError, ValueError) as error:
         raise ModelError(f"the model's functions cannot be inlined: {error.__cause__ or error}") from error
+
+
+def name_bodies(model: ir.Model) -> None:
+    """Give the nodes of functions names that tell, once they are inlined, where they are from."""
+    for function in model.functions.values():
+        for node in function:
+            written = next((value.name for value in node.outputs if value.name), "")
+            node.name = node.name or f"{function.name}/{node.op_type}_{written}"
 
 
 def name_everything(graph: ir.Graph) -> None:

@@ -43,6 +43,8 @@ def _recommend(model: Path, target: str | None, json_: bool) -> None:
 
         print_json({"model": str(model), "recommendations": [asdict(item) for item in found]})
         return
+    if not found:
+        typer.echo("no layer of the model can be quantized, so there is no recipe to recommend")
     for number, item in enumerate(found):
         head = "take" if number == 0 else "or"
         typer.echo(f"{head} --target {item.target} --recipe {item.recipe}")

@@ -25,13 +25,11 @@ from qcompiler.cache_functions import UNPACK
 from qcompiler.functions import DOMAIN
 from qcompiler.graph import constant
 from qcompiler.half_constants import FITTING, Fit, fit, largest, mask_value
+from qcompiler.half_norms import Mode, is_read_wide
 from qcompiler.half_types import DECODERS, FLOAT, Form, form_of
 from qcompiler.match import Sites
 
 Kind = Literal["data", "table", "constant"]
-Mode = Literal["half", "float32", "either", "untouched"]
-"""`either`: made in the types that its readers want. `untouched`: reads whatever type its input has."""
-
 HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 SMALL_CODES = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.UINT4)
 """Whole numbers that 16 bits hold exactly."""
@@ -54,7 +52,9 @@ MOVES = frozenset({
 })  # fmt: skip
 MULTIPLYING = PRODUCTS | {"Mul", "Div"}
 BOUNDED = frozenset({"Sin", "Cos", "Tanh", "Sigmoid", "Softmax"})
-PASSIVE = frozenset({"Shape", "Size", "IsNaN", "IsInf", "ArgMax", "ArgMin", "Sign"})
+PASSIVE = frozenset({"ArgMax", "ArgMin", "IsInf", "IsNaN", "Shape", "Size"})
+CONVOLUTIONS = ("Conv", "ConvTranspose")
+"""Products whose quantized weights are decoded on every run, as nothing is lowered."""
 NO_BFLOAT16_DECODERS = ("DequantizeLinear", UNPACK)
 """What decodes and has no kernel for bfloat16 in the CUDA provider: UnpackInt4 is made of Floor, among others."""
 COUNTED = 1 << 16
@@ -89,19 +89,25 @@ class HalfPlan:
 
 
 def plan(
-    model: ir.Model, dtype: ir.DataType, sites: Sites, selected: Callable[[ir.Node], bool], peaks: Mapping[str, float]
+    model: ir.Model, dtype: ir.DataType, sites: Sites, selected: Callable[[ir.Node], bool],
+    stays: Callable[[str], bool], peaks: Mapping[str, float],
 ) -> HalfPlan:  # fmt: skip
-    """Decide for every node. `selected` says of a layer's node whether it may change; `peaks` are the largest
-    magnitudes of values, where they were measured, with headroom."""
-    return _Planner(model, dtype, sites, selected, peaks).run()
+    """Decide for every node. `selected` says of a layer's node whether it may change, `stays` of a graph input whether
+    it keeps its type; `peaks` are the largest magnitudes of values, where they were measured, with headroom."""
+    planner = _Planner(model, dtype, sites, selected, stays, peaks)
+    while wide := planner.wide_gains():  # who else reads what a norm reads is known at the end of the graph only
+        planner = planner.again(wide)
+    return planner.plan
 
 
 class _Planner:
     def __init__(
         self, model: ir.Model, dtype: ir.DataType, sites: Sites, selected: Callable[[ir.Node], bool],
-        peaks: Mapping[str, float],
+        stays: Callable[[str], bool], peaks: Mapping[str, float], wide: frozenset[ir.Node] = frozenset(),
+        fits: dict[ir.Value, Fit] | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.dtype, self.selected, self.peaks = model, dtype, selected, peaks
+        self.model, self.dtype, self.sites, self.selected = model, dtype, sites, selected
+        self.stays, self.peaks = stays, peaks
         self.opset = model.opset_imports[""]
         self.layers = {site.node for site in sites}
         self.limit = largest(dtype)
@@ -110,9 +116,30 @@ class _Planner:
         """What reductions of data gave, and what is computed of it alone."""
         self.normalized: set[ir.Value] = set()
         """Data that statistics were subtracted from, or divided by."""
-        self._fits: dict[ir.Value, Fit] = {}
+        self.gains: list[ir.Node] = []
+        """Products of a normalized value and a norm's gain that are computed in 16 bits."""
+        self._wide = wide
+        self._fits: dict[ir.Value, Fit] = {} if fits is None else fits
+        self._run()
 
-    def run(self) -> HalfPlan:
+    def again(self, wide: frozenset[ir.Node]) -> _Planner:
+        """Decide anew, with the gains of these nodes in float32, too."""
+        return _Planner(
+            self.model, self.dtype, self.sites, self.selected, self.stays, self.peaks, self._wide | wide, self._fits
+        )
+
+    def wide_gains(self) -> frozenset[ir.Node]:
+        """The gains in 16 bits that have to be in float32, so that ONNX Runtime can make one operator of the norm."""
+
+        def at_hand(value: ir.Value) -> bool:
+            return self._flexible(value) and not (value.is_graph_input() and self.stays(str(value.name)))
+
+        return frozenset(
+            node for node in self.gains
+            if is_read_wide(node, self.normalized, self.statistics, self.plan.modes, at_hand)
+        )  # fmt: skip
+
+    def _run(self) -> None:
         for value in self.model.graph.inputs:
             if value.dtype == FLOAT and constant(value) is None:
                 self.plan.kinds[value] = "data"
@@ -120,7 +147,6 @@ class _Planner:
                     self.plan.large.add(value)
         for node in self.model.graph:
             self._decide(node)
-        return self.plan
 
     def is_float(self, value: ir.Value) -> bool:
         return value.dtype == FLOAT
@@ -137,7 +163,10 @@ class _Planner:
             self._set(node, "float32", "data", "the graphs inside it stay as they are")
         elif not floats and not written:
             return
-        elif not node.domain and (node.op_type in PASSIVE or (node.op_type == "Cast" and not written)):
+        elif not node.domain and node.op_type in PASSIVE:
+            any_type = node.op_type in ("Shape", "Size") or form_of(node, self.opset, self.dtype, self.is_float)
+            self._set(node, "untouched" if any_type else "float32", "data")
+        elif not node.domain and node.op_type == "Cast" and not written:
             self._set(node, "untouched", "data")
         elif not node.domain and node.op_type == "Cast" and not floats:
             self._cast(node)
@@ -185,7 +214,8 @@ class _Planner:
             return
         fixed = codes is not None and self._is_fixed(codes)
         if node.domain or scale is None or self.kind(scale) == "constant":
-            no_kernel = not fixed and self.dtype == ir.DataType.BFLOAT16 and node.op_type in NO_BFLOAT16_DECODERS
+            stays = not fixed or any(reader.op_type in CONVOLUTIONS for reader in node.outputs[0].consumers())
+            no_kernel = stays and self.dtype == ir.DataType.BFLOAT16 and node.op_type in NO_BFLOAT16_DECODERS
             self._set(node, "float32" if no_kernel else "either", "constant" if fixed else "data")
         else:  # its scale is gathered with the codes, or found at run time
             self._set(node, "half" if self.plan.is_half(scale) else "float32", "data")
@@ -210,6 +240,7 @@ class _Planner:
             self.statistics.update(node.outputs)
         elif "data" in kinds:
             half = any(self._flexible(value) for value in carried if self.kind(value) == "data")
+            half = half or self._is_turned_operand(node)
             if any(value in self.normalized for value in carried):
                 self.normalized.update(node.outputs)
             self._set(node, "half" if half else "float32", "data")
@@ -220,6 +251,18 @@ class _Planner:
             self._set(node, "float32" if reason or self._left_out(node) else "half", "data", reason)
         else:
             self._set(node, "either", "constant")
+
+    def _is_turned_operand(self, node: ir.Node) -> bool:
+        """Whether a Transpose gives operands of products alone: it is rounded before, so that half as much moves.
+
+        Between a Transpose of float32 and a product, ONNX Runtime exchanges Transpose and Cast for some orders of axes
+        (1, 0, 2), and then finds no kernel for its own Cast (1.31.1): such a model does not load.
+        """
+        readers = node.outputs[0].consumers()
+        return node.op_type == "Transpose" and bool(readers) and all(
+            not item.domain and item.op_type in PRODUCTS and not self._left_out(item)
+            and not self._constant_obstacle(item) for item in readers
+        )  # fmt: skip
 
     def _compute(self, node: ir.Node, floats: list[ir.Value]) -> None:
         kinds = {self.kind(value) for value in floats}
@@ -247,6 +290,8 @@ class _Planner:
             return
         self._set(node, "half", "data")
         self.plan.forms[node] = form
+        if self._is_gain(node, floats):
+            self.gains.append(node)
 
     # ------------------------------------------------------------------------------------------------- why in float32
 
@@ -272,7 +317,8 @@ class _Planner:
         kernel for where the rest is bfloat16, and the model does not load (1.31.1).
         """
         gains = [constant(value) for value in floats if value not in self.normalized]
-        return node.op_type == "Mul" and len(gains) == 1 and gains[0] is not None and gains[0].size > 1
+        found = node.op_type == "Mul" and len(gains) == 1 and gains[0] is not None and gains[0].size > 1
+        return found and node not in self._wide
 
     def _flexible(self, value: ir.Value) -> bool:
         """Whether data is at hand in 16 bits."""
@@ -348,6 +394,9 @@ class _Planner:
     def _table_bound(self, node: ir.Node, floats: list[ir.Value]) -> float:
         if node.op_type in BOUNDED:
             return 1.0
+        if node.op_type == "ConstantOfShape":
+            filled = node.attributes.get("value")
+            return 0.0 if filled is None else float(np.abs(filled.as_tensor().numpy().astype(np.float64)).max())
         bounds = [self._bound(value) for value in floats]
         if node.op_type == "Mul":
             return math.prod(bounds)

@@ -6,15 +6,19 @@ the mean that LayerNormalization gives out. `form_of` says which inputs and outp
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
 from qcompiler import binary, cache_functions, outliers, token_functions
 from qcompiler.functions import DOMAIN, FORMATS
+from qcompiler.targets import FOLDER, Target
+from qcompiler.targets.kernels import CPU_TABLE, RegisteredKernel, read
 
 FLOAT = ir.DataType.FLOAT
 TENSOR = {ir.DataType.FLOAT16: "tensor(float16)", ir.DataType.BFLOAT16: "tensor(bfloat16)"}
@@ -65,16 +69,6 @@ DECODERS: dict[str, tuple[int, ...]] = {
 }
 """Model-local functions that give numbers of the type ``output_dtype``, and the inputs that have this type, too."""
 
-# What the CUDA provider runs in float16 and not in bfloat16 (kernel registry of onnxruntime-gpu 1.31.1).
-_NO_BFLOAT16 = frozenset({
-    "ArgMax", "ArgMin", "BatchNormalization", "Ceil", "Clip", "ConvTranspose", "CumSum", "DepthToSpace", "Einsum",
-    "Elu", "Equal", "Floor", "GRU", "GlobalAveragePool", "GlobalMaxPool", "Greater", "GreaterOrEqual",
-    "InstanceNormalization", "LRN", "LSTM", "LeakyRelu", "Less", "LessOrEqual", "Log", "LogSoftmax", "MaxPool",
-    "NonZero", "OneHot", "PRelu", "Pad", "QuantizeLinear", "RNN", "Reciprocal", "ReduceL1", "ReduceL2",
-    "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSumSquare", "Resize", "Round",
-    "Selu", "Shrink", "SpaceToDepth", "ThresholdedRelu",
-})  # fmt: skip
-
 
 def form_of(node: ir.Node, opset: int, dtype: ir.DataType, is_float: Callable[[ir.Value], bool]) -> Form | None:
     """What of a node becomes `dtype`; None where it has no form in this type, or reads no float32."""
@@ -87,23 +81,51 @@ def form_of(node: ir.Node, opset: int, dtype: ir.DataType, is_float: Callable[[i
         kept_inputs, kept_outputs = _RUNTIME[node.domain, node.op_type]
         inputs = frozenset(floats) - frozenset(kept_inputs)
         return Form(inputs, frozenset(given) - frozenset(kept_outputs)) if inputs else None
-    if node.domain or (dtype == ir.DataType.BFLOAT16 and node.op_type in _NO_BFLOAT16):
-        return None
-    return _standard(node, opset, TENSOR[dtype], floats, given)
+    return None if node.domain else _standard(node, opset, dtype, floats, given)
 
 
-def _standard(node: ir.Node, opset: int, tensor: str, floats: Sequence[int], given: Sequence[int]) -> Form | None:
-    schema = _schema(node.op_type, opset)
+def _standard(
+    node: ir.Node, opset: int, dtype: ir.DataType, floats: Sequence[int], given: Sequence[int]
+) -> Form | None:
+    schema, tensor = _schema(node.op_type, opset), TENSOR[dtype]
     if schema is None:
         return None
     allowed = {item.type_param_str: item.allowed_type_strs for item in schema.type_constraints}
     kinds = {i: schema.inputs[min(i, len(schema.inputs) - 1)].type_str for i in floats}
     inputs = frozenset(i for i, kind in kinds.items() if tensor in allowed.get(kind, ()))
-    if not inputs:
+    if not inputs or not _has_kernel(schema, frozenset(kinds[i] for i in inputs), dtype):
         return None
     changed, kept = {kinds[i] for i in inputs}, {kinds[i] for i in floats if i not in inputs}
     outputs = [i for i in given if schema.outputs[min(i, len(schema.outputs) - 1)].type_str in changed - kept]
     return Form(inputs, frozenset(outputs))
+
+
+def _has_kernel(schema: onnx.defs.OpSchema, constraints: frozenset[str], dtype: ir.DataType) -> bool:
+    """Whether the CUDA provider runs an operator in 16 bits.
+
+    What it has no kernel for runs on the CPU, which reads float16 through Casts of its own, and bfloat16 not at all: no
+    session would start. What the CPU has no kernel for either, the runtime takes apart into others, if it can; in
+    bfloat16 not all of these have kernels.
+    """
+    name = dtype.name.lower()
+    if any(
+        all(name in dict(kernel.types).get(constraint, (name,)) for constraint in constraints)
+        for kernel in _kernels(FOLDER / Target.load("ort-cuda").registry).get(schema.name, ())
+        if kernel.fits(schema.since_version)
+    ):
+        return True
+    taken_apart = schema.has_function or schema.has_context_dependent_function
+    return dtype == ir.DataType.FLOAT16 and taken_apart and schema.name not in _kernels(CPU_TABLE)
+
+
+@cache
+def _kernels(table: Path) -> dict[str, list[RegisteredKernel]]:
+    """A provider's kernels of standard operators, by name."""
+    found: dict[str, list[RegisteredKernel]] = defaultdict(list)
+    for kernel in read(table).kernels:
+        if not kernel.domain:
+            found[kernel.op].append(kernel)
+    return found
 
 
 @lru_cache

@@ -10,6 +10,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from qcompiler.caches import find_caches
+from qcompiler.errors import TargetError
 from qcompiler.graph import constant
 from qcompiler.inputs import load
 from qcompiler.match import Convolution, Unsupported, find_sites
@@ -17,6 +18,11 @@ from qcompiler.targets import Advice, Speed, Target, target_names
 from qcompiler.targets.kernels import CPU
 
 Kind = Literal["decoder", "convolution", "other"]
+KINDS = {
+    "decoder": "a language model with a cache", "convolution": "a model that is mostly convolutions",
+    "other": "a model without a cache",
+}  # fmt: skip
+SMALL = 1_000_000  # bytes of weights that a processor's cache holds
 
 
 @dataclass(frozen=True)
@@ -33,20 +39,29 @@ class _Known:
     """What matters about a model."""
 
     kind: Kind
+    layers: int
     text: str
 
 
 def recommend(model: str | Path | ir.Model, target: str | None = None) -> list[Recommendation]:
-    """What to take, the best first: for each target that gives advice, or for the one named.
+    """What to take, the best first: for each target that gives advice for such a model, or for the one named.
 
-    A target whose provider starts here comes before others. Raises ModelError, TargetError.
+    Nothing where the model has no layers that can be quantized. A target whose provider starts here comes before
+    others. Raises ModelError; TargetError where the target that is named has no advice.
     """
     graph, _ = load(model)
     known = _look(graph)
+    if not known.layers:
+        return []
     found = []
     for name in [target] if target is not None else target_names():
         chosen = Target.load(name)
-        advice = next((item for item in chosen.advice if item.models in (known.kind, "other")), None)
+        advice = next((item for item in chosen.advice if item.models == known.kind), None)
+        if advice is None and target is not None:
+            raise TargetError(
+                f"the target {name} recommends no recipe for {KINDS[known.kind]}: no kernel of it is known to gain "
+                f"from one; leave the target out to see what others recommend"
+            )
         if advice is not None:
             starts, where = _starts(chosen)
             reasons = (known.text, where, " ".join(advice.because.split()), *_measured(chosen, advice))
@@ -62,12 +77,15 @@ def _look(graph: ir.Model) -> _Known:
         tensor = constant(getattr(site, "weight", None))
         if tensor is not None:
             weights["convolutions" if isinstance(site, Convolution) else "linear layers"] += tensor.nbytes
-    share = f"{len(list(sites))} layers that can be quantized, {sum(weights.values()) / 1e6:.3g} MB of weights"
+    layers, size = len(list(sites)), sum(weights.values())
+    share = f"{layers} {'layer' if layers == 1 else 'layers'} that can be quantized, {size / 1e6:.3g} MB of weights"
+    if size < SMALL:
+        share += ", so there is little to save, and steps between the layers may cost more than it"
     if caches:
-        return _Known("decoder", f"the model keeps {len(caches)} caches, so it writes token by token; {share}")
+        return _Known("decoder", layers, f"the model keeps {len(caches)} caches, so it writes token by token; {share}")
     if weights["convolutions"] > weights["linear layers"]:
-        return _Known("convolution", f"most of the model's weights are convolutions'; {share}")
-    return _Known("other", f"the model has no cache, so whole inputs are computed at once; {share}")
+        return _Known("convolution", layers, f"most of the model's weights are convolutions'; {share}")
+    return _Known("other", layers, f"the model has no cache, so whole inputs are computed at once; {share}")
 
 
 def _starts(target: Target) -> tuple[bool, str]:

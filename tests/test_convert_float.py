@@ -392,3 +392,97 @@ def test_a_recipe_may_name_the_pass_itself() -> None:
 def test_numbers_in_both_types_have_the_ranges_that_are_said() -> None:
     assert mask_value(HALF) == 65504 / 2
     assert mask_value(BRAIN) == float(ml_dtypes.finfo(ml_dtypes.bfloat16).max) / 2
+
+
+# ------------------------------------------------------------------------------------- what ONNX Runtime makes of it
+
+CENTRED = """g (float[B,S,8] x, float[8] g, float[8] b, float two, float epsilon, int64[1] last, float[8,8] W)
+    => (float[B,S,8] y, float[B,S,8] other) {{
+    mean = ReduceMean (x, last)
+    centred = Sub (x, mean)
+    square = Pow (centred, two)
+    variance = ReduceMean (square, last)
+    shifted = Add (variance, epsilon)
+    root = Sqrt (shifted)
+    normed = Div (centred, root)
+    n = Mul (normed, g)
+    {bias}
+    y = MatMul (m, W)
+    other = {other} (x)
+}}"""
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize(("bias", "other", "kept"), [
+    ("m = Add (n, b)", "Neg", None),
+    ("m = Add (n, b)", "Exp", FLOAT),  # reads float32, too, so that the Cast stays beside the operator
+    ("m = Identity (n)", "Neg", FLOAT),
+])  # fmt: skip
+def test_a_gain_has_the_type_that_the_norm_is_read_in(bias: str, other: str, kept: ir.DataType, dtype: str) -> None:
+    constants = {**NORM_CONSTANTS, "b": "normal"}
+    if "b" not in bias:
+        constants.pop("b")
+    text = CENTRED.format(bias=bias, other=other)
+    model = tiny.build(text if "b)" in bias else text.replace(" float[8] b,", ""), **constants)
+    after, _ = converted(model, dtype=dtype)
+    half = HALF if dtype == "fp16" else BRAIN
+    assert after.graph.initializers["g"].dtype == (kept or half)
+    assert value(after, "y").dtype == half
+    samples = tiny.feeds(model)
+    (got, _), (expected, _) = (tiny.run(item, samples[0]) for item in (emulated(after), model))
+    assert tiny.relative_error(got, expected) < (2e-3 if dtype == "fp16" else 2e-2)
+    if dtype == "fp16":
+        tiny.session(after, optimized=True)  # with a gain of the other type LayerNormalization has none
+
+
+def test_a_norm_of_an_input_that_stays_in_float32_has_its_gain_in_it() -> None:
+    model = tiny.build(CENTRED.format(bias="m = Add (n, b)", other="Neg"), **{**NORM_CONSTANTS, "b": "normal"})
+    after, _ = converted(model, keep_io=("x",))
+    assert after.graph.initializers["g"].dtype == FLOAT
+    tiny.session(after, optimized=True)
+
+
+def test_an_operand_that_was_turned_in_float32_is_rounded_before() -> None:
+    """Else ONNX Runtime exchanges Transpose and Cast, and its own Cast has no kernel."""
+    text = """g (float[B,S,8] x, float[8,8] W) => (float[S,B,8] y) {
+        e = Exp (x) t = Transpose <perm = [1, 0, 2]> (e) y = MatMul (t, W) }"""
+    after, _ = converted(tiny.build(text, W="normal"))
+    assert tiny.operators(after) == ["Cast", "Exp", "Cast", "Transpose", "MatMul"]
+
+
+def test_operators_without_a_kernel_in_bfloat16_stay_in_float32() -> None:
+    """Neither provider has one, so the model would not load."""
+    text = """g (float[B,8] x, float[8,8] W, float[8,8,3,3] k, float[B,8,5,5] p)
+        => (int64[B] best, float[B,8] y, float[B,8,5,5] z) {
+        h = MatMul (x, W)
+        best = ArgMax <axis = 1, keepdims = 0> (h)
+        turned = Atan (h)
+        y = Sign (turned)
+        c = Conv <pads = [1, 1, 1, 1]> (p, k)
+        z = MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (c)
+    }"""
+    after, _ = converted(tiny.build(text, opset=22, W="normal", k="normal"), dtype="bf16")
+    types = {node.op_type: [item.dtype for item in node.inputs] for node in after.graph if node.op_type != "Cast"}
+    assert types == {
+        "MatMul": [BRAIN] * 2, "ArgMax": [FLOAT], "Atan": [FLOAT], "Sign": [BRAIN], "Conv": [BRAIN] * 2,
+        "MaxPool": [FLOAT],
+    }  # fmt: skip
+
+
+def test_weights_of_convolutions_are_decoded_in_float32_where_bfloat16_has_no_kernel() -> None:
+    text = """g (float[B,8,5,5] x, float[8,8,3,3] W) => (float[B,8,3,3] y) { [conv] y = Conv (x, W) }"""
+    for dtype, kind in (("bf16", FLOAT), ("fp16", HALF)):
+        model = tiny.build(text, opset=22, W="normal")
+        tiny.compile(model, [QuantizeWeights(), ConvertFloat(dtype=dtype)], [])
+        (decoder,) = (node for node in model.graph if node.op_type == "DequantizeLinear")
+        assert decoder.outputs[0].dtype == kind
+        (conv,) = (node for node in model.graph if node.op_type == "Conv")
+        assert {item.dtype for item in conv.inputs} == {HALF if dtype == "fp16" else BRAIN}
+
+
+def test_a_state_of_zeros_fits() -> None:
+    text = (
+        """g (float[B,8] x) => (float[L,8] y) { s = Shape (x) z = ConstantOfShape (s) y = Concat <axis = 0> (z, x) }"""
+    )
+    after, _ = converted(tiny.build(text))
+    assert "Clip" not in tiny.operators(after)

@@ -19,6 +19,7 @@ import qcompiler
 from passes.lower_weight_only import fused_obstacle
 from qcompiler import model_io
 from qcompiler.cli import app
+from qcompiler.errors import TargetError
 from qcompiler.placement import Copy, PlacedNode, Placement, compare, measure, predict
 from qcompiler.placement.rules import path_of
 from qcompiler.recommend import recommend
@@ -127,7 +128,9 @@ def test_the_reason_is_the_type_or_the_version() -> None:
 
 
 def test_nodes_with_the_same_reason_share_a_warning() -> None:
-    lines = " ".join(f"[dql{n}] q{n}, s{n}, z{n} = DynamicQuantizeLinear(x)" for n in range(5))
+    lines = "a0 = Neg(x) " + " ".join(
+        f"[dql{n}] q{n}, s{n}, z{n} = DynamicQuantizeLinear(a{n}) a{n + 1} = Exp(a{n})" for n in range(5)
+    )
     outputs = ", ".join(f"uint8[B] q{n}" for n in range(5))
     (warning,) = placed(tiny.build(f"g (float[B] x) => ({outputs}) {{ {lines} }}")).warnings
     assert warning.startswith("5 × DynamicQuantizeLinear (dql0, dql1, dql2 and 2 more) run on the CPU: ")
@@ -299,6 +302,82 @@ def test_a_session_on_the_cpu_agrees_with_the_prediction(tmp_path) -> None:
     assert measured.measured
     difference = compare(placed(model, CPU, optimized=False), measured)
     assert (difference.moved, difference.removed, difference.made) == ((), (), ())
+
+
+# -------------------------------------------------------------------------------------- models that nobody prepared
+
+
+def test_a_node_without_a_name_is_told_by_its_operator_and_output() -> None:
+    model = tiny.build("g (float[B,8] x) => (float[B,8] y) { a = Tan(x) y = Neg(a) }")
+    for node in model.graph:
+        node.name = ""
+    (warning,) = placed(model).warnings
+    assert warning.startswith("Tan_a (Tan) runs on the CPU")
+    assert [node.name for node in model.graph] == ["", ""]
+
+
+def test_a_node_of_a_function_is_told_by_the_function_too() -> None:
+    model = ir.from_onnx_text("""<ir_version: 10, opset_import: ["": 21, "here": 1]>
+        g (float[B,8] x) => (float[B,8] y) { y = here.Act(x) }
+        <domain: "here", opset_import: ["": 21]> Act (q) => (r) { z = Tan(q) r = Mul(z, q) }""")
+    (warning,) = placed(model).warnings
+    assert warning.startswith("Act/Tan_z (Tan) runs on the CPU")
+
+
+def test_types_that_the_file_does_not_say_are_inferred() -> None:
+    text = "g (float[B,8] x, uint8[8,4] w) => (int32[B,4] y) { u = Cast<to=2>(x) [mm] y = MatMulInteger(u, w) }"
+    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["": 21]> {text}')
+    assert placed(model).warnings == [
+        "mm (MatMulInteger) runs on the CPU: CUDA's kernel takes int8 as T1, and not uint8"
+    ]
+
+
+def test_what_the_runtime_takes_out_is_not_told() -> None:
+    text = """g (float[B,8] x) => (float[B,8] y, float[B,8] z) {
+        a = Neg(x) b = Neg(x) d = Dropout(b) y = Exp(a) z = Exp(d) }"""
+    model = tiny.build(text, opset=22)
+    assert [node.op for node in placed(model).nodes] == ["Neg", "Exp", "Exp"]
+    assert [node.op for node in placed(model, optimized=False).nodes] == ["Neg", "Neg", "Dropout", "Exp", "Exp"]
+
+
+def test_bfloat16_that_the_gpu_has_no_kernel_for_runs_nowhere() -> None:
+    """CPUs read float16 through Casts that the runtime inserts, and bfloat16 not at all."""
+    text = "g ({kind}[B,8] x) => (int64[B] y) {{ [best] y = ArgMax<axis=1,keepdims=0>(x) }}"
+    (warning,) = placed(tiny.build(text.format(kind="bfloat16"))).warnings
+    assert warning.startswith("best (ArgMax) has no kernel at all, so no session will start: ")
+    assert placed(tiny.build(text.format(kind="float16"))).warnings == []
+
+
+def test_nodes_without_names_are_measured_under_those_of_the_prediction(tmp_path) -> None:
+    model = tiny.build("g (float[B,8] x) => (float[B,8] y) { a = Neg(x) b = Neg(a) y = Exp(b) }")
+    for node in model.graph:
+        node.name = ""
+    model_io.save(model, tmp_path / "out")
+    predicted = placed(model, CPU, optimized=False)
+    measured = measure(tmp_path / "out", CPU, predicted=predicted, optimized=False)
+    assert measured is not None
+    assert [node.name for node in measured.nodes] == ["Neg_a", "Neg_b", "Exp_y"]
+    assert compare(predicted, measured).made == ()
+
+
+# ------------------------------------------------------------------------------------------------- recommendations
+
+CONVOLUTION = "g (float[B,3,8,8] x, float[8,3,3,3] w) => (float[B,8,6,6] y) { y = Conv(x, w) }"
+
+
+def test_convolutions_are_recommended_what_has_kernels_for_them() -> None:
+    (found,) = recommend(tiny.build(CONVOLUTION, w="normal"))
+    assert (found.target, found.recipe) == ("ort-cpu", "int8-static")
+    with pytest.raises(TargetError, match="ort-cuda recommends no recipe for a model that is mostly convolutions"):
+        recommend(tiny.build(CONVOLUTION, w="normal"), "ort-cuda")
+
+
+def test_nothing_is_recommended_where_nothing_can_be_quantized_and_little_where_little_can() -> None:
+    assert recommend(tiny.build("g (float[B,8] x) => (float[B,8] y) { y = Neg(x) }")) == []
+    model = tiny.build("g (float[B,8] x, float[8,8] w) => (float[B,8] y) { y = MatMul(x, w) }", w="normal")
+    assert recommend(model)[0].reasons[0].endswith("may cost more than it")
+    with pytest.raises(TargetError, match="portable recommends no recipe"):
+        recommend(model, "portable")
 
 
 def test_recommendations_give_reasons_and_say_what_is_not_measured() -> None:

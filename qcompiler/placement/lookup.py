@@ -10,8 +10,6 @@ import onnx_ir as ir
 
 from qcompiler.targets.kernels import KernelTable, RegisteredKernel
 
-HALF = {"float16", "bfloat16"}
-
 
 class Kernels:
     """The kernels of one provider, by node."""
@@ -25,9 +23,9 @@ class Kernels:
             self._by_operator[kernel.domain, kernel.op].append(kernel)
 
     def find(self, node: ir.Node, *, widened: bool = False) -> RegisteredKernel | None:
-        """The node's kernel, or None. `widened`: else one for float32 where values have 16 bits, as on CPUs."""
+        """The node's kernel, or None. `widened`: else one for float32 where values are float16, as on CPUs."""
         since = self._since(node)
-        current = [kernel for kernel in self._by_operator.get(_key(node), ()) if _of_version(kernel, since)]
+        current = [kernel for kernel in self._by_operator.get(_key(node), ()) if kernel.fits(since)]
         for wide in (False, True) if widened else (False,):
             types = self._types(node, wide)
             for kernel in current:
@@ -50,7 +48,7 @@ class Kernels:
         if not known:
             return f"{provider} has no kernel for this operator"
         since = self._since(node)
-        current = [kernel for kernel in known if _of_version(kernel, since)]
+        current = [kernel for kernel in known if kernel.fits(since)]
         if not current:
             return f"{provider} has no kernel for version {since} of this operator"
         types = self._types(node, False)
@@ -78,7 +76,7 @@ class Kernels:
         for parameters, values in ((inputs, node.inputs), (outputs, node.outputs)):
             for (name, constraint), value in zip(_repeated(parameters, len(values)), values, strict=False):
                 kind = type_name(value)
-                kind = "float" if widened and kind in HALF else kind
+                kind = "float" if widened and kind == "float16" else kind
                 if kind:
                     found[constraint].append(kind)
                     if name != constraint:
@@ -109,11 +107,6 @@ def _key(node: ir.Node) -> tuple[str, str]:
 
 def _domain(node: ir.Node) -> str:
     return "" if node.domain == "ai.onnx" else node.domain
-
-
-def _of_version(kernel: RegisteredKernel, since: int) -> bool:
-    """An open-ended kernel is only known to fit the version that it was written for."""
-    return kernel.since == since or (kernel.until is not None and kernel.since <= since <= kernel.until)
 
 
 def _takes(kernel: RegisteredKernel, types: Mapping[str, Sequence[str]]) -> bool:

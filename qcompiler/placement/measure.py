@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 import onnx_ir as ir
 
 from qcompiler import model_io
+from qcompiler.canonicalize import name_everything
 from qcompiler.errors import ModelError
 from qcompiler.placement.placed import Copy, PlacedNode, Placement
 from qcompiler.runtime import one_line, session_options_of
@@ -35,7 +37,8 @@ def measure(
     if target.providers[0] not in ort.get_available_providers():
         return None
     file = model_io.find_model(folder)
-    recorded = session_options_of(model_io.load(file))
+    model = model_io.load(file)
+    recorded = session_options_of(model)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     if not optimized:
@@ -55,20 +58,50 @@ def measure(
             return None
         placed = ir.load(options.optimized_model_filepath)  # whose weights, outside the file, are not looked at
         copies = tuple(_copies(placed))
-    roles = {node.name: node for node in predicted.nodes} if predicted is not None else {}
-    nodes = [
-        _placed(node.name, node.domain, node.op_type, part.ep_name, target, roles)
+    found = [
+        (node.name, f"{node.domain}::{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type,
+         part.ep_name.removesuffix("ExecutionProvider"))
         for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()
     ]  # fmt: skip
-    return Placement(True, f"onnxruntime {ort.__version__}, {target.providers[0]}", tuple(nodes), copies)
+    if predicted is not None:
+        found = _named(found, predicted, _unnamed(model))
+    roles = {node.name: node for node in predicted.nodes} if predicted is not None else {}
+    nodes = tuple(_placed(name, shown, where, target, roles) for name, shown, where in found)
+    return Placement(True, f"onnxruntime {ort.__version__}, {target.providers[0]}", nodes, copies)
 
 
-def _placed(
-    name: str, domain: str, op: str, provider: str, target: Target, predicted: dict[str, PlacedNode]
-) -> PlacedNode:
-    where = provider.removesuffix("ExecutionProvider")
-    shown = f"{domain}::{op}" if domain not in ("", "ai.onnx") else op
-    if provider == target.providers[0] or provider != CPU:
+def _unnamed(model: ir.Model) -> tuple[str, ...]:
+    """With what the names begin that a prediction gives to nodes that have none in the file."""
+    found = [f"{function.name}/" for function in model.functions.values() if any(not node.name for node in function)]
+    nodes = [node for node in model.graph.all_nodes() if not node.name]
+    name_everything(model.graph)
+    return (*found, *(str(node.name) for node in nodes))
+
+
+def _named(
+    found: list[tuple[str, str, str]], predicted: Placement, unnamed: tuple[str, ...]
+) -> list[tuple[str, str, str]]:
+    """Nodes (name, operator, provider) that have no name get that of one in the prediction.
+
+    Of the same operator, those come first that are predicted to be where the node is.
+    """
+    named = {index: name for index, (name, _, _) in enumerate(found) if name}
+    free: dict[str, list[PlacedNode]] = defaultdict(list)
+    for node in predicted.nodes:
+        if node.name.startswith(unnamed):
+            free[node.op].append(node)
+    for wanted in (lambda node, where: node.provider == where, lambda node, where: True):
+        for index, (_, shown, where) in enumerate(found):
+            if index not in named:
+                match = next((node for node in free[shown] if wanted(node, where)), None)
+                if match is not None:
+                    free[shown].remove(match)
+                    named[index] = match.name
+    return [(named.get(index, name), shown, where) for index, (name, shown, where) in enumerate(found)]
+
+
+def _placed(name: str, shown: str, where: str, target: Target, predicted: dict[str, PlacedNode]) -> PlacedNode:
+    if where == target.providers[0].removesuffix("ExecutionProvider") or where != CPU.removesuffix("ExecutionProvider"):
         return PlacedNode(name, shown, where)
     known = predicted.get(name)
     if known is not None and known.provider == where:

@@ -79,9 +79,10 @@ class Placement:
         for node in self.nodes:
             counts[node.provider or "none"] += 1
         shape = len(self.with_role("shape"))
-        places = ", ".join(f"{count} nodes on {provider}" for provider, count in counts.items())
+        places = ", ".join(f"{_nodes(count)} on {provider}" for provider, count in counts.items())
         arithmetic = f" ({shape} of them shape arithmetic)" if shape else ""
-        return f"{places}{arithmetic}, {len(self.copies)} copies between host and device"
+        copies = "1 copy" if len(self.copies) == 1 else f"{len(self.copies)} copies"
+        return f"{places}{arithmetic}, {copies} between host and device"
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,10 @@ def compare(predicted: Placement, measured: Placement) -> Difference:
         made=tuple(node for name, node in theirs.items() if name not in mine),
         copies=(len(predicted.copies), len(measured.copies)),
     )
+
+
+def _nodes(count: int) -> str:
+    return "1 node" if count == 1 else f"{count} nodes"
 
 
 def _fate(role: Role, count: int, followers: int) -> str:

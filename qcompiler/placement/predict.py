@@ -15,11 +15,11 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
 
 from qcompiler.graph import constant
 from qcompiler.placement.lookup import Kernels, operator
 from qcompiler.placement.placed import Copy, PlacedNode, Placement, Role
+from qcompiler.placement.prepared import prepared
 from qcompiler.placement.rules import path_of
 from qcompiler.targets import FOLDER, Target
 from qcompiler.targets.kernels import CPU, CPU_TABLE, RegisteredKernel, read
@@ -48,14 +48,13 @@ class _Placing:
 def predict(model: ir.Model, target: Target, *, optimized: bool = True) -> Placement | None:
     """Where the nodes of a lowered model will run; None for a target without a kernel table.
 
-    `optimized` leaves out what the runtime's optimizers compute once. Nodes that they fuse are told as they stand in
-    the model, and model-local functions as what they consist of.
+    `optimized` leaves out what the runtime's optimizers compute once, or take out. Nodes that they fuse are told as
+    they stand in the model, and model-local functions as what they consist of. A node without a name is told by its
+    operator and first output.
     """
     if not target.registry:
         return None
-    if model.functions:
-        model = model.clone()
-        InlinePass()(model)
+    model = prepared(model, optimized=optimized)
     kernels = Kernels(read(FOLDER / target.registry), model.opset_imports)
     provider, accelerated = _short(target.providers[0]), target.providers[0] != CPU
     cpu = Kernels(read(CPU_TABLE), model.opset_imports) if accelerated else kernels

@@ -52,6 +52,10 @@ class RegisteredKernel:
     host_outputs: tuple[int, ...] = ()
     """Outputs that it leaves in host memory."""
 
+    def fits(self, since: int) -> bool:
+        """Whether ONNX Runtime takes it for an operator of this version: an open end is only known to fit the start."""
+        return self.since == since or (self.until is not None and self.since <= since <= self.until)
+
 
 @dataclass(frozen=True)
 class Signature:

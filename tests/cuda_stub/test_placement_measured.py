@@ -142,6 +142,19 @@ SMALL = {
     "an input that both sides read": lambda: tiny.build(
         "g (float[B,8] x) => (uint8[B,8] q, float[B,8] y) { q, s, z = DynamicQuantizeLinear(x) y = Neg(x) }"
     ),
+    "repeated shape arithmetic that the device reads": lambda: tiny.build(
+        """g (float[B,S] x, int64[B] i, int64[1] a, int64[1] b) => (int64[B] y, int64[B] z) {
+        s = Shape(x) t = Shape(x) c = Gather(s, a) d = Gather(t, b) j = Neg(i) y = Mul(j, c) z = Sub(j, d) }""",
+        a=np.array([1]),
+        b=np.array([1]),
+    ),
+    "a Dropout without a kernel": lambda: tiny.build(
+        "g (float[B,8] x) => (float[B,8] y) { a = Neg(x) d = Dropout(a) y = Exp(d) }", opset=22
+    ),
+    "an operator of a newer version than the kernel": lambda: tiny.build(
+        "g (float[1,2,8,8] x) => (float[1,2,7,7] y) { a = Neg(x) p = MaxPool<kernel_shape=[2,2]>(a) y = Exp(p) }",
+        opset=22,
+    ),
 }
 
 
