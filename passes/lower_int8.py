@@ -39,6 +39,7 @@ from qcompiler.graph import (
 )
 from qcompiler.integer_weights import (
     EIGHT_BITS,
+    FLOAT_INPUT,
     IntegerWeights,
     is_blocked,
     put_kernel,
@@ -77,7 +78,8 @@ class LowerInt8(Pass):
                 continue
             if is_blocked(site):
                 _read_float(site, pair)
-                obstacle = f"{obstacle}, so its activation stays float"
+                changes.skipped.append(Skipped(site.name, f"{obstacle}, {FLOAT_INPUT}", undone="activation"))
+                continue
             changes.skipped.append(Skipped(site.name, obstacle))
         return changes
 

@@ -42,7 +42,7 @@ from qcompiler.graph import (
     remove_node_if_unused,
     replace_output,
 )
-from qcompiler.integer_weights import EIGHT_BITS, IntegerWeights, is_blocked, weight_obstacle, zero_point
+from qcompiler.integer_weights import EIGHT_BITS, FLOAT_INPUT, IntegerWeights, is_blocked, weight_obstacle, zero_point
 from qcompiler.match import Linear, find_sites
 from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped
 from qcompiler.rows import Rows, rows_of
@@ -104,7 +104,8 @@ class LowerIntegerChain(Pass):
                 continue
             if is_blocked(site) and isinstance(pair, StaticPair):
                 _read_float(site, pair)
-                obstacle = f"{obstacle}, so its activation stays float"
+                changes.skipped.append(Skipped(site.name, f"{obstacle}, {FLOAT_INPUT}", undone="activation"))
+                continue
             changes.skipped.append(Skipped(site.name, obstacle))
         remove_unused_functions(model)
         return changes

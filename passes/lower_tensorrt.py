@@ -72,7 +72,8 @@ class LowerTensorrt(Pass):
         floats, weights = FloatConstants(names), _Weights(names, self.name)
         for embedding in self.selected(find_quantized_embeddings(model)):
             _gather_floats(embedding, floats, names, self.name)
-            changes.skipped.append(Skipped(embedding.name, f"TensorRT gathers no codes, so {FLOAT_AGAIN}"))
+            reason = f"TensorRT gathers no codes, so {FLOAT_AGAIN}"
+            changes.skipped.append(Skipped(embedding.name, reason, undone="layer"))
         sites = find_sites(model)
         replaced: list[ir.Node] = []
         layers: list[Layer] = [*sites.linears, *sites.convolutions]
@@ -83,7 +84,7 @@ class LowerTensorrt(Pass):
             form = _form(site, pair)
             if isinstance(form, str):
                 replaced += _read_floats(site, floats)
-                changes.skipped.append(Skipped(site.name, f"{form}, so {FLOAT_AGAIN}"))
+                changes.skipped.append(Skipped(site.name, f"{form}, so {FLOAT_AGAIN}", undone="layer"))
                 continue
             replaced += weights.give(site, form)
             changes.changed.append(Changed(site.name, kernel=KERNELS[form.dtype], detail=form.detail))

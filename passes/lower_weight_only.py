@@ -155,20 +155,21 @@ class LowerWeightOnly(Pass):
                     changes.skipped.append(Skipped(site.name, operator))
                     continue
                 made[key] = operator
-            detail = made[key].detail
+            detail, rounds = made[key].detail, self._rounds_inputs(made[key])
             if pair is not None:
-                detail = f"{detail}, {self._activation(made[key])}"
+                block = made[key].attributes["block_size"]
+                rounded = f"the activation rounded to 8 bits by the kernel, in blocks of {block}"
+                detail = f"{detail}, {rounded if rounds else 'the activation stays float'}"
                 _read_float(site, pair)
-            changes.changed.append(Changed(site.name, kernel=made[key].op_type, detail=detail))
+            left = pair is not None and not rounds
+            changes.changed.append(Changed(site.name, kernel=made[key].op_type, detail=detail, float_input=left))
             _lower(site, made[key], names, self.name)
         remove_unused_functions(model)
         return changes
 
-    def _activation(self, operator: _Operator) -> str:
-        """What becomes of an activation that the recipe wants rounded, for the report."""
-        if operator.op_type == KERNEL and self.accuracy_level == 4:
-            return f"the activation rounded to 8 bits by the kernel, in blocks of {operator.attributes['block_size']}"
-        return "the activation stays float"
+    def _rounds_inputs(self, operator: _Operator) -> bool:
+        """Whether the kernel rounds activations itself."""
+        return operator.op_type == KERNEL and self.accuracy_level == 4
 
     def _blocks(
         self, site: Linear, embeddings: tuple[QuantizedEmbedding, ...], names: Names, changes: Changes

@@ -42,6 +42,10 @@ class Verify:
         if self._before is None or self._samples is None or not changes.modified:
             return
         comparison = compare(self._before, model, self._samples, limit=1, memory_limit=self._memory_limit)
+        if comparison.reshaped:
+            raise PassError(
+                f"{step.name} should keep the function, but output {comparison.reshaped[0]!r} now has another shape"
+            )
         types = {output.name: output.dtype for output in model.graph.outputs}
         for name, measures in comparison.outputs.items():
             floor = EXACT_SQNR_DB.get(types.get(name) or ir.DataType.FLOAT)

@@ -63,6 +63,10 @@ def weight_obstacle(site: Linear) -> str | None:
     return None
 
 
+FLOAT_INPUT = "so its activation stays float"
+"""How a lowering's reason ends that left the activation of a layer with blocked scales in float."""
+
+
 def is_blocked(site: Linear) -> bool:
     """Whether groups of a channel's weights have scales of their own."""
     node = site.dequantize

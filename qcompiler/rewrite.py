@@ -57,6 +57,8 @@ class Changed:
     detail: str = ""
     cache: CacheChange | None = None
     """Set where the site is a cache."""
+    float_input: bool = False
+    """The site's activation was quantized, and this lowering has made it float again."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Skipped:
 
     site: str
     reason: str
+    undone: Literal["", "activation", "layer"] = ""
+    """What of the site was quantized and is float again after this lowering."""
 
 
 @dataclass

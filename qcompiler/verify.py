@@ -53,6 +53,9 @@ class Comparison:
     values: dict[str, Measures] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
     """What was asked for and could not be compared: one of the models has no such value, or stores it as codes."""
+    reshaped: tuple[str, ...] = ()
+    """What has another shape in the candidate on the same sample: data decides it (NonZero, experts), so it is in no
+    other list."""
     not_run: tuple[str, ...] = ()
     """Operators of the compiled model that CPUs have no kernel for, so that its portable form was compared."""
 
@@ -74,7 +77,7 @@ def compare(
     `outputs` are graph outputs (default: all), `values` maps names in the reference to names in the candidate. Where an
     exact pass rescaled a value, `divided` says by what the candidate's is divided along its last axis.
     Memory is bounded by the reference's outputs on all samples, or by a quarter of `memory_limit`.
-    Raises ModelError where a model cannot be run or shapes differ, DataError where the data does not fit.
+    Raises ModelError where a model cannot be run, DataError where the data does not fit.
     """
     pairs, absent = _pairs(reference, candidate, outputs, values or {})
     whole = {str(value.name) for value in reference.graph.outputs}
@@ -107,10 +110,12 @@ def compare(
             memory_limit=memory_limit, progress=second,
         )  # fmt: skip
     named = {str(value.name) for value in reference.graph.outputs} if outputs is None else set(outputs)
+    measured = {name: meter.measures() for name, meter in meters.items() if not meter.reshaped}
     return Comparison(
-        {name: meter.measures() for name, meter in meters.items() if name in named},
-        {name: meter.measures() for name, meter in meters.items() if name in (values or {})},
+        {name: measures for name, measures in measured.items() if name in named},
+        {name: measures for name, measures in measured.items() if name in (values or {})},
         absent,
+        tuple(name for name in meters if name not in measured),
     )
 
 
@@ -185,13 +190,13 @@ class _Meter:
         self._tokens = tokens
         self._difference, self._divergence = Difference(), Divergence()
         self._likelihoods = Likelihood(), Likelihood()
+        self.reshaped = False
+        """Whether the shapes of a sample differed."""
 
     def update(self, name: str, reference: np.ndarray, candidate: np.ndarray, index: int) -> None:
         if reference.shape != candidate.shape:
-            raise ModelError(
-                f"{name!r} has the shape {list(reference.shape)} in one model and {list(candidate.shape)} in the "
-                "other, so they cannot be compared"
-            )
+            self.reshaped = True
+            return
         self._difference.update(reference, candidate)
         found = self._tokens.of(name, index, reference)
         if found is not None:

@@ -21,7 +21,7 @@ from passes.quantize_weights import QuantizeWeights
 from qcompiler import model_io
 from qcompiler.canonicalize import canonicalize
 from qcompiler.match import find_sites
-from qcompiler.report.build import binary_warnings
+from qcompiler.report.cautions import binary_warnings
 from qcompiler.report.report import SiteReport
 from qcompiler.rewrite import Changes
 from qcompiler.samples import open_samples

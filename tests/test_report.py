@@ -7,10 +7,14 @@ import json
 import math
 
 import pytest
+import tiny
 from rich.console import Console
 
+import qcompiler
 from qcompiler.report import Gate, PassReport, PassSkip, Report, SiteReport, Sizes, check_gates, render
+from qcompiler.report.build import SiteFacts, sizes
 from qcompiler.report.table import size
+from qcompiler.rewrite import CacheChange
 
 
 def example(layers: int = 3, **changes: object) -> Report:
@@ -139,11 +143,50 @@ def test_the_table_stays_short_and_narrow() -> None:
         for i in range(200)
     ]
     outputs = {f"out{i}": {"sqnr_db": 1.0} for i in range(50)}
-    text = printed(example(sites=many, outputs=outputs, warnings=["w" * 300] * 9))
-    assert len(text.splitlines()) <= 40
+    text = printed(example(sites=many, outputs=outputs, warnings=["a warning"] * 40))
+    assert len(text.splitlines()) <= 45
+    assert "… and 34 more in report.json" in text
     assert len(printed(example(layers=100)).splitlines()) <= 30
     assert all(len(line.rstrip()) <= 100 for line in text.splitlines()[1:])
     assert "… and 198 more reasons in report.json" in text
+
+
+def test_warnings_are_whole_and_reasons_end_at_a_word() -> None:
+    words = " ".join(f"word{i}" for i in range(60))
+    long = SiteReport("a", "tower." * 30 + "q_proj", "Conv", "skipped", reason=words)
+    text = " ".join(printed(example(sites=[long], warnings=[words])).split())
+    warnings, reasons = text[text.index("warnings") :], text[text.index("left out") : text.index("warnings")]
+    assert words in warnings
+    assert "word20 … [" in reasons, "140 characters end in the next word"
+    assert ".q_proj]" in reasons
+
+
+def caches() -> list[SiteReport]:
+    """Of a model whose caches were quantized, and nothing else."""
+    change = CacheChange("past", "present", "float32", "int8", 256, 68)
+    kinds = ["input", "q", "k", "v", "o", "gate", "up", "down"]
+    sites = [
+        SiteReport(f"{n}{kind}", f"layers.{n}.{kind}", "MatMul", "excluded", block=f"layers.{n}", sqnr_db=math.inf)
+        for n in range(2) for kind in kinds
+    ]  # fmt: skip
+    return sites + [
+        SiteReport(f"past.{n}.{role}", f"layers.{n}.attention.{role}_cache", f"{role} cache", "quantized",
+                   block=f"layers.{n}", scheme="int8 per-token symmetric", sqnr_db=40.0 + n, cache=change)
+        for n in range(2) for role in ("key", "value")
+    ]  # fmt: skip
+
+
+def test_caches_are_no_layers_and_have_rows_of_their_own() -> None:
+    sites = [*caches(), SiteReport("head", "lm_head", "MatMul", "excluded", sqnr_db=math.inf)]
+    outputs = {"logits": {"sqnr_db": math.inf}}
+    text = printed(example(sites=sites, outputs=outputs, gates=[Gate("output_sqnr_db", 20.0, math.inf, True)]))
+    assert "0 of 17 layers quantized (17 excluded), 4 of 4 caches" in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["attention.key_cache", "2", "·", "40.0", "dB", "·"] in rows
+    assert ["down", "·", "2", "exact", "·"] in rows
+    assert ["logits", "exact"] in rows
+    assert "output_sqnr_db exact is ≥ 20 dB" in text
+    assert "inf" not in text
 
 
 def test_names_with_brackets_are_no_markup() -> None:
@@ -153,8 +196,46 @@ def test_names_with_brackets_are_no_markup() -> None:
     assert "[red]because[/red]" in text
 
 
+def test_bytes_of_what_was_quantized() -> None:
+    """Masks that a pass took out, and what stayed as it was, have no part in them."""
+    facts = [site_facts("a", "A", 400), site_facts("b", "B", 400)]
+    before = {"A": 400, "B": 400, "mask": 5000, "gain": 8}
+    after = {"A.codes": 100, "A.scale": 4, "B": 400, "gain": 8}
+    reports = [SiteReport("a", "a", "MatMul", "quantized"), SiteReport("b", "b", "MatMul", "excluded")]
+    assert sizes(facts, reports, before, after) == Sizes(5808, 512, 400, 104)
+    assert sizes(facts, reports[1:], before, {"A": 400, "B": 400, "gain": 8, "angles": 64}) == Sizes(5808, 872, 0, 0)
+
+
+def site_facts(name: str, constant: str, count: int) -> SiteFacts:
+    return SiteFacts(name, name, "", "MatMul", "", constant, count, "", None)
+
+
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (6_214_000, "6.21 MB"), (4e9, "4 GB")]
 )
 def test_sizes_for_people(count: float, text: str) -> None:
     assert size(count) == text
+
+
+EMBEDDED = """block (int64[B,S] ids, float[16,128] E, float[128,128] W) => (float[B,S,128] y) {
+    [embed] x = Gather (E, ids)
+    [linear] y = MatMul (x, W)
+}"""
+
+
+def test_a_layer_that_lowering_makes_float_again_is_not_called_quantized() -> None:
+    report = qcompiler.compile(tiny.build(EMBEDDED, E="normal", W="normal"), "rtn-w4", target="tensorrt").report
+    embed, linear = report.sites
+    assert (embed.status, embed.scheme, embed.pass_name) == ("skipped", "", "lower-tensorrt")
+    assert "float again" in embed.reason
+    assert linear.status == "quantized"
+    assert report.sizes.quantized_float_bytes == 4 * 128 * 128, "what is float again has no quantized weight"
+    assert "1 of 2 layers quantized (1 skipped)" in printed(report)
+
+
+def test_a_recipe_that_quantizes_nothing_says_so() -> None:
+    model = tiny.build(EMBEDDED, E="normal", W="normal")
+    report = qcompiler.compile(model, "rtn-w4", exclude=["embed", "linear"]).report
+    assert "nothing is quantized (2 of 2 layers: the recipe leaves it out)" in report.warnings
+    report = qcompiler.compile(model, "rtn-w4", exclude=["embed"]).report
+    assert not [text for text in report.warnings if "nothing" in text]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +15,10 @@ import tiny
 from browser import WIDTHS, Opened, assert_fits_and_can_be_read, launched, visit
 
 from qcompiler.compiler import compile
-from qcompiler.report import Gate, Report
+from qcompiler.report import Gate, Report, SiteReport
 from qcompiler.report.html import card, page
+from qcompiler.report.report import CacheSizes
+from qcompiler.rewrite import CacheChange
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -64,11 +67,17 @@ def browser() -> Iterator[Browser]:
         yield found
 
 
-@pytest.fixture
-def opened(browser: Browser, report: Report, tmp_path: Path) -> Iterator[Opened]:
-    file = tmp_path / "report.html"
+@contextmanager
+def shown(browser: Browser, report: Report, folder: Path) -> Iterator[Opened]:
+    file = folder / "report.html"
     file.write_text(page(report), encoding="utf-8")
     with visit(browser, file) as found:
+        yield found
+
+
+@pytest.fixture
+def opened(browser: Browser, report: Report, tmp_path: Path) -> Iterator[Opened]:
+    with shown(browser, report, tmp_path) as found:
         yield found
 
 
@@ -83,6 +92,8 @@ def test_the_verdict_is_seen_first(opened: Opened, report: Report) -> None:
     assert figures["Layers quantized"] == "6 of 7"
     assert figures["SQNR"] == f"{report.outputs['y']['sqnr_db']:.1f} dB"
     assert "8.8×" in figures["Speed class"]
+    worst = min((site for site in report.sites if site.status == "quantized"), key=lambda site: site.sqnr_db or 0)
+    assert figures["Worst layer"] == f"{worst.sqnr_db:.1f} dB"
 
 
 def test_the_map_has_every_layer(opened: Opened, report: Report) -> None:
@@ -104,6 +115,47 @@ def test_sorting_by_keyboard(opened: Opened, report: Report) -> None:
     opened.page.keyboard.press("Enter")
     assert header.get_attribute("aria-sort") == "descending"
     assert opened.shown()[0].startswith(measured[-1].module_path)
+
+
+def test_blanks_come_last_in_either_order(browser: Browser, report: Report, tmp_path: Path) -> None:
+    levels = dict(zip((3, 1, 5), (9.5, math.inf, 10.25), strict=True))
+    sites = [replace(site, sqnr_db=levels.get(place), kernel=f"k{place}" if place in levels else "")
+             for place, site in enumerate(report.sites)]  # fmt: skip
+    with shown(browser, replace(report, sites=sites), tmp_path) as opened:
+        paths = [site.module_path for site in sites]
+        for column, up in (("SQNR dB", (3, 5, 1)), ("kernel", (1, 3, 5))):
+            button = opened.page.get_by_role("button", name=column)
+            for order in (up, up[::-1]):
+                button.press("Enter")
+                names = [name.split(" ")[0] for name in opened.shown()]
+                assert names[:3] == [paths[place] for place in order]
+                assert set(names[3:]) == {paths[place] for place in range(len(sites)) if place not in levels}
+        assert "exact" in opened.page.locator("#table tbody").inner_text()
+
+
+def test_what_the_keyboard_is_at_is_seen(opened: Opened) -> None:
+    """All that can be clicked, in the order of the page, with an outline."""
+    stops = []
+    while True:
+        opened.page.keyboard.press("Tab")
+        place = opened.page.evaluate(
+            """() => {const e = document.activeElement;
+            return [e.tagName, e.id || e.className || e.dataset.sort || "", getComputedStyle(e).outlineStyle]}"""
+        )
+        if place[0] == "BODY":  # after the last
+            break
+        stops.append(place)
+    names = [name for _, name, _ in stops]
+    assert {"filter", "status", "open", "tall"} <= set(names)
+    assert names.count("text") + names.count("number") == 9, "a button in each head of the table"
+    assert [stop for stop in stops if stop[2] == "none"] == []
+
+
+def test_nothing_moves(opened: Opened) -> None:
+    css = opened.page.locator("style").first.text_content() or ""
+    assert "transition" not in css
+    assert "animation" not in css
+    assert "scroll-behavior" not in css
 
 
 def test_filtering(opened: Opened) -> None:
@@ -161,6 +213,66 @@ def test_it_fits_and_can_be_read(opened: Opened, width: int, scheme: str, tmp_pa
     assert_fits_and_can_be_read(opened, width, scheme, tmp_path / "page.png", texts=60)
 
 
+@pytest.mark.parametrize("width", [1180, 1440])
+def test_no_table_of_the_verdict_is_cut(browser: Browser, report: Report, width: int, tmp_path: Path) -> None:
+    measures = {"sqnr_db": 29.3, "cosine": 0.999418, "max_abs_error": 1.15, "kl": 0.00571, "top1": 0.939,
+                "perplexity": 34.3, "perplexity_ratio": 1.0118}  # fmt: skip
+    outputs = {"logits": measures, "present.0.value": {"sqnr_db": math.inf}}
+    gates = [Gate("kl", 0.01, 0.00571, True)]
+    with shown(browser, replace(report, outputs=outputs, gates=gates), tmp_path) as opened:
+        opened.page.set_viewport_size({"width": width, "height": 900})
+        assert opened.page.locator("#verdict .scroll").count() == 2
+        for scroll in opened.page.locator("#verdict .scroll").all():
+            assert scroll.evaluate("element => element.scrollWidth <= element.clientWidth")
+
+
+STRANGE = ["<script>alert(1)</script>", '"quo\'ted" & [bold]', "ünïcödé-模型", "x" * 200, "a&amp;b", "${js}`", ""]
+
+
+def test_strange_names(browser: Browser, report: Report, tmp_path: Path) -> None:
+    """They are shown as they are, at any width, and a long one pushes nothing out of the page."""
+    sites = [replace(site, module_path=f"layers.0.{STRANGE[n]}", block="layers.0")
+             for n, site in enumerate(report.sites)]  # fmt: skip
+    with shown(browser, replace(report, sites=sites, model=STRANGE[0], warnings=STRANGE), tmp_path) as opened:
+        for width in (390, 1180):
+            opened.page.set_viewport_size({"width": width, "height": 900})
+            assert opened.page.evaluate("document.documentElement.scrollWidth") == width
+        names = opened.page.locator("#table tbody th").all_inner_texts()
+        assert names == [f"layers.0.{name} MatMul" for name in STRANGE]
+        table = opened.page.locator("#weights table")
+        assert table.evaluate("element => element.scrollWidth") < 1000
+        opened.page.get_by_label("Filter").fill("[bold]")
+        assert len(opened.shown()) == 1
+
+
+def test_caches_are_on_the_map(browser: Browser, report: Report, tmp_path: Path) -> None:
+    change = CacheChange("past", "present", "float32", "int8", 256, 68)
+    site = SiteReport("past.0.key", "model.layers.0.attention.key_cache", "key cache", "quantized",
+                      block="model.layers.0", scheme="int8 per-token", sqnr_db=17.2, cache=change)  # fmt: skip
+    with_cache = replace(report, sites=[*report.sites, site], cache=CacheSizes(256, 68))
+    with shown(browser, with_cache, tmp_path) as opened:
+        cell = opened.page.locator('.heat .cell[data-layer="past-0-key"]')
+        assert cell.inner_text().split() == ["17", "8"]
+        cell.click()
+        assert "key_cache" in opened.page.locator("#table tr:target").inner_text()
+        figures = opened.page.locator(".tile").all_inner_texts()
+        assert any("6 of 7" in text for text in figures), "a cache is no layer"
+        assert any("68 B" in text and "1 cache quantized" in text for text in figures)
+        assert any("Worst cache" in text and "17.2 dB" in text for text in figures)
+
+
+def test_print_opens_what_is_folded(opened: Opened) -> None:
+    """On white paper, whatever the screen is like."""
+    opened.page.emulate_media(media="print", color_scheme="dark")
+    assert opened.page.evaluate("getComputedStyle(document.querySelector('.qcompiler')).color") == "rgb(29, 37, 48)"
+    recorded = "matchMedia('print').matches && [...document.querySelectorAll('details')].map((item) => item.open)"
+    opened.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert opened.page.evaluate(recorded)
+    assert all(opened.page.evaluate(recorded))
+    opened.page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert not any(opened.page.evaluate(recorded))
+
+
 def test_print_shows_every_layer(opened: Opened) -> None:
     opened.page.emulate_media(media="print")
     assert opened.page.locator("nav").is_hidden()
@@ -208,7 +320,7 @@ def test_json_keeps_the_pictures(report: Report) -> None:
 
 
 def test_a_large_model_has_a_small_report(report: Report) -> None:
-    """As large as 40 blocks of 7 layers would make it, were each channel and histogram kept: it is below 1 MB."""
+    """Of 40 blocks of 7 layers, all channels and histograms among them."""
     channel, weight = report.pictures.channels[0], report.pictures.weights[0]
     sites = [replace(report.sites[0], name=f"/model/layers.{n}/self_attn/q_proj/MatMul") for n in range(280)]
     pictures = replace(
@@ -216,7 +328,9 @@ def test_a_large_model_has_a_small_report(report: Report) -> None:
         channels=tuple(replace(channel, before=(1.234,) * 75, after=(1.234,) * 75) for _ in range(160)),
         weights=tuple(replace(weight, site=site.name) for site in sites),
     )
-    assert len(replace(report, sites=sites, pictures=pictures).to_json()) < 700_000
+    large = replace(report, sites=sites, pictures=pictures)
+    assert len(large.to_json()) < 700_000
+    assert len(page(large)) < 2_000_000
 
 
 def test_notebooks_show_a_card_without_script(report: Report) -> None:
@@ -229,5 +343,6 @@ def test_infinite_numbers(report: Report) -> None:
     channel = replace(report.pictures.channels[0], spread_before=math.inf)
     sites = [replace(report.sites[0], sqnr_db=math.inf), *report.sites[1:]]
     strange = replace(report, sites=sites, pictures=replace(report.pictures, channels=(channel,)))
-    assert "inf" in page(strange)
+    assert "exact" in page(strange)
+    assert "inf dB" not in page(strange)
     assert Report.from_json(strange.to_json()).pictures.channels[0].spread_before == math.inf

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 import tiny
 
+import qcompiler
 from qcompiler.errors import ModelError, PassError
 from qcompiler.likelihood import Difference, Divergence, Likelihood
 from qcompiler.samples import from_python
@@ -135,9 +136,41 @@ def test_what_is_not_in_both_models_is_listed():
         compare(language_model(), language_model(), samples(language_model()), outputs=["gone"])
 
 
-def test_shapes_that_differ_are_an_error():
-    with pytest.raises(ModelError, match=r"'logits' has the shape \[1, 4, 11\] in one model and \[1, 4, 12\]"):
-        compare(language_model(), language_model(vocabulary=12), samples(language_model()))
+def test_shapes_that_differ_are_listed_and_not_measured():
+    comparison = compare(language_model(), language_model(vocabulary=12), samples(language_model()), values={"y": "y"})
+    assert comparison.reshaped == ("logits",)
+    assert "logits" not in comparison.outputs
+    assert set(comparison.values) == {"y"}
+
+
+ROUTED = """block (float[N,8] x, float[8,1] R, float[8,4] W) => (float[N,4] y) {
+    [router] r = MatMul (x, R)
+    limit = Constant <value_float = 0.0> ()
+    chosen = Greater (r, limit)
+    axes = Constant <value_ints = [1]> ()
+    flat = Squeeze (chosen, axes)
+    some = Compress <axis = 0> (x, flat)
+    [expert] e = MatMul (some, W)
+    zero = Constant <value_ints = [0]> ()
+    sum = ReduceSum <keepdims = 1> (e, zero)
+    [shared] s = MatMul (x, W)
+    y = Add (s, sum)
+}"""
+
+
+def test_a_layer_whose_rows_are_routed_otherwise_after_quantization_does_not_stop_the_compilation():
+    """Scores of exactly 0 leave, once rounding makes them positive: the expert then sees another number of rows."""
+    R = np.array([1, -1, 0, 0, 0, 0, 0, 0], np.float32)[:, None]
+    x = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
+    x[:, 1] = x[:, 0] * (1 + 1e-3 * np.random.default_rng(1).standard_normal(64).astype(np.float32))
+    model = tiny.build(ROUTED, R=R, W="normal")
+    report = qcompiler.compile(model, "int8-static", calibration=[{"x": x}] * 4).report
+    _, expert, shared = report.sites
+    assert [site.status for site in report.sites] == ["quantized"] * 3
+    assert expert.sqnr_db is None
+    assert shared.sqnr_db is not None
+    assert "y" in report.outputs
+    assert "not compared with the float model: e, whose shape quantization changes" in report.warnings
 
 
 def test_difference_of_special_numbers():

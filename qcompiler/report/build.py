@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.binary import FORMAT as BINARY
 from qcompiler.caches import Cache, find_caches
 from qcompiler.graph import constant
 from qcompiler.half_emulation import emulated
@@ -17,12 +16,13 @@ from qcompiler.match import Embedding, Site, Unsupported, find_sites
 from qcompiler.pipeline import PassRun
 from qcompiler.placement import predict
 from qcompiler.recipe import CONVERT, Recipe
+from qcompiler.report.cautions import float_inputs, warnings
 from qcompiler.report.distributions import channel_pictures, weight_pictures
-from qcompiler.report.drawing import drawings
+from qcompiler.report.drawing import by_name, drawings
 from qcompiler.report.kernels import with_kernels
 from qcompiler.report.pictures import Pictures
 from qcompiler.report.report import CacheSizes, PassReport, PassSkip, Report, SiteReport, Sizes
-from qcompiler.report.speed import speed_classes, speed_warnings
+from qcompiler.report.speed import speed_classes
 from qcompiler.samples import Samples
 from qcompiler.statistics import StatisticsStore
 from qcompiler.targets import Target
@@ -83,34 +83,24 @@ def _cache_facts(site: Cache | Unsupported) -> SiteFacts:
 
 def report(
     recipe: Recipe, graph: ir.Model, facts: Sequence[SiteFacts], runs: Sequence[PassRun],
-    comparison: Comparison | None, before: int, hashes: dict[str, str],
+    comparison: Comparison | None, before: Mapping[str, int], hashes: dict[str, str],
 ) -> Report:  # fmt: skip
-    """The report of a finished compilation, of which `graph` is the result; `before` are the bytes of all constants."""
+    """The report of a finished compilation, of which `graph` is the result; `before` are the constants' bytes."""
     measured = comparison.values if comparison is not None else {}
     facts = _worked_on(facts, runs)
     sqnr = {item.name: measured[item.output].sqnr_db for item in facts if item.output in measured}
-    sites = [_site_report(item, runs, sqnr.get(item.name)) for item in facts]
+    in_float = float_inputs(runs)
+    sites = [_site_report(item, runs, sqnr.get(item.name), item.name in in_float) for item in facts]
     target, after = Target.load(recipe.target), constant_bytes(graph)
     placement = predict(graph, target)
-    warnings = speed_warnings(target, sites)
+    said = warnings(recipe, target, sites, runs, comparison, placement)
     if placement is not None:
         sites = with_kernels(sites, graph, placement, target)
-        warnings = placement.warnings + warnings
-    if comparison is None:
-        warnings.append("not compared with the float model, which takes data with at least two samples")
-    if not facts:
-        warnings.append(
-            "the model has no layer that could be quantized: linear, convolution or embedding with constants"
-        )
-    if comparison is not None and comparison.not_run:
-        absent = ", ".join(comparison.not_run)
-        warnings.append(f"compared with the float model before lowering, as ONNX Runtime has no {absent} for CPUs")
     outputs = {name: item.to_dict() for name, item in comparison.outputs.items()} if comparison is not None else {}
-    warnings += binary_warnings(sites, outputs) + range_warnings(recipe) + idle_warnings(runs)
     return Report(
         recipe=recipe.name, target=recipe.target, sites=sites,
         sizes=sizes(facts, sites, before, after, sum(run.changes.narrowed for run in runs)),
-        passes=pass_reports(runs), outputs=outputs, versions=versions(), hashes=hashes, warnings=warnings,
+        passes=pass_reports(runs), outputs=outputs, versions=versions(), hashes=hashes, warnings=said,
         cache=cache_sizes(facts, sites), placement=placement, resolved_recipe=recipe.to_yaml(),
     )  # fmt: skip
 
@@ -120,7 +110,8 @@ def pictures(
     statistics: StatisticsStore,
 ) -> Pictures:  # fmt: skip
     """What the report draws; `statistics` are those at the end, of values as exact passes have rescaled them."""
-    blocks, undrawn = drawings(reference, graph, (site.name for site in report.with_status("quantized")))
+    matching = by_name(reference, graph, (site.name for site in report.with_status("quantized")))
+    blocks, undrawn = drawings(reference, graph, matching)
     return Pictures(
         channels=channel_pictures(reference, runs, statistics), weights=weight_pictures(reference, portable),
         drawings=blocks, undrawn=undrawn, speed=speed_classes(Target.load(report.target), report.sites),
@@ -131,49 +122,6 @@ def _worked_on(facts: Sequence[SiteFacts], runs: Sequence[PassRun]) -> list[Site
     """Layers, and caches where the recipe has a pass for them."""
     kinds = {"layers"} | {run.step.works_on for run in runs}
     return [item for item in facts if item.works_on in kinds]
-
-
-def binary_warnings(sites: Sequence[SiteReport], outputs: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """What one bit a weight has cost, in one sentence; empty where no layer has binary weights."""
-    schemes = [part for site in sites for part in site.scheme.split(", ") if part.startswith(f"{BINARY} ")]
-    if not schemes:
-        return []
-    layers = "1 layer has" if len(schemes) == 1 else f"{len(schemes)} layers have"
-    cost = "; ".join(_cost(name, measures) for name, measures in outputs.items() if "kl" in measures)
-    cost = cost or "; ".join(_cost(name, measures) for name, measures in outputs.items())
-    measured = f"the error against the float model is {cost}" if cost else "what that costs here was not measured"
-    return [f"{layers} binary weights, which ruins a model that was not trained with them: {measured}"]
-
-
-def idle_warnings(runs: Sequence[PassRun]) -> list[str]:
-    """A sentence for each pass that was to quantize something and met nothing at all, not even something to skip."""
-    met: dict[str, int] = {}
-    for run in runs:
-        if run.step.kind == "rounding":
-            changes = run.changes
-            count = len(changes.changed) + len(changes.skipped) + len(changes.excluded)
-            met[run.step.name] = met.get(run.step.name, 0) + count
-    return [f"{name} found nothing in this model to work on" for name, count in met.items() if count == 0]
-
-
-def range_warnings(recipe: Recipe) -> list[str]:
-    """That nobody has looked whether values fit float16, where that is so."""
-    unseen = [
-        step for step in recipe.passes if step.name == CONVERT
-        and step.options.get("dtype", "fp16") == "fp16" and not step.options.get("check_range")
-    ]  # fmt: skip
-    return ["float16 ends at 65504, and it takes calibration data to tell which values get larger"] if unseen else []
-
-
-def _cost(name: str, measures: Mapping[str, float]) -> str:
-    if "kl" not in measures:
-        return f"{measures['sqnr_db']:.1f} dB signal-to-noise ({name})"
-    found = f"KL {measures['kl']:.3g} nats"
-    if "perplexity_ratio" in measures:
-        found += f", perplexity {measures['perplexity_ratio']:.4g} times as high"
-    if "top1" in measures:
-        found += f", the same likeliest token for {100 * measures['top1']:.1f} %"
-    return f"{found} ({name})"
 
 
 def comparison(
@@ -207,11 +155,12 @@ def _divided(runs: Sequence[PassRun]) -> dict[str, np.ndarray]:
     return found
 
 
-def _site_report(item: SiteFacts, runs: Sequence[PassRun], sqnr_db: float | None) -> SiteReport:
+def _site_report(item: SiteFacts, runs: Sequence[PassRun], sqnr_db: float | None, float_input: bool) -> SiteReport:
     schemes: list[str] = []
     pass_name = kernel = ""
     details: dict[str, str] = {}
     reasons: dict[str, str] = {}
+    undone: dict[str, str] = {}
     left_out: dict[str, str] = {}
     cache = None
     for run in runs:
@@ -226,12 +175,17 @@ def _site_report(item: SiteFacts, runs: Sequence[PassRun], sqnr_db: float | None
                     details[run.step.name] = changed.detail
         for skipped in run.changes.skipped:
             if skipped.site == item.name:
-                reasons[run.step.name] = skipped.reason
+                (undone if skipped.undone == "layer" else reasons)[run.step.name] = skipped.reason
         for excluded in run.changes.excluded:
             if excluded.site == item.name:
                 left_out[run.step.name] = excluded.reason
     rounding = [run.step for run in runs if run.step.kind == "rounding" and run.step.works_on == item.works_on]
-    if schemes:
+    if float_input:
+        schemes = [scheme for scheme in schemes if not scheme.startswith("activations ")]
+    if undone:
+        status, (pass_name, reason) = "skipped", next(iter(undone.items()))
+        schemes, kernel = [], ""
+    elif schemes:
         status, reason = "quantized", ""
         details |= {name: f"skipped: {reason}" for name, reason in reasons.items()}
     elif item.unsupported or any(step.name in reasons for step in rounding):
@@ -261,23 +215,31 @@ def pass_reports(runs: Sequence[PassRun]) -> list[PassReport]:
     ]  # fmt: skip
 
 
-def constant_bytes(model: ir.Model) -> int:
-    """Bytes of all constants, each once."""
-    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+def constant_bytes(model: ir.Model) -> dict[str, int]:
+    """Bytes of all constants by name, each once."""
+    initializers = model.graph.initializers
+    return {name: value.const_value.nbytes for name, value in initializers.items() if value.const_value is not None}
 
 
 def sizes(
-    facts: Sequence[SiteFacts], reports: Sequence[SiteReport], before: int, after: int, narrowed: int = 0
-) -> Sizes:
-    """Bytes before and after; what no pass quantized is taken to have kept its size but for `narrowed` bytes."""
+    facts: Sequence[SiteFacts], reports: Sequence[SiteReport], before: Mapping[str, int], after: Mapping[str, int],
+    narrowed: int = 0,
+) -> Sizes:  # fmt: skip
+    """Bytes before and after.
+
+    What no pass quantized keeps its name and size, but for `narrowed` bytes and what is gone (a pass that fuses
+    attention takes its masks out); all else that is there now was quantized, or belongs to what was.
+    """
     done = {report.name for report in reports if report.status == "quantized"}
     quantized = {item.constant: item.bytes for item in facts if item.name in done}
     float_bytes = sum(quantized.values())
+    kept = sum(count for name, count in before.items() if name in after and name not in quantized) - narrowed
+    total = sum(after.values())
     return Sizes(
-        float_bytes=before,
-        bytes=after,
+        float_bytes=sum(before.values()),
+        bytes=total,
         quantized_float_bytes=float_bytes,
-        quantized_bytes=after - (before - float_bytes - narrowed),
+        quantized_bytes=total - kept if float_bytes else 0,
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from qcompiler.report.table import size
+from qcompiler.report.table import decibels, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -166,7 +166,8 @@ def figures(row: Row) -> list[str]:
         lines.append(f"error {_range(errors, '{:.2%}')}")
     known = [story.measures.sqnr_db for story in row.stories if story.measures is not None]
     if known:
-        lines.append(f"SQNR {_range(known, '{:.1f}')} dB")
+        low, high = decibels(min(known)), decibels(max(known))
+        lines.append(f"SQNR {low}" if low == high else f"SQNR {low.removesuffix(' dB')} … {high}")
     return lines
 
 
@@ -176,10 +177,10 @@ def _range(values: Sequence[float], form: str) -> str:
 
 
 def _measured(found: object) -> str:
-    from qcompiler.report.table import MEASURES
+    from qcompiler.report.table import MEASURES, measured
 
     values = found.to_dict()  # type: ignore[attr-defined]
-    return ", ".join(f"{MEASURES[name][0]} {MEASURES[name][1].format(value)}" for name, value in values.items())
+    return ", ".join(f"{MEASURES[name][0]} {measured(name, value)}" for name, value in values.items())
 
 
 def _scale(move: MovedScale) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from qcompiler.report.difference import NodeGroup, Row, figures, node_groups, port_lines, rows_of, tensor_text, what
 from qcompiler.report.html import environment
-from qcompiler.report.table import MEASURES, size
+from qcompiler.report.svg import Drawn, side_by_side
+from qcompiler.report.table import MEASURES, decibels, measured, size
 
 if TYPE_CHECKING:
     from qcompiler.model_diff import Diff, Form, LayerStory, MovedScale
+    from qcompiler.report.pictures import Drawing
     from qcompiler.verify import Measures
 
 CARD_ROWS = 30
@@ -28,6 +31,17 @@ def card(diff: Diff) -> str:
     return environment().get_template("difference_card.html.j2").render(diff=diff, view=View(diff))
 
 
+@dataclass(frozen=True)
+class Block:
+    """A block of the model, and what is told of it."""
+
+    name: str
+    summary: str
+    stories: list[LayerStory]
+    drawing: int | None
+    """Its place among the drawings; None where it is not drawn."""
+
+
 class View:
     """What the templates need to have counted or put into words."""
 
@@ -35,8 +49,11 @@ class View:
         self._diff = diff
         self.measured = any(story.measures is not None for story in diff.layers)
         self.nodes_before, self.nodes_after = (sum(totals.nodes.values()) for totals in (diff.before, diff.after))
-        self.counts = Counter(story.fate for story in diff.layers).most_common()
-        self.fates = [fate for fate, _ in self.counts]
+        counted = Counter((story.kind == "cache", story.fate) for story in diff.layers)
+        self.counts = [
+            (f"{'caches' if cache else 'layers'} {fate}", count) for (cache, fate), count in counted.most_common()
+        ]
+        self.fates = list(dict.fromkeys(fate for (_, fate), _ in counted.most_common()))
         self.ports = port_lines(diff.ports)
 
     @property
@@ -69,17 +86,25 @@ class View:
         before, after = self._diff.before.bytes, self._diff.after.bytes
         return [(name, size(before.get(name, 0)), size(after.get(name, 0))) for name in sorted({*before, *after})]
 
-    @property
-    def blocks(self) -> list[tuple[str, str, list[LayerStory]]]:
-        """Name, what became of its layers, and these; in the order of the first of each."""
-        found: dict[str, list[LayerStory]] = {}
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """In the order of the first layer of each; then those without layers that are drawn and have changed."""
+        stories: dict[str, list[LayerStory]] = {}
         for story in self._diff.layers:
-            found.setdefault(story.block, []).append(story)
-        counted = {block: Counter(story.fate for story in stories).most_common() for block, stories in found.items()}
-        return [
-            (block or "outside the blocks", ", ".join(f"{count} {fate}" for fate, count in counted[block]), stories)
-            for block, stories in found.items()
-        ]
+            stories.setdefault(story.block, []).append(story)
+        drawn = {block: place for place, one in enumerate(self._diff.drawings) for block in one.blocks}
+        changed = [block for one in self._diff.drawings if _differs(one) for block in one.blocks]
+        found = []
+        for block in dict.fromkeys((*stories, *changed)):
+            told = stories.get(block, [])
+            counted = Counter(story.fate for story in told).most_common()
+            summary = ", ".join(f"{count} {fate}" for fate, count in counted) or "no layers"
+            found.append(Block(block or "outside the blocks", summary, told, drawn.get(block)))
+        return found
+
+    @cached_property
+    def drawings(self) -> list[Drawn]:
+        return side_by_side(self._diff.drawings)
 
     def nodes(self, story: LayerStory) -> str:
         names = [form.name if form is not None else "(none)" for form in (story.before, story.after)]
@@ -140,7 +165,7 @@ class View:
 
     def measure(self, name: str, found: Measures) -> str:
         value = found.to_dict().get(name)
-        return "" if value is None else MEASURES[name][1].format(value)
+        return "" if value is None else measured(name, value)
 
     def what(self, story: LayerStory) -> str:
         return what(story)
@@ -150,6 +175,10 @@ class View:
 
     def form(self, form: Form | None) -> str:
         return "" if form is None else ", ".join(x for x in (f"{form.op} {form.weight}".strip(), form.activations) if x)
+
+    def decibels(self, story: LayerStory) -> str:
+        """For a column whose head has the unit."""
+        return "·" if story.measures is None else decibels(story.measures.sqnr_db).removesuffix(" dB")
 
     def shape(self, story: LayerStory) -> str:
         shapes = ["×".join(map(str, form.shape)) for form in (story.before, story.after) if form is not None]
@@ -162,3 +191,7 @@ class View:
         """What the table sorts by: bytes now."""
         form = story.after or story.before
         return str(form.bytes) if form else ""
+
+
+def _differs(drawing: Drawing) -> bool:
+    return any(unit.fate not in ("same", "outside") for side in (drawing.before, drawing.after) for unit in side.units)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import onnx_ir as ir
 
@@ -19,27 +20,65 @@ MOST_OPERATORS = 6  # of a unit that are named
 QUANTIZERS = ("QuantizeLinear", "DynamicQuantizeLinear")
 
 
-def drawings(reference: ir.Model, graph: ir.Model, quantized: Iterable[str]) -> tuple[tuple[Drawing, ...], str]:
-    """Every block before and after, those that look the same only once, and why some are missing, if any are.
+@dataclass(frozen=True)
+class Matching:
+    """What is known of the nodes of two models that are drawn side by side."""
 
-    `quantized` are the names of the sites that were.
-    """
-    before, after = _blocks(reference), _blocks(graph)
+    twins: Mapping[ir.Node, ir.Node]
+    """Of nodes of the first model, those that they are in the second."""
+    quantized: frozenset[ir.Node]
+    """Of both models."""
+    changed: frozenset[ir.Node]
+    """Of both models: those that differ from their twins."""
+    paths: Mapping[ir.Node, str] = field(default_factory=dict)
+    """What nodes of the second model are called, where their own names are not to be asked."""
+
+    @cached_property
+    def matched(self) -> frozenset[ir.Node]:
+        return frozenset(self.twins) | frozenset(self.twins.values())
+
+    def path(self, node: ir.Node) -> str:
+        found = self.paths.get(node)
+        return path_of(node) if found is None else found
+
+
+def by_name(reference: ir.Model, graph: ir.Model, quantized: Iterable[str]) -> Matching:
+    """Nodes of one name are the same, as after a compilation; `quantized` are the names of the sites that were."""
     names = frozenset(quantized)
-    done = names | {_path(node) for nodes in before.values() for node in nodes if node.name in names}
+    paths = {path for node in reference.graph if node.name in names and (path := path_of(node))}
+    others = {node.name: node for node in graph.graph}
+    twins = {node: others[node.name] for node in reference.graph if node.name in others}
+    sites = [node for node in (*reference.graph, *graph.graph) if node.name in names or path_of(node) in paths]
+    return Matching(
+        twins=twins,
+        quantized=frozenset((*sites, *readers_of(reference, names), *readers_of(graph, names))),
+        changed=frozenset(node for pair in twins.items() if not _alike(*pair) for node in pair),
+    )
+
+
+def readers_of(model: ir.Model, caches: Collection[str]) -> Iterator[ir.Node]:
+    """The nodes that take in what the caches hold, which are graph inputs."""
+    for value in model.graph.inputs:
+        if value.name in caches:
+            yield from (node for node in value.consumers() if node.op_type != "Shape")
+
+
+def drawings(reference: ir.Model, graph: ir.Model, matching: Matching) -> tuple[tuple[Drawing, ...], str]:
+    """Every block before and after, those that look the same only once, and why some are missing, if any are."""
+    before, after = _blocks(reference, matching), _blocks(graph, matching)
     shapes: dict[tuple[object, object], list[str]] = defaultdict(list)
     skipped: list[str] = []
-    for block, nodes in before.items():
-        if max(len(nodes), len(after.get(block, ()))) > MOST_NODES:
+    for block in dict.fromkeys((*before, *after)):
+        sides = before.get(block, []), after.get(block, [])
+        if max(map(len, sides)) > MOST_NODES:
             skipped.append(block)
             continue
-        now = after.get(block, [])
-        shapes[_shape(nodes, block, done), _shape(now, block, done)].append(block)
+        shapes[_shape(sides[0], block, matching), _shape(sides[1], block, matching)].append(block)
     found = []
     for blocks in list(shapes.values())[:MOST_DRAWINGS]:
         first = blocks[0]
-        old, new = _Block(first, before[first]), _Block(first, after.get(first, []))
-        found.append(Drawing(tuple(blocks), *_compared(old, new, done)))
+        old, now = (_Block(first, side.get(first, []), matching) for side in (before, after))
+        found.append(Drawing(tuple(blocks), *_compared(old, now, matching)))
     reasons = [f"{len(skipped)} with more than {MOST_NODES} nodes are not drawn"] if skipped else []
     if len(shapes) > MOST_DRAWINGS:
         missing = sum(len(blocks) for blocks in list(shapes.values())[MOST_DRAWINGS:])
@@ -47,16 +86,16 @@ def drawings(reference: ir.Model, graph: ir.Model, quantized: Iterable[str]) -> 
     return tuple(found), "; ".join(reasons)
 
 
-def _blocks(model: ir.Model) -> dict[str, list[ir.Node]]:
+def _blocks(model: ir.Model, matching: Matching) -> dict[str, list[ir.Node]]:
     """The nodes of each block in order; those of no block are the empty text's.
 
     A node that a pass made has no path where the exporter's paths are in the names; it goes where its readers are.
     """
     blocks: dict[ir.Node, str] = {}
     for node in reversed(model.graph):
-        path = _path(node)
+        path = matching.path(node)
         readers = {blocks[use.node] for value in node.outputs for use in value.uses() if use.node in blocks}
-        made = not path and PROVENANCE in node.metadata_props
+        made = not path and (PROVENANCE in node.metadata_props or node not in matching.matched)
         blocks[node] = readers.pop() if made and len(readers) == 1 else block_of(path)
     found: dict[str, list[ir.Node]] = {"": []}
     for node in model.graph:
@@ -70,23 +109,24 @@ def _is_folded(node: ir.Node) -> bool:
     return bool(node.inputs) and all(value is None or constant(value) is not None for value in node.inputs)
 
 
-def _path(node: ir.Node) -> str:
+def path_of(node: ir.Node) -> str:
+    """The module path; empty where the names do not tell."""
     weight = next((value for value in node.inputs if value is not None and constant(value) is not None), None)
     path = module_path(node, weight)
     return "" if path.startswith("_") or path == node.name else path  # an exporter's own marks, and no module at all
 
 
-def _shape(nodes: Sequence[ir.Node], block: str, quantized: frozenset[str]) -> tuple[object, ...]:
+def _shape(nodes: Sequence[ir.Node], block: str, matching: Matching) -> tuple[object, ...]:
     """Equal for two blocks that are drawn alike: operators, paths within the block, and who reads whom."""
     places = {value: place for place, node in enumerate(nodes) for value in node.outputs}
     return tuple(
         (
             node.op_type,
-            _within(_path(node), block),
+            _within(matching.path(node), block),
             node.metadata_props.get(PROVENANCE),
-            node.name in quantized,
+            *(node in known for known in (matching.quantized, matching.changed, matching.matched)),
             tuple(
-                places.get(value, _weight_text(value) or _origin(value, block)) if value is not None else None
+                places.get(value, _weight_text(value) or _origin(value, block, matching)) if value is not None else None
                 for value in node.inputs
             ),
         )
@@ -98,12 +138,12 @@ def _within(path: str, block: str) -> str:
     return path.removeprefix(block).removeprefix(".") if block and path.startswith(block) else path
 
 
-def _origin(value: ir.Value, block: str) -> str:
+def _origin(value: ir.Value, block: str, matching: Matching) -> str:
     """Where a value of another block comes from, in words that are the same for all blocks; empty for constants."""
     producer = value.producer()
     if producer is None:
         return "" if constant(value) is not None else re.sub(r"\d+", "*", value.name or "")
-    path = _path(producer)
+    path = matching.path(producer)
     if _is_folded(producer):
         return ""
     if block_of(path):
@@ -125,10 +165,10 @@ def _weight_text(value: ir.Value | None) -> str:
 class _Block:
     """The units of a block's nodes: `of[i]` is the unit of node i."""
 
-    def __init__(self, block: str, nodes: Sequence[ir.Node]) -> None:
-        self.block, self.nodes = block, nodes
+    def __init__(self, block: str, nodes: Sequence[ir.Node], matching: Matching) -> None:
+        self.block, self.nodes, self.matching = block, nodes, matching
         places = {node: place for place, node in enumerate(nodes)}
-        self.paths = [_within(_path(node), block) for node in nodes]
+        self.paths = [_within(matching.path(node), block) for node in nodes]
         self.readers: list[set[int]] = [set() for _ in nodes]
         for place, node in enumerate(nodes):
             for value in node.inputs:
@@ -183,7 +223,7 @@ class _Block:
             for value in (value for node in nodes for value in node.inputs if value is not None):
                 if value.producer() in inside or constant(value) is not None:
                     continue
-                if origin := _origin(value, self.block):
+                if origin := _origin(value, self.block, self.matching):
                     if origin not in outside:
                         outside[origin] = len(units)
                         units.append(DrawnUnit(origin, (), 0, "outside"))
@@ -213,31 +253,27 @@ def _leaves(node: ir.Node, inside: set[ir.Node]) -> bool:
     )
 
 
-def _compared(before: _Block, after: _Block, quantized: frozenset[str]) -> tuple[DrawnGraph, DrawnGraph]:
-    """Both drawings, each unit with what became of it: nodes are the same where names and operators are."""
-    old_members, old = before.graph()
-    new_members, new = after.graph()
-    old_nodes = {node.name: node for node in before.nodes}
-    new_nodes = {node.name: node for node in after.nodes}
+def _compared(before: _Block, after: _Block, matching: Matching) -> tuple[DrawnGraph, DrawnGraph]:
+    """Both drawings, each unit with what became of it."""
 
-    def fate(nodes: Sequence[ir.Node], others: dict[str | None, ir.Node], alone: Fate) -> Fate:
-        if any(node.name in quantized or _path(node) in quantized for node in nodes if node.op_type not in QUANTIZERS):
+    def fate(nodes: Sequence[ir.Node], alone: Fate) -> Fate:
+        if any(node in matching.quantized for node in nodes if node.op_type not in QUANTIZERS):
             return "quantized"
-        known = [node for node in nodes if node.name in others]
+        known = [node for node in nodes if node in matching.matched]
         if not known:
             return alone
-        same = len(known) == len(nodes) and all(_alike(node, others[node.name]) for node in nodes)
-        return "same" if same else "changed"
+        return "same" if len(known) == len(nodes) and matching.changed.isdisjoint(nodes) else "changed"
 
-    return _painted(old, {unit: fate(nodes, new_nodes, "removed") for unit, nodes in old_members.items()}), _painted(
-        new, {unit: fate(nodes, old_nodes, "added") for unit, nodes in new_members.items()}
+    (old_members, old), (new_members, new) = before.graph(), after.graph()
+    return (
+        _painted(old, {unit: fate(nodes, "removed") for unit, nodes in old_members.items()}),
+        _painted(new, {unit: fate(nodes, "added") for unit, nodes in new_members.items()}),
     )
 
 
 def _alike(a: ir.Node, b: ir.Node) -> bool:
-    return a.op_identifier() == b.op_identifier() and a.metadata_props.get(PROVENANCE) == b.metadata_props.get(
-        PROVENANCE
-    )
+    by = [node.metadata_props.get(PROVENANCE) for node in (a, b)]
+    return a.op_identifier() == b.op_identifier() and by[0] == by[1]
 
 
 def _painted(graph: DrawnGraph, fates: dict[int, Fate]) -> DrawnGraph:

@@ -14,6 +14,7 @@ from qcompiler.report.report import Report
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
 
 @cache
@@ -25,7 +26,7 @@ def environment() -> Environment:
         loader=PackageLoader("qcompiler.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    made.filters |= {"size": views.size, "number": views.number, "anchor": anchor}
+    made.filters |= {"size": views.size, "number": views.number, "anchor": anchor, "breakable": breakable}
     return made
 
 
@@ -37,6 +38,13 @@ def page(report: Report) -> str:
 def card(report: Report) -> str:
     """Verdict, figures and the map of layers, for the output cell of a notebook; no script."""
     return environment().get_template("card.html.j2").render(view=views.View(report), report=report)
+
+
+def breakable(text: str) -> Markup:
+    """A text whose lines may end where a name has a dot or an underscore."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"([._])(?=[^\W\d])", r"\1<wbr>", str(escape(text))))
 
 
 def anchor(text: str) -> str:

@@ -7,13 +7,15 @@ barycentres; then each unit moves towards the middle of its neighbours as far as
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from qcompiler.report.pictures import DrawnGraph
+from qcompiler.report.pictures import DrawnGraph, DrawnUnit
 
 WIDTH, HEIGHT = 132.0, 48.0  # of a unit
 GAP, LAYER = 14.0, 74.0  # between neighbours, and from layer to layer
+CHARACTER = 6.5  # at most, of a text in the smallest size
 PASSING = 10.0  # the width that an edge takes in a layer it passes
 SWEEPS = 8
 
@@ -45,9 +47,10 @@ def layout(graph: DrawnGraph) -> Layout:
         down = sweep % 2 == 0
         for row in rows if down else reversed(rows):
             _order(row, above if down else below, rows)
-    x = _coordinates(rows, above, below, len(graph.units))
-    left = min((x[item] - _width(item, len(graph.units)) / 2 for item in x), default=0.0)
-    right = max((x[item] + _width(item, len(graph.units)) / 2 for item in x), default=0.0)
+    widths = [width_of(unit) for unit in graph.units]
+    x = _coordinates(rows, above, below, widths)
+    left = min((x[item] - _width(item, widths) / 2 for item in x), default=0.0)
+    right = max((x[item] + _width(item, widths) / 2 for item in x), default=0.0)
     y = {item: LAYER * place + HEIGHT / 2 for place, row in enumerate(rows) for item in row}
     return Layout(
         centres={unit: (x[unit] - left, y[unit]) for unit in range(len(graph.units))},
@@ -104,37 +107,42 @@ def _order(row: list[int], neighbours: dict[int, list[int]], rows: list[list[int
 
 
 def _coordinates(
-    rows: list[list[int]], above: dict[int, list[int]], below: dict[int, list[int]], units: int
+    rows: list[list[int]], above: dict[int, list[int]], below: dict[int, list[int]], widths: Sequence[float]
 ) -> dict[int, float]:
     x: dict[int, float] = {}
     for row in rows:
-        total = sum(_width(item, units) + GAP for item in row)
+        total = sum(_width(item, widths) + GAP for item in row)
         place = -total / 2
         for item in row:
-            x[item] = place + (_width(item, units) + GAP) / 2
-            place += _width(item, units) + GAP
+            x[item] = place + (_width(item, widths) + GAP) / 2
+            place += _width(item, widths) + GAP
     for sweep in range(SWEEPS):
         neighbours = above if sweep % 2 == 0 else below
         for row in rows if sweep % 2 == 0 else reversed(rows):
             around = {item: [x[other] for other in neighbours[item]] or [x[item]] for item in row}
-            _move(row, {item: sum(places) / len(places) for item, places in around.items()}, x, units)
+            _move(row, {item: sum(places) / len(places) for item, places in around.items()}, x, widths)
     return x
 
 
-def _move(row: list[int], wanted: dict[int, float], x: dict[int, float], units: int) -> None:
+def _move(row: list[int], wanted: dict[int, float], x: dict[int, float], widths: Sequence[float]) -> None:
     """Each item where it is wanted, pushed apart where two would overlap; the row as a whole stays in its middle."""
     placed: list[float] = []
     for index, item in enumerate(row):
-        least = placed[-1] + _apart(row[index - 1], item, units) if placed else wanted[item]
+        least = placed[-1] + _apart(row[index - 1], item, widths) if placed else wanted[item]
         placed.append(max(wanted[item], least))
     shift = sum(wanted[item] - at for item, at in zip(row, placed, strict=True)) / max(len(row), 1)
     for item, at in zip(row, placed, strict=True):
         x[item] = at + shift
 
 
-def _apart(a: int, b: int, units: int) -> float:
-    return (_width(a, units) + _width(b, units)) / 2 + GAP
+def _apart(a: int, b: int, widths: Sequence[float]) -> float:
+    return (_width(a, widths) + _width(b, widths)) / 2 + GAP
 
 
-def _width(item: int, units: int) -> float:
-    return WIDTH if item < units else PASSING
+def width_of(unit: DrawnUnit) -> float:
+    """What lies outside has one line of text, and so may be narrower than a unit."""
+    return min(WIDTH, 20 + CHARACTER * len(unit.label)) if unit.fate == "outside" else WIDTH
+
+
+def _width(item: int, widths: Sequence[float]) -> float:
+    return widths[item] if item < len(widths) else PASSING

@@ -66,6 +66,11 @@ class SiteReport:
     cache: CacheChange | None = None
     """Of a cache that was quantized: its types and bytes."""
 
+    @property
+    def is_cache(self) -> bool:
+        """Whether it is a KV-cache, of keys or of values; all else are layers."""
+        return self.cache is not None or self.op.endswith(" cache")
+
 
 @dataclass(frozen=True)
 class PassSkip:
@@ -211,7 +216,8 @@ def describe(gate: Gate) -> str:
     limit = f"{sign} {gate.limit:g} {kind.unit}".rstrip()
     if gate.value is None:
         return f"{gate.name} was not measured, so {limit} does not hold"
-    return f"{gate.name} {gate.value:.4g} is {'' if gate.held else 'not '}{limit}"
+    value = "exact" if kind.unit == "dB" and gate.value == math.inf else f"{gate.value:.4g}"
+    return f"{gate.name} {value} is {'' if gate.held else 'not '}{limit}"
 
 
 def _worst(values: list[float], kind: GateKind) -> float | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from qcompiler.report.layout import HEIGHT, WIDTH, layout
-from qcompiler.report.pictures import DrawnGraph, DrawnUnit
+from qcompiler.report.layout import HEIGHT, WIDTH, layout, width_of
+from qcompiler.report.pictures import Drawing, DrawnGraph, DrawnUnit
 
 LONGEST_LABEL = 19  # characters that fit into a unit
 LONGEST_OPERATOR = 23
@@ -87,11 +88,25 @@ def drawing(graph: DrawnGraph, title: str) -> Markup:
     return Markup(f"{opening}<title>{escape(title)}</title>{body}</svg>")
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A drawing that is ready for a page."""
+
+    blocks: tuple[str, ...]
+    before: Markup
+    after: Markup
+
+
+def side_by_side(drawings: Sequence[Drawing]) -> list[Drawn]:
+    return [Drawn(one.blocks, drawing(one.before, "before"), drawing(one.after, "after")) for one in drawings]
+
+
 def _unit(unit: DrawnUnit, x: float, y: float) -> str:
     if unit.fate == "outside":
+        width = width_of(unit)
         return (
             f'<g class="unit outside"><title>{escape(unit.label)}</title>'
-            f'<rect x="{x - WIDTH / 2:.1f}" y="{y - 10:.1f}" width="{WIDTH:g}" height="20" rx="10"/>'
+            f'<rect x="{x - width / 2:.1f}" y="{y - 10:.1f}" width="{width:g}" height="20" rx="10"/>'
             f'<text class="label" x="{x:.1f}" y="{y + 4:.1f}">{escape(_short(unit.label, LONGEST_LABEL))}</text></g>'
         )
     operators = ", ".join(unit.operators)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -23,17 +24,19 @@ MEASURES = {
     "perplexity": ("perplexity", "{:.3f}"),
     "perplexity_ratio": ("perplexity ratio", "{:.4f}"),
 }
-MOST_KINDS = 10  # rows of the table of layers
+MOST_KINDS = 16  # rows of the table of layers: a block of a language model with its caches has some 11
 MOST_OUTPUTS = 3
 MOST_REASONS = 3
-LONGEST_LINE = 180  # characters of a reason or warning; report.json has all of it
+LONGEST_REASON = 140  # characters; report.json has all of it
+LONGEST_NAME = 40
+MOST_WARNINGS = 6
 MOST_SCHEMES = 2
 WORST = 5
 STATUSES: tuple[Status, ...] = ("quantized", "excluded", "skipped")
 
 
 def render(report: Report, console: Console) -> None:
-    """Print the results, at most some 35 lines at a width of 100."""
+    """Print the results, at most some 40 lines at a width of 100, but for warnings, which are never cut."""
     console.print(_verdict(report))
     console.print(_sizes(report))
     if report.outputs:
@@ -49,7 +52,7 @@ def render(report: Report, console: Console) -> None:
         console.print(_worst(worst[:WORST]))
     _print_lines(console, "left out", _reasons(report))
     _print_lines(console, "gates", [_mark(gate.held) + describe(gate) for gate in report.gates])
-    _print_lines(console, "warnings", report.warnings[:MOST_REASONS])
+    _print_lines(console, "warnings", _warnings(report))
 
 
 def evaluation_rows(figures: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -61,7 +64,20 @@ def evaluation_rows(figures: Mapping[str, float]) -> list[tuple[str, str]]:
         "reference_perplexity": ("perplexity of the reference", "{:.3f}"),
         **MEASURES,
     }
-    return [(names[name][0], names[name][1].format(value)) for name, value in figures.items()]
+    return [
+        (names[name][0], measured(name, value) if name in MEASURES else names[name][1].format(value))
+        for name, value in figures.items()
+    ]
+
+
+def measured(name: str, value: float) -> str:
+    """A figure of `MEASURES` with its unit; a signal without any noise is exact."""
+    return "exact" if name == "sqnr_db" and value == math.inf else MEASURES[name][1].format(value)
+
+
+def decibels(value: float) -> str:
+    """A signal-to-noise ratio."""
+    return measured("sqnr_db", value)
 
 
 def size(count: float) -> str:
@@ -76,10 +92,12 @@ def size(count: float) -> str:
 def _verdict(report: Report) -> Text:
     from rich.text import Text
 
-    done, all_sites = len(report.with_status("quantized")), len(report.sites)
-    excluded, skipped = len(report.with_status("excluded")), len(report.with_status("skipped"))
-    rest = [f"{count} {word}" for count, word in ((excluded, "excluded"), (skipped, "skipped")) if count]
-    counts = f"{done} of {all_sites} layers quantized" + (f" ({', '.join(rest)})" if rest else "")
+    caches = [site for site in report.sites if site.is_cache]
+    count = Counter(site.status for site in report.sites if not site.is_cache)
+    rest = [f"{count[status]} {status}" for status in STATUSES[1:] if count[status]]
+    counts = f"{count['quantized']} of {count.total()} layers quantized" + (f" ({', '.join(rest)})" if rest else "")
+    if caches:
+        counts += f", {sum(site.status == 'quantized' for site in caches)} of {len(caches)} caches"
     made = f"{report.recipe} for {report.target}, {report.seconds:.0f} s: {counts}"
     if report.failures:
         return Text(f"✗ {made}; {'; '.join(report.failures)}", style="bold red")
@@ -114,7 +132,7 @@ def _outputs(report: Report) -> Table:
     table = _table("output against float", *(MEASURES[name][0] for name in columns))
     shown = list(report.outputs.items())[:MOST_OUTPUTS]
     for output, measures in shown:
-        cells = [MEASURES[name][1].format(measures[name]) if name in measures else "" for name in columns]
+        cells = [measured(name, measures[name]) if name in measures else "" for name in columns]
         table.add_row(_plain(output), *cells)
     if len(report.outputs) > len(shown):
         table.add_row(f"… and {len(report.outputs) - len(shown)} more", *("" for _ in columns))
@@ -137,7 +155,7 @@ def _layers(report: Report) -> Table:
         table.add_row(
             _plain(kind),
             *(str(count[status]) if count[status] else "·" for status in present),
-            f"{min(errors):.1f} dB" if errors else "·",
+            decibels(min(errors)) if errors else "·",
             _commonest(site.kernel for site in sites),
         )
     return table
@@ -176,7 +194,7 @@ def _commonest(texts: Iterable[str]) -> str:
 def _worst(sites: list[SiteReport]) -> Table:
     table = _table("largest errors", "SQNR", "kernel", text_columns=1)
     for site in sites:
-        table.add_row(_plain(site.module_path or site.name), f"{site.sqnr_db:.1f} dB", _plain(site.kernel) or "·")
+        table.add_row(_plain(site.module_path or site.name), decibels(site.sqnr_db or 0.0), _plain(site.kernel) or "·")
     return table
 
 
@@ -197,11 +215,30 @@ def _reasons(report: Report) -> list[str]:
                 found[f"without {run.name}", skip.reason].append(paths.get(skip.site, skip.site))
     lines = []
     for (how, reason), sites in sorted(found.items(), key=lambda item: -len(item[1])):
-        shown = ", ".join(sites[:2]) + (", …" if len(sites) > 2 else "")
-        lines.append(f"{len(sites)} {how}: {reason} [{shown}]")
+        shown = ", ".join(_end(site) for site in sites[:2]) + (", …" if len(sites) > 2 else "")
+        lines.append(f"{len(sites)} {how}: {_beginning(reason)} [{shown}]")
     if len(lines) > MOST_REASONS:
         lines = [*lines[:MOST_REASONS], f"… and {len(lines) - MOST_REASONS} more reasons in report.json"]
     return lines
+
+
+def _warnings(report: Report) -> list[str]:
+    rest = len(report.warnings) - MOST_WARNINGS
+    more = [f"… and {rest} more in report.json"] if rest > 0 else []
+    return [*report.warnings[:MOST_WARNINGS], *more]
+
+
+def _beginning(text: str) -> str:
+    """A text that is not too long, cut between two words."""
+    if len(text) <= LONGEST_REASON:
+        return text
+    head, _, _ = text[: LONGEST_REASON + 1].rpartition(" ")
+    return f"{head or text[:LONGEST_REASON]} …"
+
+
+def _end(name: str) -> str:
+    """The end of a name says which layer it is, so the beginning goes."""
+    return name if len(name) <= LONGEST_NAME else "…" + name[1 - LONGEST_NAME :]
 
 
 def _print_lines(console: Console, title: str, lines: list[str]) -> None:
@@ -212,8 +249,7 @@ def _print_lines(console: Console, title: str, lines: list[str]) -> None:
     console.print()
     console.print(f"  [bold]{title}[/bold]")
     for line in lines:
-        text = line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + "…"
-        console.print(Padding(_plain(text), (0, 0, 0, 4)), highlight=False)
+        console.print(Padding(_plain(line), (0, 0, 0, 4)), highlight=False)
 
 
 def _mark(held: bool) -> str:

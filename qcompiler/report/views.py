@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from qcompiler.report import svg
 from qcompiler.report.pictures import ChannelPicture, SpeedClass, WeightPicture
 from qcompiler.report.report import GATES, Gate, Report, SiteReport, describe
-from qcompiler.report.table import MEASURES, kind_of, size
+from qcompiler.report.svg import Drawn, side_by_side
+from qcompiler.report.table import MEASURES, decibels, kind_of, measured, size
 from qcompiler.scheme import FORMATS
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class View:
 
     @property
     def layers(self) -> list[SiteReport]:
-        return [site for site in self.report.sites if site.cache is None and not site.op.endswith(" cache")]
+        return [site for site in self.report.sites if not site.is_cache]
 
     @cached_property
     def verdict(self) -> str:
@@ -91,17 +92,22 @@ class View:
 
     @cached_property
     def tiles(self) -> list[Tile]:
-        found = [self._size(), self._layers(), *self._errors()]
+        found = [self._size(), self._layers(), *self._errors(), *self._worst()]
         if self.report.pictures.speed:
             found.append(self._speed())
         if self.report.cache is not None:
             before, after = self.report.cache.float_bytes, self.report.cache.bytes
-            found.append(Tile("KV cache, a token", size(after), f"{size(before)} before, {_times(before, after)}"))
+            count = f"{len(self.caches)} {'cache' if len(self.caches) == 1 else 'caches'} quantized"
+            note = f"{size(before)} before, {_times(before, after)}; {count}"
+            found.append(Tile("KV cache, a token", size(after), note))
         return found
 
     def _size(self) -> Tile:
         sizes = self.report.sizes
         note = f"{size(sizes.float_bytes)} before, {_times(sizes.float_bytes, sizes.bytes)}"
+        if sizes.quantized_float_bytes:
+            quantized = f"{size(sizes.quantized_float_bytes)} → {size(sizes.quantized_bytes)}"
+            note += f"; quantized weights {quantized}"
         return Tile("Size", size(sizes.bytes), note)
 
     def _layers(self) -> Tile:
@@ -127,8 +133,18 @@ class View:
             gate = next((gate for gate in self.report.gates if GATES[gate.name].metric == name), None)
             mood = "" if gate is None else "good" if gate.held else "bad"
             note = _limit(gate) if gate is not None else f"{output}, no gate"
-            found.append(Tile(_measure(name), MEASURES[name][1].format(values[output]), note, mood))
+            found.append(Tile(_measure(name), measured(name, values[output]), note, mood))
         return found
+
+    def _worst(self) -> list[Tile]:
+        """The quantized layer, or cache, that is farthest from the float model."""
+        sites = self.report.with_status("quantized")
+        known = [(site.sqnr_db, site) for site in sites if site.sqnr_db is not None]
+        if not known:
+            return []
+        level, worst = min(known, key=lambda found: -math.inf if math.isnan(found[0]) else found[0])
+        title = "Worst cache" if worst.is_cache else "Worst layer"
+        return [Tile(title, decibels(level), self.paths[worst.name])]
 
     def _speed(self) -> Tile:
         classes = self.report.pictures.speed
@@ -153,32 +169,36 @@ class View:
         return MEASURES[name][0]
 
     def measure(self, name: str, value: float) -> str:
-        return MEASURES[name][1].format(value)
+        return measured(name, value)
+
+    def decibels(self, site: SiteReport) -> str:
+        """For a column whose head has the unit."""
+        return "·" if site.sqnr_db is None else decibels(site.sqnr_db).removesuffix(" dB")
 
     def gate(self, gate: Gate) -> str:
         return describe(gate)
 
-    # The map of layers
+    # The map of layers and caches
 
     @cached_property
     def kinds(self) -> list[str]:
         """What layers are within their blocks; empty where they are of too many kinds for a table."""
-        kinds = list(dict.fromkeys(kind_of(site) for site in self.layers if site.block))
+        kinds = list(dict.fromkeys(kind_of(site) for site in self.report.sites if site.block))
         return kinds if len(kinds) <= MOST_COLUMNS else []
 
     @cached_property
     def rows(self) -> list[tuple[str, dict[str, SiteReport]]]:
         """(block, its layers by kind), in graph order."""
         found: dict[str, dict[str, SiteReport]] = defaultdict(dict)
-        for site in self.layers:
+        for site in self.report.sites:
             if site.block and self.kinds:
                 found[site.block][kind_of(site)] = site
         return list(found.items())
 
     @cached_property
     def others(self) -> list[SiteReport]:
-        """Layers that the table of blocks does not show."""
-        return [site for site in self.layers if not (site.block and self.kinds)]
+        """What the table of blocks does not show."""
+        return [site for site in self.report.sites if not (site.block and self.kinds)]
 
     def short(self, block: str) -> str:
         """A block's name for a narrow column: its number, where all blocks are numbers of one list."""
@@ -194,13 +214,21 @@ class View:
         return str(sum(site.sqnr_db >= limit for limit in SQNR_STEPS))
 
     def bits(self, site: SiteReport) -> str:
-        """Bits of the weight's codes, of a quantized site; empty for one that is not."""
+        """Bits of the codes of a quantized site; empty for one that is not."""
         name = site.scheme.split(" ")[0]
         return str(FORMATS[name].bits) if name in FORMATS else ""
 
+    def cell(self, site: SiteReport) -> str:
+        """What a cell of the map says: decibels, or why there are none."""
+        if site.status != "quantized":
+            return {"excluded": "–", "skipped": "×"}[site.status]
+        if site.sqnr_db is None or math.isnan(site.sqnr_db):
+            return "·"
+        return "exact" if math.isinf(site.sqnr_db) else f"{site.sqnr_db:.0f}"
+
     def tip(self, site: SiteReport) -> str:
         what = site.scheme if site.status == "quantized" else f"{site.status}: {site.reason}"
-        sqnr = f", {site.sqnr_db:.1f} dB" if site.sqnr_db is not None else ""
+        sqnr = f", {decibels(site.sqnr_db)}" if site.sqnr_db is not None else ""
         return f"{self.paths[site.name]}: {what}{sqnr}"
 
     @property
@@ -214,14 +242,8 @@ class View:
     # Drawings
 
     @cached_property
-    def drawings(self) -> list[tuple[str, Markup, Markup, tuple[str, ...]]]:
-        """(name, before, after, blocks)."""
-        found = []
-        for drawn in self.report.pictures.drawings:
-            name = drawn.blocks[0] or "outside the blocks"
-            before = svg.drawing(drawn.before, f"{name} before")
-            found.append((name, before, svg.drawing(drawn.after, f"{name} after"), drawn.blocks))
-        return found
+    def drawings(self) -> list[Drawn]:
+        return side_by_side(self.report.pictures.drawings)
 
     @cached_property
     def drawn(self) -> dict[str, int]:

@@ -21,9 +21,9 @@
 
   const key = (row, column, kind) => {
     const cell = row.cells[column];
-    if (kind === "text") return cell.textContent.trim();
-    const value = cell.dataset.value;
-    return value === "" ? null : value === "inf" ? Infinity : Number(value);
+    if (kind === "text") return cell.textContent.trim() || null;
+    const value = cell.dataset.value, number = value === "inf" ? Infinity : Number(value);
+    return value === "" || Number.isNaN(number) ? null : number;
   };
   const compare = (a, b) => typeof a === "string" ? a.localeCompare(b, undefined, { numeric: true }) : a - b || 0;
   table.tHead.addEventListener("click", (event) => {
@@ -50,6 +50,28 @@
     apply();
   });
 
+  // Paper shows what is closed, too, but for long lists of pictures.
+  const folded = () => document.querySelectorAll("details:not(.many)");
+  let closed = [];
+  addEventListener("beforeprint", () => {
+    closed = [...folded()].filter((details) => !details.open);
+    for (const details of closed) details.open = true;
+  });
+  addEventListener("afterprint", () => {
+    for (const details of closed) details.open = false;
+  });
+
+  // A drawing that is wider than its place shows its middle first.
+  const draw = (place, number) => {
+    place.replaceChildren(byId(`drawing-${number}`).content.cloneNode(true));
+    for (const scroll of place.querySelectorAll(".scroll")) scroll.scrollLeft = (scroll.scrollWidth - scroll.clientWidth) / 2;
+  };
+  for (const place of document.querySelectorAll(".block .pair")) {
+    place.closest("details").addEventListener("toggle", () => {
+      if (!place.hasChildNodes()) draw(place, place.dataset.drawing);
+    });
+  }
+
   const panel = byId("drawing");
   if (!panel) return;
   let opener = null;
@@ -65,8 +87,8 @@
     button.addEventListener("click", () => {
       opener = button;
       byId("drawing-name").textContent = button.dataset.block || "outside the blocks";
-      byId("pair").replaceChildren(byId(`drawing-${button.dataset.drawing}`).content.cloneNode(true));
       panel.hidden = false;
+      draw(byId("pair"), button.dataset.drawing);
       press(button.dataset.block);
       panel.scrollIntoView({ block: "start" });
       panel.focus({ preventScroll: true });

@@ -1,0 +1,116 @@
+"""What a person should know of a compilation beyond its figures, a sentence each: the warnings of the report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from qcompiler.binary import FORMAT as BINARY
+from qcompiler.pipeline import PassRun
+from qcompiler.placement import Placement
+from qcompiler.recipe import CONVERT, Recipe
+from qcompiler.report.report import SiteReport
+from qcompiler.report.speed import speed_warnings
+from qcompiler.targets import Target
+from qcompiler.verify import Comparison
+
+
+def warnings(
+    recipe: Recipe, target: Target, sites: Sequence[SiteReport], runs: Sequence[PassRun],
+    comparison: Comparison | None, placement: Placement | None,
+) -> list[str]:  # fmt: skip
+    """All of them, what concerns speed first; `sites` as they are before their kernels' conditions are added."""
+    found = (placement.warnings if placement is not None else []) + speed_warnings(target, sites)
+    found += comparison_warnings(comparison)
+    outputs = {name: item.to_dict() for name, item in comparison.outputs.items()} if comparison is not None else {}
+    found += binary_warnings(sites, outputs) + range_warnings(recipe) + float_input_warnings(target, sites, runs)
+    if not sites:
+        return [
+            *found,
+            "the model has no layer that could be quantized: linear, convolution or embedding with constants",
+        ]
+    return found + (nothing_warnings(sites, runs) or idle_warnings(runs))
+
+
+def comparison_warnings(comparison: Comparison | None) -> list[str]:
+    """What was not compared with the float model, or in another form than that which was written."""
+    if comparison is None:
+        return ["not compared with the float model, which takes data with at least two samples"]
+    found = []
+    if comparison.reshaped:
+        first, rest = comparison.reshaped[0], len(comparison.reshaped) - 1
+        more = f" and {rest} more" if rest else ""
+        found.append(f"not compared with the float model: {first}{more}, whose shape quantization changes")
+    if comparison.not_run:
+        absent = ", ".join(comparison.not_run)
+        found.append(f"compared with the float model before lowering, as ONNX Runtime has no {absent} for CPUs")
+    return found
+
+
+def float_inputs(runs: Sequence[PassRun]) -> set[str]:
+    """Sites whose quantized activation a lowering has made float again."""
+    changed = {item.site for run in runs for item in run.changes.changed if item.float_input}
+    return changed | {item.site for run in runs for item in run.changes.skipped if item.undone == "activation"}
+
+
+def float_input_warnings(target: Target, sites: Sequence[SiteReport], runs: Sequence[PassRun]) -> list[str]:
+    """That activations are not quantized, though the recipe has a pass for it."""
+    found = float_inputs(runs)
+    if not found:
+        return []
+    return [
+        f"the recipe quantizes activations, and {len(found)} of {len(sites)} layers read float ones: {target.name} has "
+        "no kernel that takes codes beside weights in blocks"
+    ]
+
+
+def binary_warnings(sites: Sequence[SiteReport], outputs: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What one bit a weight has cost, in one sentence; empty where no layer has binary weights."""
+    schemes = [part for site in sites for part in site.scheme.split(", ") if part.startswith(f"{BINARY} ")]
+    if not schemes:
+        return []
+    layers = "1 layer has" if len(schemes) == 1 else f"{len(schemes)} layers have"
+    cost = "; ".join(_cost(name, measures) for name, measures in outputs.items() if "kl" in measures)
+    cost = cost or "; ".join(_cost(name, measures) for name, measures in outputs.items())
+    measured = f"the error against the float model is {cost}" if cost else "what that costs here was not measured"
+    return [f"{layers} binary weights, which ruins a model that was not trained with them: {measured}"]
+
+
+def _cost(name: str, measures: Mapping[str, float]) -> str:
+    if "kl" not in measures:
+        return f"{measures['sqnr_db']:.1f} dB signal-to-noise ({name})"
+    found = f"KL {measures['kl']:.3g} nats"
+    if "perplexity_ratio" in measures:
+        found += f", perplexity {measures['perplexity_ratio']:.4g} times as high"
+    if "top1" in measures:
+        found += f", the same likeliest token for {100 * measures['top1']:.1f} %"
+    return f"{found} ({name})"
+
+
+def range_warnings(recipe: Recipe) -> list[str]:
+    """That nobody has looked whether values fit float16, where that is so."""
+    unseen = [
+        step for step in recipe.passes if step.name == CONVERT
+        and step.options.get("dtype", "fp16") == "fp16" and not step.options.get("check_range")
+    ]  # fmt: skip
+    return ["float16 ends at 65504, and it takes calibration data to tell which values get larger"] if unseen else []
+
+
+def nothing_warnings(sites: Sequence[SiteReport], runs: Sequence[PassRun]) -> list[str]:
+    """That a recipe which quantizes has quantized nothing, with the commonest reason."""
+    quantizes = any(run.step.kind == "rounding" for run in runs)
+    if not sites or not quantizes or any(site.status == "quantized" for site in sites):
+        return []
+    reason, count = Counter(site.reason for site in sites).most_common(1)[0]
+    return [f"nothing is quantized ({count} of {len(sites)} layers: {reason})"]
+
+
+def idle_warnings(runs: Sequence[PassRun]) -> list[str]:
+    """A sentence for each pass that was to quantize something and met nothing at all, not even something to skip."""
+    met: dict[str, int] = {}
+    for run in runs:
+        if run.step.kind == "rounding":
+            changes = run.changes
+            count = len(changes.changed) + len(changes.skipped) + len(changes.excluded)
+            met[run.step.name] = met.get(run.step.name, 0) + count
+    return [f"{name} found nothing in this model to work on" for name, count in met.items() if count == 0]
