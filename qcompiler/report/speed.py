@@ -14,13 +14,13 @@ from qcompiler.targets import Kernel, Target
 def speed_warnings(target: Target, sites: Sequence[SiteReport]) -> list[str]:
     """A sentence for each kernel of the target that runs some of the sites and was measured slower than float."""
     warnings = []
-    quantized = [f"{site.kernel}: {site.scheme}" for site in sites if site.status == "quantized"]
+    quantized = [site for site in sites if site.status == "quantized"]
     for kernel in target.kernels:
         if not kernel.sites or all(speed.ratio >= 1 for speed in kernel.speed):
             continue
-        count = sum(re.search(kernel.sites, site) is not None for site in quantized)
-        if count:
-            warnings.append(_sentence(target, kernel, count))
+        run = [site for site in quantized if re.search(kernel.sites, f"{site.kernel}: {site.scheme}")]
+        if run:
+            warnings.append(_sentence(target, kernel, len(run), "cache" if run[0].is_cache else "layer"))
     return warnings
 
 
@@ -41,10 +41,10 @@ def speed_classes(target: Target, sites: Sequence[SiteReport]) -> tuple[SpeedCla
     return tuple(classes)
 
 
-def _sentence(target: Target, kernel: Kernel, count: int) -> str:
-    """The slowest case with all that belongs to a measurement, and where the others are."""
+def _sentence(target: Target, kernel: Kernel, count: int, what: str) -> str:
+    """The slowest case with all that belongs to a measurement, and where the others are; `what` is layer or cache."""
     slowest = min(kernel.speed, key=lambda speed: speed.ratio)
-    layers = f"1 layer as {kernel.scheme} is" if count == 1 else f"{count} layers as {kernel.scheme} are"
+    layers = f"1 {what} as {kernel.scheme} is" if count == 1 else f"{count} {what}s as {kernel.scheme} are"
     sometimes = "" if all(speed.ratio < 1 for speed in kernel.speed) else "sometimes "
     others = f"; `qcompiler targets {target.name}` lists all cases" if len(kernel.speed) > 1 else ""
     return (

@@ -169,7 +169,7 @@ def _schemes(report: Report) -> list[str]:
 
 
 def _conditions(report: Report) -> list[str]:
-    counted = Counter((site.kernel, site.conditions) for site in report.sites if site.conditions)
+    counted = Counter((site.kernel or site.op, site.conditions) for site in report.sites if site.conditions)
     lines = [f"{count} × {kernel}: {conditions}" for (kernel, conditions), count in counted.most_common(MOST_SCHEMES)]
     rest = len(counted) - len(lines)
     return [*lines, f"… and {rest} more"] if rest else lines
