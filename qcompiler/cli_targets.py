@@ -13,7 +13,7 @@ def targets(
     best: Annotated[
         Path | None, typer.Option("--best", metavar="MODEL", help="Say what to take for this model, and why.")
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="With --best: print one JSON object on stdout.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """List the targets, show what one has kernels for, or recommend a target and recipe for a model."""
     from qcompiler.targets import Target, target_names
@@ -21,15 +21,21 @@ def targets(
     if best is not None:
         _recommend(best, name, json_)
         return
-    if name is None:
-        from qcompiler.cli import print_table
+    from qcompiler.cli import console, print_json, print_table
 
-        print_table(("target", "what it is"), [(item, Target.load(item).title) for item in target_names()])
+    if name is None:
+        titles = {item: Target.load(item).title for item in target_names()}
+        if json_:
+            print_json({"targets": titles})
+        else:
+            print_table(("target", "what it is"), list(titles.items()))
         return
-    from qcompiler.cli import console
     from qcompiler.targets.show import render_target
 
-    render_target(Target.load(name), console())
+    if json_:
+        print_json(Target.load(name).model_dump(mode="json", by_alias=True))
+    else:
+        render_target(Target.load(name), console())
 
 
 def _recommend(model: Path, target: str | None, json_: bool) -> None:

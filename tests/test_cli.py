@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler import cli, errors
+from qcompiler.targets import Target, target_names
 
 HEAVY = (
     "numpy",
@@ -473,3 +474,12 @@ def test_interrupt_defect_and_pass_error(monkeypatch, capsys) -> None:
     text = capsys.readouterr().err
     assert text.startswith("error: smooth-quant broke y")
     assert "please report it" in text
+
+
+def test_targets_as_json(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "targets", "--json") == 0
+    titles = json.loads(capsys.readouterr().out)["targets"]
+    assert set(titles) == set(target_names())
+    for name in titles:
+        assert run(monkeypatch, "targets", name, "--json") == 0
+        assert Target.model_validate(json.loads(capsys.readouterr().out)) == Target.load(name)
