@@ -6,10 +6,7 @@ import math
 
 import numpy as np
 
-from qcompiler.stored_weights.constants import evaluate
 from qcompiler.stored_weights.layout import Array
-
-__all__ = ["Array", "error_of", "evaluate"]
 
 PIECE = 1 << 18
 

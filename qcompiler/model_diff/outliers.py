@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from qcompiler.match import PART_OF
-from qcompiler.model_diff.arithmetic import Array, evaluate
 from qcompiler.model_diff.layers import Layer
 from qcompiler.model_diff.weights import Weight
-from qcompiler.stored_weights.constants import source
+from qcompiler.stored_weights.constants import evaluate, source
+from qcompiler.stored_weights.layout import Array
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from qcompiler.model_diff.arithmetic import Array
 from qcompiler.model_diff.layers import Layer, plain_name
+from qcompiler.stored_weights.layout import Array
 
 T = TypeVar("T")
 

@@ -14,11 +14,12 @@ import onnx_ir as ir
 
 from qcompiler.graph import constant
 from qcompiler.match import find_linear_groups
-from qcompiler.model_diff.arithmetic import Array, error_of
+from qcompiler.model_diff.arithmetic import error_of
 from qcompiler.model_diff.layers import Layer
 from qcompiler.model_diff.pairing import LayerPair
 from qcompiler.model_diff.provenance import exact_passes
 from qcompiler.sites import Factor, NormGroup
+from qcompiler.stored_weights.layout import Array
 
 NOTICEABLE = 2e-3  # half precision rounds by up to 5e-4
 AGREE = 0.7
