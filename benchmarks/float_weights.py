@@ -12,9 +12,9 @@ import onnx_ir as ir
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from qcompiler.graph import add_constant, remove_node_if_unused  # noqa: E402
-from qcompiler.match import find_sites  # noqa: E402
-from qcompiler.model_io import load, session  # noqa: E402
+from qcompiler.graph.edit import add_constant, remove_node_if_unused  # noqa: E402
+from qcompiler.graph.files import load, session  # noqa: E402
+from qcompiler.sites.find import find_sites  # noqa: E402
 
 
 def insert(source: Path, weights: Mapping[str, np.ndarray], output: Path) -> int:

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 import qcompiler
-from qcompiler import runtime
-from qcompiler.recipe import Recipe, Step
+from qcompiler.recipes import Recipe, Step
+from qcompiler.sessions import runtime
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "models")]

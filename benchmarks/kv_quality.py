@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.quality import machine, versions  # noqa: E402
 from models.export import model_path  # noqa: E402
 from qcompiler import compiler  # noqa: E402
-from qcompiler.evaluate import Steps, evaluate  # noqa: E402
+from qcompiler.evaluation.evaluate import Steps, evaluate  # noqa: E402
 
 DEMO, CACHE = ROOT / "models" / "demo", ROOT / "benchmarks" / ".cache" / "kv"
 SEQUENCE, SAMPLES = 256, 32

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler import compiler, runtime
+from qcompiler import compiler
+from qcompiler.sessions import runtime
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

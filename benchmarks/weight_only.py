@@ -42,11 +42,11 @@ from benchmarks.peers import environment, onnxruntime_nbits  # noqa: E402
 from benchmarks.quality import machine, versions  # noqa: E402
 from models.export import model_path  # noqa: E402
 from qcompiler import compiler  # noqa: E402
-from qcompiler.evaluate import evaluate  # noqa: E402
-from qcompiler.model_io import load  # noqa: E402
-from qcompiler.recipe import Recipe, recipe_names  # noqa: E402
-from qcompiler.registry import options_of, pass_class  # noqa: E402
-from qcompiler.samples import Samples, open_samples  # noqa: E402
+from qcompiler.calibration.samples import Samples, open_samples  # noqa: E402
+from qcompiler.evaluation.evaluate import evaluate  # noqa: E402
+from qcompiler.graph.files import load  # noqa: E402
+from qcompiler.recipes import Recipe, recipe_names  # noqa: E402
+from qcompiler.recipes.registry import options_of, pass_class  # noqa: E402
 
 DEMO, CACHE = ROOT / "models" / "demo", ROOT / "benchmarks" / ".cache" / "weight-only"
 VARIANT, SEQUENCE = "dynamo", 256

@@ -16,8 +16,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from passes import PASSES  # noqa: E402
-from qcompiler.recipe import CONVERT, Recipe, recipe_names  # noqa: E402
-from qcompiler.registry import manual, options_of, pass_class, summary  # noqa: E402
+from qcompiler.recipes import CONVERT, Recipe, recipe_names  # noqa: E402
+from qcompiler.recipes.registry import manual, options_of, pass_class, summary  # noqa: E402
 from qcompiler.targets import Target, target_names  # noqa: E402
 
 FOLDER = ROOT / "docs" / "passes"

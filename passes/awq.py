@@ -42,14 +42,14 @@ import onnx_ir as ir
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
-from qcompiler import folding
-from qcompiler.graph import Names
-from qcompiler.match import Linear, NormGroup
-from qcompiler.quantize_weight import quantize_weight
-from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
-from qcompiler.scheme import Scheme
+from qcompiler.formats.scheme import Scheme
+from qcompiler.formats.search import quantize_weight
+from qcompiler.graph.edit import Names
+from qcompiler.graph.lazy import read
+from qcompiler.rewriting import folding
+from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
+from qcompiler.sites.find import Linear, NormGroup
 from qcompiler.statistics import SecondMoment, StatisticsStore
-from qcompiler.tensors import read
 
 if TYPE_CHECKING:
     from qcompiler.targets import Target

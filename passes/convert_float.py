@@ -35,14 +35,14 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
 from qcompiler.errors import ModelError
-from qcompiler.graph import constant
-from qcompiler.half_constants import MASK
-from qcompiler.half_plan import GROWING, HALF_TYPES, PRODUCTS, HalfPlan, plan
-from qcompiler.half_rewrite import convert
-from qcompiler.half_types import FLOAT, fill_in_types
-from qcompiler.match import Convolution, Embedding, Linear, find_sites
-from qcompiler.quantize import slices
-from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
+from qcompiler.formats.arithmetic import slices
+from qcompiler.graph.edit import constant
+from qcompiler.half.constants import MASK
+from qcompiler.half.plan import GROWING, HALF_TYPES, PRODUCTS, HalfPlan, plan
+from qcompiler.half.rewrite import convert
+from qcompiler.half.types import FLOAT, fill_in_types
+from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
+from qcompiler.sites.find import Convolution, Embedding, Linear, find_sites
 from qcompiler.statistics import MinMax, StatisticsStore
 
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}

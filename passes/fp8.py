@@ -40,19 +40,19 @@ import onnx_ir as ir
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
-from qcompiler.activations import Build, Pairs, float8_tensor_pair, float8_token_pair, is_quantized
-from qcompiler.attention import find_attention_projections
 from qcompiler.errors import RecipeError
-from qcompiler.graph import Names, add_constant, new_node
-from qcompiler.match import Linear, find_sites
-from qcompiler.quantize import scale_and_zero_point
-from qcompiler.quantize_weight import quantize_weight
-from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
-from qcompiler.scheme import PerTensor, PerToken, Scheme
-from qcompiler.sites import Sites
+from qcompiler.formats.arithmetic import scale_and_zero_point
+from qcompiler.formats.scheme import PerTensor, PerToken, Scheme
+from qcompiler.formats.search import quantize_weight
+from qcompiler.graph.edit import Names, add_constant, new_node
+from qcompiler.graph.lazy import read
+from qcompiler.rewriting.activations import Build, Pairs, float8_tensor_pair, float8_token_pair, is_quantized
+from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
+from qcompiler.rewriting.weights import Reader, WeightPass
+from qcompiler.sites.attention_layers import find_attention_projections
+from qcompiler.sites.find import Linear, find_sites
+from qcompiler.sites.kinds import Sites
 from qcompiler.statistics import ChannelRange, StatisticsStore
-from qcompiler.tensors import read
-from qcompiler.weights import Reader, WeightPass
 
 Format = Literal["fp8_e4m3", "fp8_e5m2"]
 

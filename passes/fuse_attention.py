@@ -38,9 +38,7 @@ import numpy as np
 import onnx_ir as ir
 from pydantic.dataclasses import dataclass as options
 
-from qcompiler.attention_proof import Proof, prove
-from qcompiler.attention_sites import CachedAttention, find_cached_attention
-from qcompiler.graph import (
+from qcompiler.graph.edit import (
     Names,
     add_constant,
     inherit,
@@ -49,9 +47,11 @@ from qcompiler.graph import (
     remove_node_if_unused,
     remove_unused_constant,
 )
-from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped
-from qcompiler.signature import Signature
-from qcompiler.sites import Unsupported
+from qcompiler.graph.model_inputs import Signature
+from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.sites.attention import CachedAttention, find_cached_attention
+from qcompiler.sites.attention_proof import Proof, prove
+from qcompiler.sites.kinds import Unsupported
 from qcompiler.statistics import StatisticsStore
 
 OPERATOR = "GroupQueryAttention"

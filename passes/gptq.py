@@ -17,7 +17,7 @@ the loudest inputs come first; all scales are then chosen beforehand, on the ori
 codes are written in their usual order, so that the layer costs the same at run time.
 
 ``refine: 4`` goes over the columns again when all are rounded, now that every column knows what the others became, and
-fits the scales to the codes (`qcompiler/coordinate_descent.py`; Behdin et al. 2023, "QuantEase", algorithm 1).
+fits the scales to the codes (`qcompiler/rewriting/quantease.py`; Behdin et al. 2023, "QuantEase", algorithm 1).
 
 With ``sequential: true`` each block of the model is measured on what the rounded blocks before it answer.
 
@@ -39,18 +39,18 @@ import onnx_ir as ir
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
-from qcompiler.coordinate_descent import refine
 from qcompiler.errors import SchemeError
-from qcompiler.gptq_solver import RAISES, Factor, Search, check_device, factorise, plain, solve
-from qcompiler.graph import Names
-from qcompiler.match import Linear, Site, find_sites
-from qcompiler.quantize import Array, Quantized, quantize
-from qcompiler.quantize_weight import quantize_weight
-from qcompiler.rewrite import OPTIONS, Changes, Kind, Pass, Tap
-from qcompiler.scheme import find_format
+from qcompiler.formats.arithmetic import Array, Quantized, quantize
+from qcompiler.formats.scheme import find_format
+from qcompiler.formats.search import quantize_weight
+from qcompiler.graph.edit import Names
+from qcompiler.graph.lazy import read
+from qcompiler.rewriting.contract import OPTIONS, Changes, Kind, Pass, Tap
+from qcompiler.rewriting.gptq import RAISES, Factor, Search, check_device, factorise, plain, solve
+from qcompiler.rewriting.quantease import refine
+from qcompiler.rewriting.weights import WeightConstant, WeightPass
+from qcompiler.sites.find import Linear, Site, find_sites
 from qcompiler.statistics import SecondMoment, Solved, StatisticsStore
-from qcompiler.tensors import read
-from qcompiler.weights import WeightConstant, WeightPass
 
 REPORTED_CHANNELS = 128  # that the errors in the report are taken from
 

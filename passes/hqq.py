@@ -44,14 +44,14 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
 from qcompiler.errors import SchemeError
-from qcompiler.graph import Names
-from qcompiler.quantize import Quantized, quantize, slices
-from qcompiler.quantize_weight import Search, quantize_weight
-from qcompiler.rewrite import OPTIONS, Changes, Kind
-from qcompiler.scheme import NumberFormat, Scheme, find_format
+from qcompiler.formats.arithmetic import Quantized, quantize, slices
+from qcompiler.formats.scheme import NumberFormat, Scheme, find_format
+from qcompiler.formats.search import Search, quantize_weight
+from qcompiler.graph.edit import Names
+from qcompiler.graph.lazy import read
+from qcompiler.rewriting.contract import OPTIONS, Changes, Kind
+from qcompiler.rewriting.weights import LayerKind, WeightPass
 from qcompiler.statistics import StatisticsStore
-from qcompiler.tensors import read
-from qcompiler.weights import LayerKind, WeightPass
 
 Array = npt.NDArray[Any]
 

@@ -31,14 +31,14 @@ import numpy as np
 import onnx_ir as ir
 from pydantic.dataclasses import dataclass as options
 
-from qcompiler.activations import DynamicPair, dynamic_pair
-from qcompiler.functions import remove_unused_functions
-from qcompiler.graph import Names, add_constant, inherit, insert_before, new_node, node_graph
-from qcompiler.integer_weights import IntegerWeights, is_blocked, put_kernel, weight_obstacle
-from qcompiler.match import Linear, find_sites
-from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.functions.library import remove_unused_functions
+from qcompiler.functions.per_token import SMALLEST_SCALE
+from qcompiler.graph.edit import Names, add_constant, inherit, insert_before, new_node, node_graph
+from qcompiler.lowering.integer_weights import IntegerWeights, is_blocked, put_kernel, weight_obstacle
+from qcompiler.rewriting.activations import DynamicPair, dynamic_pair
+from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.sites.find import Linear, find_sites
 from qcompiler.statistics import StatisticsStore
-from qcompiler.token_functions import SMALLEST_SCALE
 
 KERNEL = "MatMulIntegerToFloat"
 WITH_ACTIVATION = "DynamicQuantizeMatMul"

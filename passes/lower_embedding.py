@@ -19,7 +19,8 @@ from typing import ClassVar
 import onnx_ir as ir
 from pydantic.dataclasses import dataclass as options
 
-from qcompiler.block_gather import (
+from qcompiler.graph.edit import Names
+from qcompiler.lowering.block_gather import (
     KERNEL,
     Table,
     gather_from_table,
@@ -28,10 +29,9 @@ from qcompiler.block_gather import (
     store_table,
     table_block,
 )
-from qcompiler.blocks import CodeMatrix
-from qcompiler.embeddings import QuantizedEmbedding, find_quantized_embeddings
-from qcompiler.graph import Names
-from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.lowering.packed import CodeMatrix
+from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.sites.embeddings import QuantizedEmbedding, find_quantized_embeddings
 from qcompiler.statistics import StatisticsStore
 
 

@@ -23,9 +23,9 @@ import numpy as np
 import onnx_ir as ir
 from pydantic.dataclasses import dataclass as options
 
-from qcompiler.activations import dynamic_pair
-from qcompiler.functions import remove_unused_functions
-from qcompiler.graph import (
+from qcompiler.functions.library import remove_unused_functions
+from qcompiler.functions.per_token import QUANTIZE_FLOAT8, is_token_function
+from qcompiler.graph.edit import (
     Names,
     add_constant,
     array,
@@ -37,12 +37,12 @@ from qcompiler.graph import (
     remove_unused_constant,
     replace_output,
 )
-from qcompiler.match import Linear, find_sites
-from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped
-from qcompiler.rows import rows_of
+from qcompiler.graph.flatten import rows_of
+from qcompiler.graph.lazy import derived
+from qcompiler.rewriting.activations import dynamic_pair
+from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.sites.find import Linear, find_sites
 from qcompiler.statistics import StatisticsStore
-from qcompiler.tensors import derived
-from qcompiler.token_functions import QUANTIZE_FLOAT8, is_token_function
 
 WEIGHT_ONLY = "MatMulBlockQuantizedFp8Weight"
 GEMM = "GemmFloat8"

@@ -26,7 +26,7 @@ import numpy as np
 import onnx_ir as ir
 from pydantic.dataclasses import dataclass as options
 
-from qcompiler.graph import (
+from qcompiler.graph.edit import (
     Names,
     add_constant,
     array,
@@ -37,7 +37,7 @@ from qcompiler.graph import (
     node_graph,
     remove_node_if_unused,
 )
-from qcompiler.integer_weights import (
+from qcompiler.lowering.integer_weights import (
     EIGHT_BITS,
     FLOAT_INPUT,
     IntegerWeights,
@@ -47,8 +47,8 @@ from qcompiler.integer_weights import (
     weight_obstacle,
     zero_point,
 )
-from qcompiler.match import Linear, find_sites
-from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.sites.find import Linear, find_sites
 from qcompiler.statistics import StatisticsStore
 
 KERNEL = "MatMulIntegerToFloat"

@@ -27,10 +27,10 @@ import numpy as np
 import onnx_ir as ir
 from pydantic.dataclasses import dataclass as options
 
-from qcompiler.activations import DynamicPair, dynamic_pair
-from qcompiler.binary import channel_scales, is_binary, unpacked_signs
-from qcompiler.functions import remove_unused_functions
-from qcompiler.graph import (
+from qcompiler.functions.binary import channel_scales, is_binary, unpacked_signs
+from qcompiler.functions.library import remove_unused_functions
+from qcompiler.functions.per_token import QUANTIZE, SMALLEST_SCALE, is_token_function
+from qcompiler.graph.edit import (
     Names,
     add_constant,
     array,
@@ -42,13 +42,20 @@ from qcompiler.graph import (
     remove_node_if_unused,
     replace_output,
 )
-from qcompiler.integer_weights import EIGHT_BITS, FLOAT_INPUT, IntegerWeights, is_blocked, weight_obstacle, zero_point
-from qcompiler.match import Linear, find_sites
-from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped
-from qcompiler.rows import Rows, rows_of
+from qcompiler.graph.flatten import Rows, rows_of
+from qcompiler.graph.lazy import read
+from qcompiler.lowering.integer_weights import (
+    EIGHT_BITS,
+    FLOAT_INPUT,
+    IntegerWeights,
+    is_blocked,
+    weight_obstacle,
+    zero_point,
+)
+from qcompiler.rewriting.activations import DynamicPair, dynamic_pair
+from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.sites.find import Linear, find_sites
 from qcompiler.statistics import StatisticsStore
-from qcompiler.tensors import read
-from qcompiler.token_functions import QUANTIZE, SMALLEST_SCALE, is_token_function
 
 KERNEL = "MatMulInteger"
 UNPADDED = 32

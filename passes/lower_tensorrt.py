@@ -10,7 +10,8 @@ fp8
     y = DQ(Q(x)) · DQ(Q_w) with one scale for x and one for W, both E4M3, stays as it is
 
 TensorRT fuses the pairs with the layer between them; it knows no other operators on codes. Its rules, and where they
-are from, are in `qcompiler/tensorrt.py`; the result is checked against them, and refused where it breaks one.
+are from, are in `qcompiler/lowering/tensorrt_rules.py`; the result is checked against them, and refused where it breaks
+one.
 
 Numbers stay those of the portable graph: codes are moved together with their zero point, and a negative scale changes
 its sign together with its codes, where none of them is the least code, which has no counterpart.
@@ -30,13 +31,9 @@ import numpy as np
 import onnx_ir as ir
 from pydantic.dataclasses import dataclass as options
 
-from qcompiler.activations import dynamic_pair
-from qcompiler.codes import BITS
-from qcompiler.embeddings import QuantizedEmbedding, find_quantized_embeddings
 from qcompiler.errors import TargetError
-from qcompiler.float_constants import FloatConstants
-from qcompiler.functions import DOMAIN, remove_unused_functions
-from qcompiler.graph import (
+from qcompiler.functions.library import DOMAIN, remove_unused_functions
+from qcompiler.graph.edit import (
     Names,
     add_constant,
     array,
@@ -48,12 +45,16 @@ from qcompiler.graph import (
     remove_node_if_unused,
     replace_output,
 )
-from qcompiler.integer_weights import zero_point
-from qcompiler.match import Convolution, Linear, find_sites
-from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.graph.lazy import derived, read
+from qcompiler.lowering.float_constants import FloatConstants
+from qcompiler.lowering.integer_weights import zero_point
+from qcompiler.lowering.tensorrt_rules import BLOCKS, violations
+from qcompiler.rewriting.activations import dynamic_pair
+from qcompiler.rewriting.codes import BITS
+from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.sites.embeddings import QuantizedEmbedding, find_quantized_embeddings
+from qcompiler.sites.find import Convolution, Linear, find_sites
 from qcompiler.statistics import StatisticsStore
-from qcompiler.tensorrt import BLOCKS, violations
-from qcompiler.tensors import derived, read
 
 Layer = Linear | Convolution
 INT4, INT8, E4M3 = ir.DataType.INT4, ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN

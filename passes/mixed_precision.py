@@ -29,13 +29,13 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
 from qcompiler.errors import SchemeError
-from qcompiler.quantize import Quantized
-from qcompiler.quantize_weight import quantize_weight
-from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Tap
-from qcompiler.scheme import FORMATS
+from qcompiler.formats.arithmetic import Quantized
+from qcompiler.formats.scheme import FORMATS
+from qcompiler.formats.search import quantize_weight
+from qcompiler.graph.lazy import read
+from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Tap
+from qcompiler.rewriting.weights import BITS_CHOSEN, LayerKind, WeightConstant, WeightPass, with_bits
 from qcompiler.statistics import ChannelMoments, StatisticsStore
-from qcompiler.tensors import read
-from qcompiler.weights import BITS_CHOSEN, LayerKind, WeightConstant, WeightPass, with_bits
 
 STEPS = 4096
 CHANNELS = 512  # output channels of a layer that are looked at

@@ -36,8 +36,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
 from qcompiler.errors import DataError
-from qcompiler.functions import DOMAIN, add_function
-from qcompiler.graph import (
+from qcompiler.formats.arithmetic import dequantize, quantize, scale_and_zero_point, slices
+from qcompiler.formats.scheme import PerGroup, Scheme
+from qcompiler.formats.search import quantize_weight
+from qcompiler.functions.library import DOMAIN, add_function
+from qcompiler.graph.edit import (
     Names,
     add_constant,
     add_provenance,
@@ -49,13 +52,10 @@ from qcompiler.graph import (
     remove_node_if_unused,
     remove_unused_constant,
 )
-from qcompiler.match import Linear, Sites, find_sites
-from qcompiler.quantize import dequantize, quantize, scale_and_zero_point, slices
-from qcompiler.quantize_weight import quantize_weight
-from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped
-from qcompiler.scheme import PerGroup, Scheme
+from qcompiler.graph.lazy import derived, read
+from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.sites.find import Linear, Sites, find_sites
 from qcompiler.statistics import StatisticsStore
-from qcompiler.tensors import derived, read
 
 Array = npt.NDArray[Any]
 

@@ -39,14 +39,14 @@ import onnx_ir as ir
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
-from qcompiler.activations import Build, Pairs, Quantizable, is_quantized, tensor_pair, token_pair
 from qcompiler.errors import RecipeError, SchemeError
-from qcompiler.graph import Names, add_constant, new_node
-from qcompiler.match import Convolution, Linear, find_sites
-from qcompiler.quantize import scale_and_zero_point
-from qcompiler.registry import users_own
-from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
-from qcompiler.scheme import PerTensor, PerToken, Scheme
+from qcompiler.formats.arithmetic import scale_and_zero_point
+from qcompiler.formats.scheme import PerTensor, PerToken, Scheme
+from qcompiler.graph.edit import Names, add_constant, new_node
+from qcompiler.recipes.registry import users_own
+from qcompiler.rewriting.activations import Build, Pairs, Quantizable, is_quantized, tensor_pair, token_pair
+from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
+from qcompiler.sites.find import Convolution, Linear, find_sites
 from qcompiler.statistics import (
     MSE,
     ChannelRange,

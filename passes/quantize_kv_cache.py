@@ -43,16 +43,16 @@ import onnx_ir as ir
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
-from qcompiler import fused_cache
-from qcompiler.attention_past import join_outside
-from qcompiler.cache_storage import Coder, Storage
-from qcompiler.caches import Cache, find_caches
 from qcompiler.errors import SchemeError
-from qcompiler.graph import Names, add_constant, add_provenance, inherit, insert_after, insert_before, new_node
-from qcompiler.match import Unsupported
-from qcompiler.quantize import Array
-from qcompiler.rewrite import OPTIONS, CacheChange, Changed, Changes, Kind, Pass, Skipped, Tap
-from qcompiler.scheme import Scheme
+from qcompiler.formats.arithmetic import Array
+from qcompiler.formats.scheme import Scheme
+from qcompiler.graph.edit import Names, add_constant, add_provenance, inherit, insert_after, insert_before, new_node
+from qcompiler.rewriting import fused_cache
+from qcompiler.rewriting.attention_past import join_outside
+from qcompiler.rewriting.cache_storage import Coder, Storage
+from qcompiler.rewriting.contract import OPTIONS, CacheChange, Changed, Changes, Kind, Pass, Skipped, Tap
+from qcompiler.sites.caches import Cache, find_caches
+from qcompiler.sites.find import Unsupported
 from qcompiler.statistics import HeadRange, StatisticsStore
 
 Granularity = Literal["tensor", "channel", "token"]

@@ -37,19 +37,19 @@ import numpy.typing as npt
 import onnx_ir as ir
 from pydantic.dataclasses import dataclass as options
 
-from qcompiler.binary import DEQUANTIZE, add_binary_function
-from qcompiler.binary import FORMAT as BINARY
 from qcompiler.errors import SchemeError
-from qcompiler.graph import Names
-from qcompiler.match import Convolution
-from qcompiler.quantize import Quantized
-from qcompiler.quantize_weight import quantize_weight
-from qcompiler.rewrite import OPTIONS, Changes, Kind, Tap
-from qcompiler.saturation import saturation_safe_scale
-from qcompiler.scheme import Scheme
+from qcompiler.formats.arithmetic import Quantized
+from qcompiler.formats.saturation import saturation_safe_scale
+from qcompiler.formats.scheme import Scheme
+from qcompiler.formats.search import quantize_weight
+from qcompiler.functions.binary import DEQUANTIZE, add_binary_function
+from qcompiler.functions.binary import FORMAT as BINARY
+from qcompiler.graph.edit import Names
+from qcompiler.graph.lazy import read
+from qcompiler.rewriting.contract import OPTIONS, Changes, Kind, Tap
+from qcompiler.rewriting.weights import Reader, WeightConstant, WeightPass
+from qcompiler.sites.find import Convolution
 from qcompiler.statistics import ChannelMoments, StatisticsStore
-from qcompiler.tensors import read
-from qcompiler.weights import Reader, WeightConstant, WeightPass
 
 
 @options(frozen=True, config=OPTIONS)

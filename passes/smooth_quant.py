@@ -28,14 +28,14 @@ import onnx_ir as ir
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
-from qcompiler import folding
 from qcompiler.errors import SchemeError
-from qcompiler.folding import COLUMNS_AT_ONCE, without_silence
-from qcompiler.graph import Names, constant
-from qcompiler.match import Linear, NormGroup
-from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
+from qcompiler.graph.edit import Names, constant
+from qcompiler.graph.lazy import read
+from qcompiler.rewriting import folding
+from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
+from qcompiler.rewriting.folding import COLUMNS_AT_ONCE, without_silence
+from qcompiler.sites.find import Linear, NormGroup
 from qcompiler.statistics import ChannelFolds, ChannelMoments, ChannelRange, Statistic, StatisticsStore
-from qcompiler.tensors import read
 
 GRID = tuple(np.arange(0, 21) / 20)
 UNSEEN = 4.0  # new text differs more from the calibration text than its stretches do: docs/decisions/0003

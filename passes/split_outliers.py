@@ -35,11 +35,10 @@ import onnx_ir as ir
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
-from qcompiler.activations import is_quantized
 from qcompiler.errors import SchemeError
-from qcompiler.folding import is_shared, reader_of, weight_of
-from qcompiler.functions import DOMAIN
-from qcompiler.graph import (
+from qcompiler.functions.library import DOMAIN
+from qcompiler.functions.outliers import add_product, add_split_function
+from qcompiler.graph.edit import (
     Names,
     add_constant,
     add_provenance,
@@ -50,11 +49,12 @@ from qcompiler.graph import (
     node_graph,
     set_constant,
 )
-from qcompiler.match import Linear, find_sites
-from qcompiler.outliers import add_product, add_split_function
-from qcompiler.rewrite import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
+from qcompiler.graph.lazy import derived
+from qcompiler.rewriting.activations import is_quantized
+from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
+from qcompiler.rewriting.folding import is_shared, reader_of, weight_of
+from qcompiler.sites.find import Linear, find_sites
 from qcompiler.statistics import ChannelRange, StatisticsStore
-from qcompiler.tensors import derived
 
 SHOWN = 8  # columns that the report names
 QUANTIZED_INPUT = "its input is quantized already: split-outliers comes before that"

@@ -12,33 +12,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qcompiler.calibrate import Hook
-    from qcompiler.compiled import Compiled
+    from qcompiler.calibration.calibrator import Hook
     from qcompiler.compiler import compile
     from qcompiler.diagnosis import debug
+    from qcompiler.driver.compiled import Compiled
     from qcompiler.errors import QCompilerError
-    from qcompiler.generation import generate
+    from qcompiler.generation.write import generate
     from qcompiler.inspection import inspect
     from qcompiler.model_diff import diff
-    from qcompiler.recipe import Recipe
-    from qcompiler.rewrite import Pass
-    from qcompiler.runtime import load_session
+    from qcompiler.recipes import Recipe
+    from qcompiler.rewriting.contract import Pass
+    from qcompiler.sessions.runtime import load_session
     from qcompiler.statistics import Statistic
 
 # Names are looked up when first used, so that `import qcompiler` (and `qcompiler --help`) loads no library.
 _PUBLIC = {
-    "Compiled": "compiled",
-    "Hook": "calibrate",
-    "Pass": "rewrite",
+    "Compiled": "driver.compiled",
+    "Hook": "calibration.calibrator",
+    "Pass": "rewriting.contract",
     "QCompilerError": "errors",
-    "Recipe": "recipe",
+    "Recipe": "recipes",
     "Statistic": "statistics",
     "compile": "compiler",
     "debug": "diagnosis",
     "diff": "model_diff",  # not diff.py: a submodule of that name would hide the function
-    "generate": "generation",
+    "generate": "generation.write",
     "inspect": "inspection",
-    "load_session": "runtime",
+    "load_session": "sessions.runtime",
 }
 
 __all__ = [

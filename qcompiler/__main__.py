@@ -1,5 +1,5 @@
 """``python -m qcompiler`` is the command line."""
 
-from qcompiler.cli import main
+from qcompiler.cli.app import main
 
 main()

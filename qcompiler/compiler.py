@@ -11,12 +11,12 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qcompiler import inputs, pipeline
-from qcompiler.calibrate import Calibrator, Hook, load_statistics, model_hash, save_statistics
-from qcompiler.compiled import Compiled
-from qcompiler.hooks import onlookers
-from qcompiler.inputs import Data
-from qcompiler.recipe import Recipe
+from qcompiler.calibration.calibrator import Calibrator, Hook, load_statistics, model_hash, save_statistics
+from qcompiler.driver import inputs, pipeline
+from qcompiler.driver.compiled import Compiled
+from qcompiler.driver.inputs import Data
+from qcompiler.driver.observers import onlookers
+from qcompiler.recipes import Recipe
 from qcompiler.report import build, check_gates
 from qcompiler.statistics import StatisticsStore
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.graph import Names, add_constant, insert_before, new_node, replace_output
+from qcompiler.graph.edit import Names, add_constant, insert_before, new_node, replace_output
 
 
 def on_cpu(model: ir.Model) -> ir.Model:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tiny
 
-from qcompiler.attention import find_attention_projections
-from qcompiler.match import PART_OF, find_sites
+from qcompiler.sites.attention_layers import find_attention_projections
+from qcompiler.sites.find import PART_OF, find_sites
 
 
 def projections(text: str, **constants: object) -> set[str]:

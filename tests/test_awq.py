@@ -14,9 +14,9 @@ from oracles import awq as oracle
 from passes.awq import CHANNELS, Awq
 from passes.quantize_weights import QuantizeWeights
 from qcompiler.errors import QCompilerError
-from qcompiler.match import find_sites
-from qcompiler.rewrite import Changes
-from qcompiler.scheme import PerGroup
+from qcompiler.formats.scheme import PerGroup
+from qcompiler.rewriting.contract import Changes
+from qcompiler.sites.find import find_sites
 from qcompiler.statistics import SecondMoment, StatisticsStore
 from qcompiler.targets import Target
 

@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 from oracles import binary as oracle
 
 from passes.quantize_weights import QuantizeWeights
-from qcompiler import binary, model_io, segments
-from qcompiler.canonicalize import canonicalize
 from qcompiler.errors import QCompilerError, SchemeError
-from qcompiler.match import find_sites
-from qcompiler.quantize_weight import quantize_weight
-from qcompiler.rewrite import Changes
-from qcompiler.scheme import PerChannel, PerGroup, Scheme
+from qcompiler.formats.scheme import PerChannel, PerGroup, Scheme
+from qcompiler.formats.search import quantize_weight
+from qcompiler.functions import binary
+from qcompiler.graph import files as model_io
+from qcompiler.rewriting.contract import Changes
+from qcompiler.sessions import segments
+from qcompiler.sites.canonicalize import canonicalize
+from qcompiler.sites.find import find_sites
 
 MATMUL = "g (float[B,S,{K}] x, float[{K},{N}] W) => (float[B,S,{N}] y) {{ [fc] y = MatMul(x, W) }}"
 GEMM = """g (float[M,{K}] x, float[{N},{K}] W, float[{N}] b) => (float[M,{N}] y) {{

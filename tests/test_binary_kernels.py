@@ -18,13 +18,13 @@ from passes.lower_int8 import LowerInt8
 from passes.lower_weight_only import LowerWeightOnly
 from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
-from qcompiler import model_io
-from qcompiler.canonicalize import canonicalize
-from qcompiler.match import find_sites
+from qcompiler.calibration.samples import open_samples
+from qcompiler.graph import files as model_io
 from qcompiler.report.cautions import binary_warnings
 from qcompiler.report.report import SiteReport
-from qcompiler.rewrite import Changes
-from qcompiler.samples import open_samples
+from qcompiler.rewriting.contract import Changes
+from qcompiler.sites.canonicalize import canonicalize
+from qcompiler.sites.find import find_sites
 from qcompiler.statistics import StatisticsStore
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompiler import segments
-from qcompiler.calibrate import Calibrator, Hook, load_statistics, model_hash, save_statistics
+from qcompiler.calibration.calibrator import Calibrator, Hook, load_statistics, model_hash, save_statistics
+from qcompiler.calibration.samples import from_python
 from qcompiler.errors import DataError, ModelError, RecipeError
-from qcompiler.rewrite import Tap
-from qcompiler.samples import from_python
+from qcompiler.rewriting.contract import Tap
+from qcompiler.sessions import segments
 from qcompiler.statistics import ChannelAbsMax, MinMax, Statistic, StatisticsStore
 
 WEIGHT = np.array([[1, 2, 0], [0, -1, 3]], np.float32)

@@ -8,10 +8,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompiler.canonicalize import _same_table, canonicalize
 from qcompiler.errors import ModelError
-from qcompiler.match import find_sites
-from qcompiler.model_io import load, session
+from qcompiler.graph.files import load, session
+from qcompiler.sites.canonicalize import _same_table, canonicalize
+from qcompiler.sites.find import find_sites
 
 GENERATOR = np.random.default_rng(0)
 
@@ -232,7 +232,7 @@ def test_nearly_the_same_is_not_the_same() -> None:
 
 
 def test_every_number_of_two_tables_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qcompiler.canonicalize.TILE", 2)
+    monkeypatch.setattr("qcompiler.sites.canonicalize.TILE", 2)
     table = GENERATOR.standard_normal((9, 3)).astype(np.float32)
     text = TIED.format("3,9", "y = MatMul(e, W)").replace("9,4", "9,3").replace("A,S,4", "A,S,3")
     for row, column in np.ndindex(9, 3):

@@ -13,7 +13,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompiler import cli, errors
+from qcompiler import errors
+from qcompiler.cli import app as cli
 from qcompiler.targets import Target, target_names
 
 HEAVY = (
@@ -429,7 +430,7 @@ def test_a_broken_plugin_is_listed_as_such(monkeypatch, capsys) -> None:
     def broken(name: str) -> type:
         raise errors.RecipeError(f"the pass {name!r} cannot be imported")
 
-    monkeypatch.setattr("qcompiler.registry.pass_class", broken)
+    monkeypatch.setattr("qcompiler.recipes.registry.pass_class", broken)
     assert run(monkeypatch, "passes") == 0
     assert "cannot be imported" in capsys.readouterr().out
 
@@ -461,15 +462,15 @@ def test_interrupt_defect_and_pass_error(monkeypatch, capsys) -> None:
 
         return explode
 
-    monkeypatch.setattr("qcompiler.registry.pass_names", raising(KeyboardInterrupt()))
+    monkeypatch.setattr("qcompiler.recipes.registry.pass_names", raising(KeyboardInterrupt()))
     assert run(monkeypatch, "passes") == 130
-    monkeypatch.setattr("qcompiler.registry.pass_names", raising(ZeroDivisionError("oops")))
+    monkeypatch.setattr("qcompiler.recipes.registry.pass_names", raising(ZeroDivisionError("oops")))
     assert run(monkeypatch, "passes") == cli.DEFECT
     text = capsys.readouterr().err
     assert "Traceback" in text
     assert "ZeroDivisionError: oops" in text
     assert "please report it" in text
-    monkeypatch.setattr("qcompiler.registry.pass_names", raising(errors.PassError("smooth-quant broke y")))
+    monkeypatch.setattr("qcompiler.recipes.registry.pass_names", raising(errors.PassError("smooth-quant broke y")))
     assert run(monkeypatch, "passes") == 2
     text = capsys.readouterr().err
     assert text.startswith("error: smooth-quant broke y")

@@ -19,9 +19,9 @@ import pytest
 from conftest import ROOT
 
 from passes import PASSES
-from qcompiler.match import Linear, find_sites
-from qcompiler.registry import options_of, pass_class
+from qcompiler.recipes.registry import options_of, pass_class
 from qcompiler.report import Report
+from qcompiler.sites.find import Linear, find_sites
 
 ENGINE, LIBRARY = ROOT / "qcompiler", ROOT / "passes"
 SOURCES = sorted([*ENGINE.rglob("*.py"), *LIBRARY.rglob("*.py")])
@@ -78,7 +78,7 @@ def test_heavy_libraries_are_imported_where_they_are_used(path: Path) -> None:
 def test_importing_the_package_is_light() -> None:
     """In an interpreter of its own: neither the package nor its command line loads what only some commands need."""
     heavy = sorted(HEAVY | {"onnx_ir", "onnxscript"})
-    code = f"import sys, qcompiler, qcompiler.cli; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, qcompiler, qcompiler.cli.app; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -166,8 +166,8 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     from export import CHECKPOINT, model_path
 
     import qcompiler
-    from qcompiler.canonicalize import canonicalize
-    from qcompiler.model_io import load
+    from qcompiler.graph.files import load
+    from qcompiler.sites.canonicalize import canonicalize
 
     source = model_path(request.param)
     folder = tmp_path_factory.mktemp(request.param)
@@ -272,7 +272,7 @@ def test_plain_onnxruntime_computes_what_was_verified(compiled: CompiledVariant)
     import onnxruntime as ort
     from export import CHECKPOINT
 
-    from qcompiler.samples import open_samples
+    from qcompiler.calibration.samples import open_samples
 
     (sample,) = open_samples(
         str(CHECKPOINT / "heldout.txt"), model=compiled.before, tokenizer=CHECKPOINT, limit=1, sequence_length=48

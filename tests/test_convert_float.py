@@ -17,10 +17,10 @@ from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
 from qcompiler.compiler import compile
 from qcompiler.errors import ModelError, TargetError
-from qcompiler.half_constants import fit, mask_value, rounded
-from qcompiler.half_emulation import emulated
-from qcompiler.recipe import Recipe
-from qcompiler.rewrite import Changes
+from qcompiler.half.constants import fit, mask_value, rounded
+from qcompiler.half.emulation import emulated
+from qcompiler.recipes import Recipe
+from qcompiler.rewriting.contract import Changes
 from qcompiler.statistics import StatisticsStore
 
 HALF, BRAIN, FLOAT = ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from oracles import coordinate_descent as oracle
 
 from passes.gptq import Gptq
-from qcompiler.coordinate_descent import refine
 from qcompiler.errors import SchemeError
-from qcompiler.gptq_solver import factorise, solve
-from qcompiler.quantize import Quantized
-from qcompiler.quantize_weight import quantize_weight
-from qcompiler.scheme import PerChannel, PerGroup, PerTensor, Scheme
+from qcompiler.formats.arithmetic import Quantized
+from qcompiler.formats.scheme import PerChannel, PerGroup, PerTensor, Scheme
+from qcompiler.formats.search import quantize_weight
+from qcompiler.rewriting.gptq import factorise, solve
+from qcompiler.rewriting.quantease import refine
 
 BOUNDS = {"int3": (-4, 3), "int4": (-8, 7), "uint4": (0, 15), "int8": (-128, 127)}
 
@@ -125,7 +125,7 @@ def test_channels_in_slices_are_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     scheme = Scheme("uint4", PerGroup(32), symmetric=False)
     start = quantize_weight(W, scheme, channel_axis=0)
     whole = refined(W, start, H, scheme, 0)
-    monkeypatch.setattr("qcompiler.coordinate_descent.SLICE_ELEMENTS", 64 * 64)
+    monkeypatch.setattr("qcompiler.rewriting.quantease.SLICE_ELEMENTS", 64 * 64)
     parts = refined(W, start, H, scheme, 0)
     assert np.mean(whole.codes == parts.codes) > 0.999  # products of other shapes may round otherwise
     np.testing.assert_allclose(whole.scale, parts.scale, rtol=1e-2)

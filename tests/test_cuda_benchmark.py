@@ -15,9 +15,9 @@ import tiny
 
 from benchmarks import cuda
 from benchmarks.cuda_measure import Entry, Shape, compare_speed, feeds, lines, measure, open_session, sqnr_db
-from qcompiler import inputs
+from qcompiler.driver import inputs
 from qcompiler.errors import TargetError
-from qcompiler.recipe import recipe_names
+from qcompiler.recipes import recipe_names
 
 LATER = math.inf
 TOKENS = """g (int64[batch,sequence] input_ids, float[3072,64] E, float[64,128] W, float[128,3072] V)

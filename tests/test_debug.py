@@ -15,13 +15,15 @@ import tiny
 import yaml
 
 import qcompiler
-from qcompiler import cli, model_io, segments
+from qcompiler.cli import app as cli
 from qcompiler.diagnosis import debug
 from qcompiler.diagnosis.advice import advise
 from qcompiler.diagnosis.channels import Outliers, Rescaling
 from qcompiler.diagnosis.report import LayerDiagnosis
 from qcompiler.errors import DataError, ModelError
-from qcompiler.recipe import Recipe
+from qcompiler.graph import files as model_io
+from qcompiler.recipes import Recipe
+from qcompiler.sessions import segments
 
 WIDTH, LAYERS, DAMAGED = 32, 40, 17
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import qcompiler
 from qcompiler.errors import ModelError
-from qcompiler.graph import PROVENANCE
+from qcompiler.graph.edit import PROVENANCE
 from qcompiler.model_diff import diff
 from qcompiler.report.difference import render_diff
 

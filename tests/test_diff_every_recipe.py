@@ -12,10 +12,10 @@ import pytest
 import tiny
 
 import qcompiler
-from qcompiler.compiled import Compiled
+from qcompiler.calibration.samples import from_python
+from qcompiler.driver.compiled import Compiled
 from qcompiler.model_diff import LayerStory, diff
-from qcompiler.recipe import recipe_names
-from qcompiler.samples import from_python
+from qcompiler.recipes import recipe_names
 
 BLOCK = """
   p{n} = Pow(x{n}, two)  m{n} = ReduceMean<keepdims=1>(p{n}, last)  e{n} = Add(m{n}, tiny)  r{n} = Sqrt(e{n})

@@ -17,10 +17,10 @@ from demo import EMBEDDING, HEAD, LAYERS, LINEARS, SHAPES, WHOLE, Reader, clause
 
 import qcompiler
 from models import export
-from qcompiler import model_io
+from qcompiler.calibration.samples import from_python
+from qcompiler.graph import files as model_io
 from qcompiler.model_diff import diff
 from qcompiler.report.difference import common, rows_of
-from qcompiler.samples import from_python
 
 # ---------------------------------------------------------------------------------------------------- our own recipes
 

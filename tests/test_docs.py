@@ -16,10 +16,9 @@ import test_golden
 import typer
 from typer.testing import CliRunner
 
-from qcompiler import registry
-from qcompiler.cli import app
-from qcompiler.recipe import Recipe, recipe_names
-from qcompiler.registry import options_of, pass_class
+from qcompiler.cli.app import app
+from qcompiler.recipes import Recipe, recipe_names, registry
+from qcompiler.recipes.registry import options_of, pass_class
 from qcompiler.targets import target_names
 
 ROOT = Path(__file__).resolve().parent.parent

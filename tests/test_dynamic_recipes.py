@@ -10,10 +10,10 @@ import pytest
 from export import CHECKPOINT, model_path
 
 import qcompiler
-from qcompiler import model_io
-from qcompiler.canonicalize import canonicalize
-from qcompiler.evaluate import evaluate
-from qcompiler.match import find_sites
+from qcompiler.evaluation.evaluate import evaluate
+from qcompiler.graph import files as model_io
+from qcompiler.sites.canonicalize import canonicalize
+from qcompiler.sites.find import find_sites
 
 VARIANTS = ["dynamo", "dynamo-past", "opset23", "optimum", "fp16", pytest.param("genai", marks=pytest.mark.exporters)]
 INTEGER = ["int8-dynamic", "llm-int8"]

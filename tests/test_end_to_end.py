@@ -13,10 +13,10 @@ from pydantic.dataclasses import dataclass as options
 
 import qcompiler
 from qcompiler.errors import DataError, ModelError, PassError
-from qcompiler.evaluate import evaluate
-from qcompiler.recipe import Recipe, Step
-from qcompiler.registry import pass_class
-from qcompiler.rewrite import OPTIONS, Changes, Kind, Pass
+from qcompiler.evaluation.evaluate import evaluate
+from qcompiler.recipes import Recipe, Step
+from qcompiler.recipes.registry import pass_class
+from qcompiler.rewriting.contract import OPTIONS, Changes, Kind, Pass
 from qcompiler.statistics import StatisticsStore
 
 RECIPES, TARGETS = ("int8-static", "smoothquant", "int8-weights"), ("ort-cpu", "portable")
@@ -92,7 +92,7 @@ class Explode(Pass):
 
 
 def test_the_reproducer_shows_the_failure_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("qcompiler.recipe.pass_class", lambda name: Explode if name == "explode" else pass_class(name))
+    monkeypatch.setattr("qcompiler.recipes.pass_class", lambda name: Explode if name == "explode" else pass_class(name))
     model = build("chain")
     recipe = Recipe(
         name="r", passes=(Step(name="quantize-weights"), Step(name="quantize-activations"), Step(name="explode"))
@@ -107,7 +107,7 @@ def test_the_reproducer_shows_the_failure_again(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_reproducer_that_cannot_be_written_hides_no_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("qcompiler.recipe.pass_class", lambda name: Explode if name == "explode" else pass_class(name))
+    monkeypatch.setattr("qcompiler.recipes.pass_class", lambda name: Explode if name == "explode" else pass_class(name))
     (tmp_path / "reproduce-explode").touch()
     model = build("chain")
     with pytest.raises(PassError, match=r"explode failed: .*boom.*no reproducer"):

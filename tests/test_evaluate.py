@@ -10,10 +10,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from qcompiler import load_session
+from qcompiler.calibration.samples import from_python, open_samples
 from qcompiler.errors import DataError, ModelError
-from qcompiler.evaluate import Steps, evaluate
-from qcompiler.runtime import DISABLED_OPTIMIZERS, SESSION_OPTIONS, one_line, session_options_of
-from qcompiler.samples import from_python, open_samples
+from qcompiler.evaluation.evaluate import Steps, evaluate
+from qcompiler.sessions.runtime import DISABLED_OPTIMIZERS, SESSION_OPTIONS, one_line, session_options_of
 
 VOCABULARY = 9
 

@@ -10,11 +10,11 @@ import pytest
 import tiny
 
 from passes.awq import Awq
-from qcompiler import folding
-from qcompiler.canonicalize import canonicalize
-from qcompiler.graph import Names
-from qcompiler.match import NormGroup, find_linear_groups
-from qcompiler.rewrite import Changes
+from qcompiler.graph.edit import Names
+from qcompiler.rewriting import folding
+from qcompiler.rewriting.contract import Changes
+from qcompiler.sites.canonicalize import canonicalize
+from qcompiler.sites.find import NormGroup, find_linear_groups
 
 # Attention over [B, S, 8] with heads of 4: four of queries, and as many of keys and values as HEADS says.
 ATTENTION = """g (float[B,S,8] x, float[8,16] Wq, float[8,KV] Wk, float[8,KV] Wv, float[KV] bv, float[16,8] Wo,

@@ -21,13 +21,13 @@ from rich.console import Console
 import qcompiler
 from passes.fp8 import AT_AN_END, IN_ATTENTION, Fp8
 from passes.quantize_weights import QuantizeWeights
-from qcompiler.activations import dynamic_pair, is_quantized
 from qcompiler.errors import RecipeError, SchemeError
-from qcompiler.match import find_sites
-from qcompiler.quantize import quantize
+from qcompiler.formats.arithmetic import quantize
+from qcompiler.formats.scheme import FORMATS
 from qcompiler.report import render
-from qcompiler.rewrite import Changes
-from qcompiler.scheme import FORMATS
+from qcompiler.rewriting.activations import dynamic_pair, is_quantized
+from qcompiler.rewriting.contract import Changes
+from qcompiler.sites.find import find_sites
 
 FP8 = ["fp8_e4m3", "fp8_e5m2"]
 VARIANTS = ["dynamo", "dynamo-past", "opset23", "optimum", "fp16", pytest.param("genai", marks=pytest.mark.exporters)]

@@ -12,11 +12,11 @@ from export import CHECKPOINT, model_path
 
 import qcompiler
 from passes.fuse_attention import FuseAttention
-from qcompiler import inputs
-from qcompiler.attention_proof import prove
-from qcompiler.attention_sites import CachedAttention, find_cached_attention
-from qcompiler.recipe import Recipe, Step
-from qcompiler.signature import Signature
+from qcompiler.driver import inputs
+from qcompiler.graph.model_inputs import Signature
+from qcompiler.recipes import Recipe, Step
+from qcompiler.sites.attention import CachedAttention, find_cached_attention
+from qcompiler.sites.attention_proof import prove
 from qcompiler.statistics import StatisticsStore
 
 VARIANTS = ("dynamo-past", "optimum")

@@ -16,11 +16,11 @@ import pytest
 from export import CHECKPOINT, MissingEnvironmentError, genai_python, model_path
 
 import qcompiler
-from qcompiler.cache_io import find_cache_io
-from qcompiler.decoder import Decoder
 from qcompiler.errors import DataError, ModelError
-from qcompiler.generation import Generation, generate
-from qcompiler.signature import Signature
+from qcompiler.generation.cache_io import find_cache_io
+from qcompiler.generation.decoder import Decoder
+from qcompiler.generation.write import Generation, generate
+from qcompiler.graph.model_inputs import Signature
 
 NEW = 16
 EXPORTED = ["dynamo-past", "optimum", pytest.param("genai", marks=pytest.mark.exporters)]
@@ -391,9 +391,10 @@ def test_pairs_by_name_and_else_by_the_graph() -> None:
 
 def test_the_names_that_are_promised() -> None:
     assert qcompiler.generate is generate
-    assert qcompiler.runtime.generate is generate
+    assert qcompiler.sessions.runtime.generate is generate
     code = (
-        "import sys, qcompiler; print('numpy' in sys.modules); import qcompiler.runtime; print('torch' in sys.modules)"
+        "import sys, qcompiler; print('numpy' in sys.modules)\n"
+        "import qcompiler.sessions.runtime; print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

@@ -14,9 +14,10 @@ import pytest
 from export import CHECKPOINT
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from qcompiler import cli, generate
-from qcompiler.sampling import Sampling
-from qcompiler.text_stream import TextStream
+from qcompiler import generate
+from qcompiler.cli import app as cli
+from qcompiler.generation.sampling import Sampling
+from qcompiler.generation.text_stream import TextStream
 
 WITHOUT_CUDA = pytest.mark.skipif(
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA"

@@ -24,9 +24,9 @@ import tiny
 import yaml
 
 from passes import PASSES
-from qcompiler.registry import pass_class
-from qcompiler.rewrite import Changes, Pass
-from qcompiler.stored_past import StoredPasts
+from qcompiler.calibration.stored_past import StoredPasts
+from qcompiler.recipes.registry import pass_class
+from qcompiler.rewriting.contract import Changes, Pass
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(GOLDEN.glob("*/*.txt"))

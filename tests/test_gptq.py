@@ -16,13 +16,13 @@ from oracles import gptq as oracle
 
 import passes.gptq
 from passes.gptq import Gptq
-from qcompiler import gptq_solver
 from qcompiler.errors import DataError, SchemeError
-from qcompiler.gptq_solver import Factor, factorise, solve
-from qcompiler.match import find_sites
-from qcompiler.quantize_weight import quantize_weight
-from qcompiler.rewrite import Changes
-from qcompiler.scheme import PerChannel, PerGroup, PerTensor, Scheme
+from qcompiler.formats.scheme import PerChannel, PerGroup, PerTensor, Scheme
+from qcompiler.formats.search import quantize_weight
+from qcompiler.rewriting import gptq as gptq_solver
+from qcompiler.rewriting.contract import Changes
+from qcompiler.rewriting.gptq import Factor, factorise, solve
+from qcompiler.sites.find import find_sites
 from qcompiler.statistics import StatisticsStore
 
 BOUNDS = {"int2": (-2, 1), "uint2": (0, 3), "int3": (-4, 3), "uint3": (0, 7), "int4": (-8, 7), "uint4": (0, 15),

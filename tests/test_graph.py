@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompiler import graph as g
+from qcompiler.graph import edit as g
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from oracles import hqq as oracle
 
 from passes.hqq import Hqq, hqq
 from qcompiler.errors import QCompilerError
-from qcompiler.match import find_sites
-from qcompiler.quantize import Quantized
-from qcompiler.quantize_weight import quantize_weight
-from qcompiler.rewrite import Changes
-from qcompiler.scheme import FORMATS, PerChannel, PerGroup, Scheme
+from qcompiler.formats.arithmetic import Quantized
+from qcompiler.formats.scheme import FORMATS, PerChannel, PerGroup, Scheme
+from qcompiler.formats.search import quantize_weight
+from qcompiler.rewriting.contract import Changes
+from qcompiler.sites.find import find_sites
 
 MATMUL = "g (float[B,S,16] x, float[16,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 GEMM = "g (float[M,16] x, float[6,16] W, float[6] b) => (float[M,6] y) { [fc] y = Gemm<transB=1>(x, W, b) }"
@@ -106,7 +106,7 @@ def test_no_group_gets_worse(
 def test_slices_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, scheme = heavy_tailed((20, 48)), Scheme("uint4", PerGroup(20), False)
     whole = hqq(weight, scheme, 1)[0]
-    monkeypatch.setattr("qcompiler.quantize._SLICE_ELEMENTS", 100)
+    monkeypatch.setattr("qcompiler.formats.arithmetic._SLICE_ELEMENTS", 100)
     sliced = hqq(weight, scheme, 1)[0]
     for name in ("codes", "scale", "zero_point"):
         np.testing.assert_array_equal(getattr(sliced, name), getattr(whole, name))

@@ -11,11 +11,12 @@ import pytest
 import tiny
 
 import qcompiler
-from qcompiler import cli, model_io
+from qcompiler.cli import app as cli
 from qcompiler.errors import RecipeError
+from qcompiler.graph import files as model_io
 from qcompiler.inspection import inspect
 from qcompiler.inspection.weights import statistics_of
-from qcompiler.stored_weights import float_weight
+from qcompiler.sites.stored import float_weight
 
 GRAPH = """g (int64[B,S] ids, float[50,32] table, float[32,64] w0, float[64] b0, float[64,32] w1, float[64,64] wx)
     => (float[B,S,32] y, float[B,S,64] z) {

@@ -10,11 +10,11 @@ import pytest
 import tiny
 
 import qcompiler
+from qcompiler.driver.checkpoint import Journal
 from qcompiler.errors import OutputError
-from qcompiler.gptq_solver import solve
-from qcompiler.journal import Journal
-from qcompiler.quantize import Quantized
-from qcompiler.recipe import Recipe
+from qcompiler.formats.arithmetic import Quantized
+from qcompiler.recipes import Recipe
+from qcompiler.rewriting.gptq import solve
 from qcompiler.statistics import Solved
 
 BLOCKS = 3

@@ -11,9 +11,9 @@ from test_lower_weight_only import ADD, ALL, GEMM, MATMUL, assert_same, model_of
 from passes.lower_embedding import LowerEmbedding
 from passes.lower_weight_only import LowerWeightOnly
 from passes.nf4 import Nf4
-from qcompiler.bnb4 import packed
-from qcompiler.codebooks import CODEBOOKS
-from qcompiler.rewrite import Changes
+from qcompiler.formats.codebooks import CODEBOOKS
+from qcompiler.lowering.bnb4 import packed
+from qcompiler.rewriting.contract import Changes
 
 
 def lower(model: ir.Model, half_precision: bool = False, **options: object) -> tuple[ir.Model, ir.Model, Changes]:

@@ -17,8 +17,8 @@ from passes.lower_dynamic_int8 import LowerDynamicInt8
 from passes.lower_weight_only import LowerWeightOnly
 from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
-from qcompiler.match import find_sites
-from qcompiler.rewrite import Changes
+from qcompiler.rewriting.contract import Changes
+from qcompiler.sites.find import find_sites
 
 MATMUL = "g (float[B,S,8] x, float[8,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 ADD_2D = "g (float[M,8] x, float[8,6] W, float[6] b) => (float[M,6] y) { [fc] p = MatMul(x, W)  y = Add(p, b) }"

@@ -12,8 +12,8 @@ from passes.lower_int8 import LowerInt8
 from passes.lower_weight_only import LowerWeightOnly
 from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
-from qcompiler.embeddings import find_quantized_embeddings
-from qcompiler.rewrite import Changes
+from qcompiler.rewriting.contract import Changes
+from qcompiler.sites.embeddings import find_quantized_embeddings
 
 EMBED = "g (int64[B,S] ids, float[12,K] E) => (float[B,S,K] x) { [embed] x = Gather(E, ids) }"
 TURNED = """g (int64[B,S] ids, float[K,12] E) => (float[B,S,K] x) {

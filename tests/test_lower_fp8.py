@@ -17,8 +17,8 @@ import qcompiler
 from passes.fp8 import Fp8
 from passes.lower_fp8 import LowerFp8
 from passes.quantize_weights import QuantizeWeights
-from qcompiler.match import find_sites
-from qcompiler.rewrite import Changes
+from qcompiler.rewriting.contract import Changes
+from qcompiler.sites.find import find_sites
 from qcompiler.targets.kernels import missing_on_cpu
 
 MATMUL = "g (float16[B,S,32] x, float16[32,16] W) => (float16[B,S,16] y) { [fc] y = MatMul(x, W) }"

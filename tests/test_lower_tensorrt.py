@@ -14,14 +14,16 @@ from passes.gptq import Gptq
 from passes.lower_tensorrt import LowerTensorrt
 from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
-from qcompiler import compiler, inputs, runtime
-from qcompiler.canonicalize import canonicalize
+from qcompiler import compiler
+from qcompiler.driver import inputs
 from qcompiler.errors import TargetError
-from qcompiler.match import find_sites
-from qcompiler.recipe import recipe_names
-from qcompiler.rewrite import Changes
+from qcompiler.lowering.tensorrt_rules import BLOCKS, violations
+from qcompiler.recipes import recipe_names
+from qcompiler.rewriting.contract import Changes
+from qcompiler.sessions import runtime
+from qcompiler.sites.canonicalize import canonicalize
+from qcompiler.sites.find import find_sites
 from qcompiler.targets import Target
-from qcompiler.tensorrt import BLOCKS, violations
 
 MATMUL = "g (float[B,S,256] x, float[256,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 GEMM = "g (float[M,256] x, float[256,6] W, float[6] b) => (float[M,6] y) { [fc] y = Gemm(x, W, b) }"

@@ -14,8 +14,8 @@ from passes.lower_weight_only import LowerWeightOnly
 from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
 from qcompiler.errors import PassError
-from qcompiler.match import find_sites
-from qcompiler.rewrite import Changes
+from qcompiler.rewriting.contract import Changes
+from qcompiler.sites.find import find_sites
 
 MATMUL = "g (float[B,S,K] x, float[K,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 ADD = "g (float[M,K] x, float[K,6] W, float[6] b) => (float[M,6] y) { [fc] p = MatMul(x, W)  y = Add(p, b) }"

@@ -8,10 +8,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompiler.canonicalize import canonicalize
 from qcompiler.errors import RecipeError
-from qcompiler.graph import constant
-from qcompiler.match import (
+from qcompiler.graph.edit import constant
+from qcompiler.graph.files import load
+from qcompiler.sites.canonicalize import canonicalize
+from qcompiler.sites.find import (
     Convolution,
     Embedding,
     Linear,
@@ -23,7 +24,6 @@ from qcompiler.match import (
     find_sites,
     matches,
 )
-from qcompiler.model_io import load
 
 OPSETS = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>'
 

@@ -12,9 +12,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from qcompiler import model_io
 from qcompiler.errors import ModelError, OutputError, QCompilerError
-from qcompiler.model_io import DATA_FILE, MODEL_FILE, check_free, find_model, load, save, session
+from qcompiler.graph import files as model_io
+from qcompiler.graph.files import DATA_FILE, MODEL_FILE, check_free, find_model, load, save, session
 
 K, N = 300, 1000  # 1.2 MB: beyond what stays in one file
 WEIGHT = np.random.default_rng(0).standard_normal((K, N)).astype(np.float32)

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from oracles import nf4 as oracle
 
 from passes.nf4 import Nf4, quantize_scales, restore_scales
-from qcompiler import model_io, segments
-from qcompiler.canonicalize import canonicalize
-from qcompiler.codebooks import CODEBOOKS, FP4_TABLE, NF4_TABLE
 from qcompiler.errors import QCompilerError
-from qcompiler.functions import block_scales, codebook_format
-from qcompiler.match import find_sites
-from qcompiler.rewrite import Changes
+from qcompiler.formats.codebooks import CODEBOOKS, FP4_TABLE, NF4_TABLE
+from qcompiler.functions.library import block_scales, codebook_format
+from qcompiler.graph import files as model_io
+from qcompiler.rewriting.contract import Changes
+from qcompiler.sessions import segments
+from qcompiler.sites.canonicalize import canonicalize
+from qcompiler.sites.find import find_sites
 
 MATMUL = "g (float[B,S,{K}] x, float[{K},{N}] W) => (float[B,S,{N}] y) {{ [fc] y = MatMul(x, W) }}"
 GEMM = "g (float[M,{K}] x, float[{N},{K}] W) => (float[M,{N}] y) {{ [fc] y = Gemm<transB=1>(x, W) }}"

@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 
 import qcompiler
 from passes.lower_weight_only import fused_obstacle
-from qcompiler import model_io
-from qcompiler.cli import app
+from qcompiler.cli.app import app
 from qcompiler.errors import TargetError
+from qcompiler.graph import files as model_io
+from qcompiler.inspection.recommend import recommend
 from qcompiler.placement import Copy, PlacedNode, Placement, compare, measure, predict
 from qcompiler.placement.rules import path_of
-from qcompiler.recommend import recommend
 from qcompiler.report import Report, Sizes
 from qcompiler.targets import Target
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from oracles import arithmetic as oracle
 
-from qcompiler.codebooks import NF4_TABLE
 from qcompiler.errors import DataError, SchemeError
-from qcompiler.quantize import dequantize, quantize, scale_and_zero_point
-from qcompiler.quantize_weight import quantize_weight
-from qcompiler.scheme import FORMATS, Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Scheme
+from qcompiler.formats.arithmetic import dequantize, quantize, scale_and_zero_point
+from qcompiler.formats.codebooks import NF4_TABLE
+from qcompiler.formats.scheme import FORMATS, Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Scheme
+from qcompiler.formats.search import quantize_weight
 
 ONNX_INTEGERS = ["int8", "uint8", "int16", "uint16", "int4", "uint4", "int2", "uint2"]
 FP8 = ["fp8_e4m3", "fp8_e5m2"]
@@ -431,7 +431,7 @@ def test_slices_of_channels_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None
     weight = np.random.default_rng(9).standard_normal((23, 50)).astype(np.float32)
     schemes = [Scheme("int4", g) for g in (PerTensor(), PerChannel(), PerGroup(16), PerBlock(4, 16))]
     whole = [quantize_weight(weight, s, channel_axis=1, search="mse") for s in schemes]
-    monkeypatch.setattr("qcompiler.quantize._SLICE_ELEMENTS", 100)
+    monkeypatch.setattr("qcompiler.formats.arithmetic._SLICE_ELEMENTS", 100)
     for scheme, expected in zip(schemes, whole, strict=True):
         sliced = quantize_weight(weight, scheme, channel_axis=1, search="mse")
         np.testing.assert_array_equal(sliced.codes, expected.codes)

@@ -11,8 +11,8 @@ from oracles import quantized_linear as oracle
 from passes.quantize_activations import RANGES, QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
 from qcompiler.errors import QCompilerError
-from qcompiler.match import find_sites
-from qcompiler.rewrite import Changes
+from qcompiler.rewriting.contract import Changes
+from qcompiler.sites.find import find_sites
 
 MATMUL = "g (float[B,S,8] x, float[8,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 SIBLINGS = """g (float[B,S,8] x, float[8,6] W, float[8,4] V) => (float[B,S,6] y, float[B,S,4] z, float[B,S,8] r) {

@@ -14,15 +14,15 @@ from oracles import kv_cache as oracle
 
 import qcompiler
 from passes.quantize_kv_cache import QuantizeKvCache
-from qcompiler.caches import Cache, find_caches
+from qcompiler.calibration.samples import from_python
+from qcompiler.calibration.stored_past import Adapted
 from qcompiler.errors import DataError, RecipeError, SchemeError
-from qcompiler.recipe import Recipe, Step
+from qcompiler.evaluation.compare import compare
+from qcompiler.recipes import Recipe, Step
 from qcompiler.report import Report
-from qcompiler.rewrite import Changes
-from qcompiler.samples import from_python
+from qcompiler.rewriting.contract import Changes
+from qcompiler.sites.caches import Cache, find_caches
 from qcompiler.statistics import HeadRange, StatisticsStore
-from qcompiler.stored_past import Adapted
-from qcompiler.verify import compare
 
 FORMS = ("concat", "attention", "attention-past")
 SCHEMES = {
@@ -495,7 +495,7 @@ def test_int8_caches_before_shape_operators_load(opset: int) -> None:
 def test_the_demo_model_keeps_its_quality(variant: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     from models.export import CHECKPOINT, model_path
-    from qcompiler.evaluate import evaluate
+    from qcompiler.evaluation.evaluate import evaluate
 
     source = model_path(variant).parent
     text = CHECKPOINT / "calibration.txt"

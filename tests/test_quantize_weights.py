@@ -12,8 +12,8 @@ from oracles import quantized_linear as oracle
 
 from passes.quantize_weights import QuantizeWeights
 from qcompiler.errors import QCompilerError
-from qcompiler.match import find_sites
-from qcompiler.rewrite import Changes
+from qcompiler.rewriting.contract import Changes
+from qcompiler.sites.find import find_sites
 
 MATMUL = "g (float[B,S,8] x, float[8,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 GEMM = "g (float[M,8] x, float[6,8] W, float[6] b) => (float[M,6] y) { [fc] y = Gemm<transB=1>(x, W, b) }"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qcompiler.errors import RecipeError, SchemeError, TargetError
-from qcompiler.recipe import Recipe, Step, recipe_names
+from qcompiler.recipes import Recipe, Step, recipe_names
 
 
 def minimal(**more: object) -> Recipe:

@@ -8,10 +8,10 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from qcompiler import registry
 from qcompiler.errors import RecipeError
-from qcompiler.registry import manual, options_of, pass_class, pass_names, summary
-from qcompiler.rewrite import Pass
+from qcompiler.recipes import registry
+from qcompiler.recipes.registry import manual, options_of, pass_class, pass_names, summary
+from qcompiler.rewriting.contract import Pass
 
 
 def use_plugins(monkeypatch: pytest.MonkeyPatch, *points: EntryPoint) -> None:

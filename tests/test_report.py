@@ -14,7 +14,7 @@ import qcompiler
 from qcompiler.report import Gate, PassReport, PassSkip, Report, SiteReport, Sizes, check_gates, render
 from qcompiler.report.build import SiteFacts, sizes
 from qcompiler.report.table import size
-from qcompiler.rewrite import CacheChange
+from qcompiler.rewriting.contract import CacheChange
 
 
 def example(layers: int = 3, **changes: object) -> Report:

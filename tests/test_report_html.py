@@ -18,7 +18,7 @@ from qcompiler.compiler import compile
 from qcompiler.report import Gate, Report, SiteReport
 from qcompiler.report.html import card, page
 from qcompiler.report.report import CacheSizes
-from qcompiler.rewrite import CacheChange
+from qcompiler.rewriting.contract import CacheChange
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

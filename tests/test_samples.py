@@ -9,8 +9,8 @@ import onnx_ir as ir
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from qcompiler.calibration.samples import from_python, open_samples
 from qcompiler.errors import DataError
-from qcompiler.samples import from_python, open_samples
 
 VOCABULARY = 20
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompiler.quantize import quantize
-from qcompiler.quantize_weight import quantize_weight
-from qcompiler.saturation import is_saturation_safe, saturation_safe_scale
-from qcompiler.scheme import PerChannel, PerTensor, Scheme
+from qcompiler.formats.arithmetic import quantize
+from qcompiler.formats.saturation import is_saturation_safe, saturation_safe_scale
+from qcompiler.formats.scheme import PerChannel, PerTensor, Scheme
+from qcompiler.formats.search import quantize_weight
 
 INT8 = Scheme("int8", PerChannel())
 

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompiler.errors import RecipeError, SchemeError
-from qcompiler.scheme import FORMATS, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Scheme, find_format
+from qcompiler.formats.scheme import FORMATS, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Scheme, find_format
 
 
 def test_ranges_and_divisors_of_the_integer_formats() -> None:

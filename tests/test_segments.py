@@ -5,13 +5,14 @@ import onnx_ir as ir
 import pytest
 
 from models.export import MissingEnvironmentError, model_path
-from qcompiler import model_io, segments
-from qcompiler.canonicalize import canonicalize
+from qcompiler.calibration.samples import from_python
 from qcompiler.errors import DataError, ModelError
-from qcompiler.execution import Kept
-from qcompiler.match import find_sites
-from qcompiler.samples import from_python
-from qcompiler.segments import plan, run
+from qcompiler.graph import files as model_io
+from qcompiler.sessions import segments
+from qcompiler.sessions.segments import plan, run
+from qcompiler.sessions.session import Kept
+from qcompiler.sites.canonicalize import canonicalize
+from qcompiler.sites.find import find_sites
 
 HIDDEN, LAYERS = 32, 4
 MATRIX = HIDDEN * HIDDEN * 4  # bytes

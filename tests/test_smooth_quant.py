@@ -12,8 +12,8 @@ from oracles import smooth_quant as oracle
 
 from passes.smooth_quant import GRID, SmoothQuant, _Measured, _Weight
 from qcompiler.errors import QCompilerError
-from qcompiler.match import find_sites
-from qcompiler.rewrite import Changes
+from qcompiler.rewriting.contract import Changes
+from qcompiler.sites.find import find_sites
 from qcompiler.statistics import ChannelMoments, ChannelRange, StatisticsStore
 
 RMS = """g (float[B,S,8] x, float[8] g, float[8,6] Wq, float[8,4] Wk) => (float[B,S,6] q, float[B,S,4] k) {

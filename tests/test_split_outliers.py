@@ -17,10 +17,10 @@ from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
 from passes.smooth_quant import SmoothQuant
 from passes.split_outliers import SplitOutliers
-from qcompiler import segments
 from qcompiler.errors import QCompilerError
-from qcompiler.match import PART_OF, find_sites
-from qcompiler.rewrite import Changes
+from qcompiler.rewriting.contract import Changes
+from qcompiler.sessions import segments
+from qcompiler.sites.find import PART_OF, find_sites
 
 PLAIN = """g (float[SHAPE8] x, float[8,6] W, float[8,4] V, float[6] b) => (float[SHAPE6] y, float[SHAPE4] z) {
     [q_proj] h = MatMul(x, W)  y = Add(h, b)  [k_proj] z = MatMul(x, V) }"""

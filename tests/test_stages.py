@@ -9,9 +9,9 @@ import onnx_ir as ir
 import pytest
 from test_segments import LAYERS, tokens, transformer
 
-from qcompiler import segments
-from qcompiler.graph import Names, set_constant
-from qcompiler.stages import plan_stages, run_stages
+from qcompiler.graph.edit import Names, set_constant
+from qcompiler.sessions import segments
+from qcompiler.sessions.stages import plan_stages, run_stages
 
 WANTED = [{f"n_{i}", f"om_{i}"} for i in range(LAYERS)] + [{"last"}]
 

@@ -11,12 +11,12 @@ import tiny
 
 import qcompiler
 from passes.quantize_weights import QuantizeWeights
-from qcompiler.embeddings import find_quantized_embeddings
 from qcompiler.inspection import inspect
 from qcompiler.model_diff.layers import read_layers
 from qcompiler.model_diff.weights import phrase
-from qcompiler.stored_weights import StoredWeight, float_weight, quantized_weight, scheme, table_weight
-from qcompiler.stored_weights import layout as layouts
+from qcompiler.sites.embeddings import find_quantized_embeddings
+from qcompiler.sites.stored import StoredWeight, float_weight, quantized_weight, scheme, table_weight
+from qcompiler.sites.stored import layout as layouts
 
 RNG = np.random.default_rng(0)
 SCHEMES = {

@@ -8,8 +8,8 @@ import json
 import pytest
 
 from qcompiler.errors import TargetError
-from qcompiler.recipe import Recipe
-from qcompiler.registry import options_of, pass_class
+from qcompiler.recipes import Recipe
+from qcompiler.recipes.registry import options_of, pass_class
 from qcompiler.targets import FOLDER, Target, target_names
 from qcompiler.targets.kernels import (
     KernelTable,

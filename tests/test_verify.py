@@ -8,10 +8,10 @@ import pytest
 import tiny
 
 import qcompiler
+from qcompiler.calibration.samples import from_python
 from qcompiler.errors import ModelError, PassError
-from qcompiler.likelihood import Difference, Divergence, Likelihood
-from qcompiler.samples import from_python
-from qcompiler.verify import VALUE_ELEMENTS, check_structure, compare
+from qcompiler.evaluation.compare import VALUE_ELEMENTS, check_structure, compare
+from qcompiler.evaluation.likelihood import Difference, Divergence, Likelihood
 
 
 def language_model(noise: float = 0.0, vocabulary: int = 11, hidden: int = 8) -> ir.Model:

@@ -14,11 +14,11 @@ from export import CHECKPOINT, model_path
 import qcompiler
 from passes.lower_embedding import LowerEmbedding
 from passes.lower_weight_only import LowerWeightOnly
-from qcompiler import model_io
-from qcompiler.canonicalize import canonicalize
-from qcompiler.match import find_sites
+from qcompiler.calibration.samples import Samples, open_samples
+from qcompiler.graph import files as model_io
 from qcompiler.report import Report
-from qcompiler.samples import Samples, open_samples
+from qcompiler.sites.canonicalize import canonicalize
+from qcompiler.sites.find import find_sites
 from qcompiler.statistics import StatisticsStore
 
 VARIANTS = ["dynamo", "dynamo-past", "opset23", "optimum", "fp16", pytest.param("genai", marks=pytest.mark.exporters)]

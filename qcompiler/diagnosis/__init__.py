@@ -16,25 +16,25 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 import yaml
 
-from qcompiler.canonicalize import canonicalize
-from qcompiler.companions import tokenizer_beside
+from qcompiler.calibration.samples import Samples, from_python, open_samples
 from qcompiler.diagnosis.activations import schemes
 from qcompiler.diagnosis.advice import advise, harm
 from qcompiler.diagnosis.caches import find_cache_regions
 from qcompiler.diagnosis.measure import LayerErrors, measure
 from qcompiler.diagnosis.regions import Region, StoredCache, find_regions
 from qcompiler.diagnosis.report import Diagnosis, LayerDiagnosis, Proposal
+from qcompiler.driver.inputs import load
 from qcompiler.errors import ModelError, RecipeError
-from qcompiler.inputs import load
-from qcompiler.likelihood import Difference
-from qcompiler.recipe import Recipe
-from qcompiler.registry import pass_class
-from qcompiler.samples import Samples, from_python, open_samples
-from qcompiler.stored_weights import quantized_weight, scheme
+from qcompiler.evaluation.likelihood import Difference
+from qcompiler.generation.companions import tokenizer_beside
+from qcompiler.recipes import Recipe
+from qcompiler.recipes.registry import pass_class
+from qcompiler.sites.canonicalize import canonicalize
+from qcompiler.sites.stored import quantized_weight, scheme
 from qcompiler.targets.kernels import missing_on_cpu
 
 if TYPE_CHECKING:
-    from qcompiler.inputs import Data
+    from qcompiler.driver.inputs import Data
 
 __all__ = ["Diagnosis", "LayerDiagnosis", "Proposal", "debug"]
 
@@ -123,7 +123,7 @@ def _has_codes(model: ir.Model) -> bool:
 
 def _recipe(model: ir.Model) -> Recipe | None:
     """How a model of ours was made; None where its metadata does not tell."""
-    text = model.metadata_props.get("qcompiler.recipe")
+    text = model.metadata_props.get("qcompiler.recipes")
     if text is None:
         return None
     try:

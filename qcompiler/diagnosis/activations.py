@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.activations import dynamic_pair
 from qcompiler.diagnosis.regions import Region
-from qcompiler.functions import DOMAIN
-from qcompiler.graph import constant
-from qcompiler.match import Linear
+from qcompiler.functions.library import DOMAIN
+from qcompiler.graph.edit import constant
+from qcompiler.rewriting.activations import dynamic_pair
+from qcompiler.sites.find import Linear
 
 CODED = {"MatMulIntegerToFloat": (0, 2, 4), "QLinearMatMul": (0, 1, 2), "QGemm": (0, 1, 2)}
 """Operators that multiply codes of the activation: where they have codes, scale and zero point."""

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from qcompiler.diagnosis.report import LayerDiagnosis, Proposal
-from qcompiler.recipe import Calibration, Recipe, Step
+from qcompiler.recipes import Calibration, Recipe, Step
 
 FEW = 0.1
 TIMES_MEDIAN = 8.0

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from qcompiler.caches import CODES, find_caches
 from qcompiler.diagnosis.regions import STORED, Region, StoredCache, Unmatched, flowing, region_of, same_values
-from qcompiler.graph import constant
-from qcompiler.sites import Site, Unsupported
+from qcompiler.graph.edit import constant
+from qcompiler.sites.caches import CODES, find_caches
+from qcompiler.sites.kinds import Site, Unsupported
 
 JOINS = ("Concat", "TensorScatter")
 LAYOUT = ("Gather", "Reshape", "Transpose")

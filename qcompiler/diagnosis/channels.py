@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qcompiler.likelihood import Difference
+from qcompiler.evaluation.likelihood import Difference
 
 FITS = 0.1
 """A value counts as rescaled where a factor for each channel leaves less than this share of the error."""

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler import segments
+from qcompiler.calibration.samples import Sample
 from qcompiler.diagnosis.regions import Region
-from qcompiler.execution import Kept
-from qcompiler.graph import Names, insert_after
+from qcompiler.graph.edit import Names, insert_after
 from qcompiler.progress import Progress
-from qcompiler.samples import Sample
+from qcompiler.sessions import segments
+from qcompiler.sessions.session import Kept
 
 DELTA = "delta:"
 GROUPS = 8

@@ -16,19 +16,19 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler import segments
-from qcompiler.caches import Cache, find_caches
+from qcompiler.calibration.samples import Samples
+from qcompiler.calibration.stored_past import Adapted
 from qcompiler.diagnosis.activations import Rounded, rounded_input
 from qcompiler.diagnosis.channels import Outliers, Rescaling
 from qcompiler.diagnosis.effects import Deltas, inject
 from qcompiler.diagnosis.regions import STORED, Cut, Region, StoredCache, model_of
 from qcompiler.errors import DataError, ModelError
-from qcompiler.execution import Kept, Session
-from qcompiler.likelihood import Difference, Divergence
-from qcompiler.match import Linear
+from qcompiler.evaluation.likelihood import Difference, Divergence
 from qcompiler.progress import progress_bar
-from qcompiler.samples import Samples
-from qcompiler.stored_past import Adapted
+from qcompiler.sessions import segments
+from qcompiler.sessions.session import Kept, Session
+from qcompiler.sites.caches import Cache, find_caches
+from qcompiler.sites.find import Linear
 
 KEPT_BYTES = 1 << 30
 """What values may take in memory where no limit is given; the rest lies on disk."""

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from qcompiler.graph import constant
-from qcompiler.match import Convolution, Embedding, Linear, Site, find_sites
+from qcompiler.graph.edit import constant
+from qcompiler.sites.find import Convolution, Embedding, Linear, Site, find_sites
 
 MOST_NODES = 64
 """Nodes of a region; more of them are no longer one layer."""

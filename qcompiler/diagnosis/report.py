@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qcompiler.recipe import Recipe
+from qcompiler.recipes import Recipe
 
 Cause = Literal["", "activations", "weights", "both", "cache"]
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qcompiler import model_io
-from qcompiler.canonicalize import canonicalize
+from qcompiler.graph import files as model_io
 from qcompiler.inspection.layers import Layer, layers_of
 from qcompiler.inspection.touched import Touched, touched
 from qcompiler.inspection.weights import WeightStatistics
+from qcompiler.sites.canonicalize import canonicalize
 
 __all__ = ["Inspection", "Layer", "Port", "Touched", "WeightStatistics", "inspect"]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qcompiler import inputs
-from qcompiler.caches import find_caches
-from qcompiler.match import Convolution, Embedding, Linear, Site, Unsupported, find_sites
-from qcompiler.rewrite import Changes, Pass
-from qcompiler.weights import WeightPass
+from qcompiler.driver import inputs
+from qcompiler.rewriting.contract import Changes, Pass
+from qcompiler.rewriting.weights import WeightPass
+from qcompiler.sites.caches import find_caches
+from qcompiler.sites.find import Convolution, Embedding, Linear, Site, Unsupported, find_sites
 
 
 @dataclass(frozen=True)

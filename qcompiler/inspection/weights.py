@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.graph import constant
-from qcompiler.stored_weights import StoredWeight
+from qcompiler.graph.edit import constant
+from qcompiler.sites.stored import StoredWeight
 
 OUTLIER = 6.0
 

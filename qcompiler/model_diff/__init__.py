@@ -16,9 +16,10 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qcompiler import model_io
-from qcompiler.canonicalize import inline_functions, lift_constants, name_everything, remove_identities
-from qcompiler.companions import tokenizer_beside
+from qcompiler.calibration.samples import Samples
+from qcompiler.evaluation.compare import Measures
+from qcompiler.generation.companions import tokenizer_beside
+from qcompiler.graph import files as model_io
 from qcompiler.model_diff.changes import (
     InitializerChange,
     NodeChange,
@@ -45,8 +46,7 @@ from qcompiler.model_diff.scales import MovedScale, find_scalings, moves
 from qcompiler.model_diff.stories import Form, LayerStory, tell, tell_caches
 from qcompiler.report.pictures import Drawing
 from qcompiler.report.report import finite
-from qcompiler.samples import Samples
-from qcompiler.verify import Measures
+from qcompiler.sites.canonicalize import inline_functions, lift_constants, name_everything, remove_identities
 
 __all__ = [
     "Diff", "Fate", "Form", "InitializerChange", "LayerStory", "MovedScale", "NodeChange", "PortChange", "Quantization",

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.activations import dynamic_pair
-from qcompiler.functions import DOMAIN
-from qcompiler.graph import constant
-from qcompiler.stored_weights.constants import source
-from qcompiler.token_functions import DEQUANTIZE
+from qcompiler.functions.library import DOMAIN
+from qcompiler.functions.per_token import DEQUANTIZE
+from qcompiler.graph.edit import constant
+from qcompiler.rewriting.activations import dynamic_pair
+from qcompiler.sites.stored.constants import source
 
 QUANTIZERS = ("QuantizeLinear", "DynamicQuantizeLinear")
 

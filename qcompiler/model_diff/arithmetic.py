@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from qcompiler.stored_weights.layout import Array
+from qcompiler.sites.stored.layout import Array
 
 PIECE = 1 << 18
 

@@ -15,11 +15,11 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.functions import DOMAIN
-from qcompiler.graph import PROVENANCE, constant
+from qcompiler.functions.library import DOMAIN
+from qcompiler.graph.edit import PROVENANCE, constant
+from qcompiler.graph.lazy import pieces
 from qcompiler.model_diff.arithmetic import error_of
 from qcompiler.model_diff.node_pairing import written
-from qcompiler.tensors import pieces
 
 Kind = Literal["added", "removed", "replaced", "changed"]
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
+from qcompiler.graph.module_path import block_of
 from qcompiler.model_diff.fates import fate_of_pair
 from qcompiler.model_diff.layers import Layer
 from qcompiler.model_diff.pairing import LayerPair
 from qcompiler.model_diff.stories import LayerStory
-from qcompiler.module_path import block_of
 from qcompiler.report.drawing import Matching, drawings, path_of, readers_of
 from qcompiler.report.pictures import Drawing
 

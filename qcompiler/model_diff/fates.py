@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from qcompiler.graph import constant
+from qcompiler.graph.edit import constant
 from qcompiler.model_diff.activations import of_operand, of_value, quantizes, through_quantization
 from qcompiler.model_diff.changes import given_inputs, nodes_of, operator
 from qcompiler.model_diff.layers import Layer, fused_cache_grain
 from qcompiler.model_diff.pairing import LayerPair
 from qcompiler.model_diff.stories import LayerStory
-from qcompiler.stored_weights import operand_weight
+from qcompiler.sites.stored import operand_weight
 
 FATES = ("quantized", "dequantized", "cast", "fused", "folded", "scaled", "changed", "replaced", "untouched", "removed")
 

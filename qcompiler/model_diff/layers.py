@@ -9,19 +9,19 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from qcompiler.cache_functions import DEQUANTIZE, UNPACK
-from qcompiler.caches import Cache, find_caches
-from qcompiler.embeddings import QuantizedEmbedding, find_quantized_embeddings
-from qcompiler.graph import constant
-from qcompiler.match import PART_OF, find_sites
+from qcompiler.functions.cache import DEQUANTIZE, UNPACK
+from qcompiler.graph.edit import constant
+from qcompiler.graph.module_path import block_of, module_path
 from qcompiler.model_diff.activations import Activation, of_value, through_quantization
 from qcompiler.model_diff.activations import of_operand as activation_of
 from qcompiler.model_diff.weights import Weight, as_table, of_codes, of_operand, type_name
-from qcompiler.module_path import block_of, module_path
-from qcompiler.sites import Linear
-from qcompiler.stored_weights import coded_weight, quantized_weight, table_weight
-from qcompiler.stored_weights.constants import source
-from qcompiler.stored_weights.kernels import KERNELS, operand, outputs_first, tail_of
+from qcompiler.sites.caches import Cache, find_caches
+from qcompiler.sites.embeddings import QuantizedEmbedding, find_quantized_embeddings
+from qcompiler.sites.find import PART_OF, find_sites
+from qcompiler.sites.kinds import Linear
+from qcompiler.sites.stored import coded_weight, quantized_weight, table_weight
+from qcompiler.sites.stored.constants import source
+from qcompiler.sites.stored.kernels import KERNELS, operand, outputs_first, tail_of
 
 LayerKind = Literal["linear", "convolution", "embedding", "recurrent", "cache"]
 

@@ -13,11 +13,11 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.graph import constant
+from qcompiler.graph.edit import constant
+from qcompiler.graph.module_path import module_path
 from qcompiler.model_diff.activations import quantizes
 from qcompiler.model_diff.layers import plain_name
 from qcompiler.model_diff.pairing import LayerPair, unique
-from qcompiler.module_path import module_path
 
 SMALL_CONSTANT = 64
 """Numbers of a constant that are compared; of a larger one only the shape counts."""

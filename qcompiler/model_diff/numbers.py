@@ -8,13 +8,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from qcompiler.calibration.samples import Samples, open_samples
 from qcompiler.errors import ModelError
+from qcompiler.evaluation.compare import Measures, compare
 from qcompiler.model_diff.layers import Layer
 from qcompiler.model_diff.pairing import LayerPair
 from qcompiler.model_diff.scales import Scaling
 from qcompiler.model_diff.stories import LayerStory
-from qcompiler.samples import Samples, open_samples
-from qcompiler.verify import Measures, compare
 
 
 def measure(

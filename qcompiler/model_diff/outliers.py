@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from qcompiler.match import PART_OF
 from qcompiler.model_diff.layers import Layer
 from qcompiler.model_diff.weights import Weight
-from qcompiler.stored_weights.constants import evaluate, source
-from qcompiler.stored_weights.layout import Array
+from qcompiler.sites.find import PART_OF
+from qcompiler.sites.stored.constants import evaluate, source
+from qcompiler.sites.stored.layout import Array
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from qcompiler.model_diff.layers import Layer, plain_name
-from qcompiler.stored_weights.layout import Array
+from qcompiler.sites.stored.layout import Array
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from qcompiler.errors import QCompilerError
-from qcompiler.graph import PROVENANCE
+from qcompiler.graph.edit import PROVENANCE
 
 
 def passes_of(node: ir.Node) -> tuple[str, ...]:
@@ -33,7 +33,7 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
 
 @functools.cache
 def _kind(name: str) -> str:
-    from qcompiler.registry import pass_class
+    from qcompiler.recipes.registry import pass_class
 
     try:
         return pass_class(name).kind

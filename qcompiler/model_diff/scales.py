@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.graph import constant
-from qcompiler.match import find_linear_groups
+from qcompiler.graph.edit import constant
 from qcompiler.model_diff.arithmetic import error_of
 from qcompiler.model_diff.layers import Layer
 from qcompiler.model_diff.pairing import LayerPair
 from qcompiler.model_diff.provenance import exact_passes
-from qcompiler.sites import Factor, NormGroup
-from qcompiler.stored_weights.layout import Array
+from qcompiler.sites.find import find_linear_groups
+from qcompiler.sites.kinds import Factor, NormGroup
+from qcompiler.sites.stored.layout import Array
 
 NOTICEABLE = 2e-3  # half precision rounds by up to 5e-4
 AGREE = 0.7

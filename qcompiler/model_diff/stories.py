@@ -9,14 +9,14 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from qcompiler.evaluation.compare import Measures
+from qcompiler.graph.module_path import block_of
 from qcompiler.model_diff.arithmetic import error_of
 from qcompiler.model_diff.layers import CacheView, Layer, read_caches
 from qcompiler.model_diff.pairing import LayerPair
 from qcompiler.model_diff.provenance import exact_passes, in_order, passes_of, rounding_passes
 from qcompiler.model_diff.scales import Scaling
-from qcompiler.module_path import block_of
-from qcompiler.stored_weights.layout import Array
-from qcompiler.verify import Measures
+from qcompiler.sites.stored.layout import Array
 
 Fate = Literal[
     "quantized", "requantized", "dequantized", "cast", "fused", "replaced", "scaled", "changed", "untouched",

@@ -9,10 +9,10 @@ from functools import cached_property
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.scheme import PerGroup
-from qcompiler.stored_weights import StoredWeight, format_of, operand_weight
-from qcompiler.stored_weights.constants import chain, evaluate, shape_of
-from qcompiler.stored_weights.layout import Array
+from qcompiler.formats.scheme import PerGroup
+from qcompiler.sites.stored import StoredWeight, format_of, operand_weight
+from qcompiler.sites.stored.constants import chain, evaluate, shape_of
+from qcompiler.sites.stored.layout import Array
 
 KINDS = {
     "float": "float32", "double": "float64", "fp8_e4m3": "fp8 e4m3", "fp8_e5m2": "fp8 e5m2", "fp4": "fp4 e2m1",

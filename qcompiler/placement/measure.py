@@ -9,11 +9,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qcompiler import model_io
-from qcompiler.canonicalize import name_everything
 from qcompiler.errors import ModelError
+from qcompiler.graph import files as model_io
 from qcompiler.placement.placed import Copy, PlacedNode, Placement
-from qcompiler.runtime import one_line, session_options_of
+from qcompiler.sessions.runtime import one_line, session_options_of
+from qcompiler.sites.canonicalize import name_everything
 from qcompiler.targets import Target
 from qcompiler.targets.kernels import CPU
 

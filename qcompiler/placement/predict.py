@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from qcompiler.graph import constant
+from qcompiler.graph.edit import constant
 from qcompiler.placement.lookup import Kernels, operator
 from qcompiler.placement.placed import Copy, PlacedNode, Placement, Role
 from qcompiler.placement.prepared import prepared

@@ -7,8 +7,8 @@ from collections.abc import Hashable
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qcompiler.canonicalize import infer_shapes, name_bodies, name_everything, remove_identities
-from qcompiler.graph import constant
+from qcompiler.graph.edit import constant
+from qcompiler.sites.canonicalize import infer_shapes, name_bodies, name_everything, remove_identities
 
 SHARED = 8  # elements up to which the runtime makes one of equal constants
 RANDOM = {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",

@@ -9,13 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.caches import Cache, find_caches
-from qcompiler.graph import constant
-from qcompiler.half_emulation import emulated
-from qcompiler.match import Embedding, Site, Unsupported, find_sites
-from qcompiler.pipeline import PassRun
+from qcompiler.calibration.samples import Samples
+from qcompiler.driver.pipeline import PassRun
+from qcompiler.evaluation.compare import Comparison, compare
+from qcompiler.graph.edit import constant
+from qcompiler.half.emulation import emulated
 from qcompiler.placement import predict
-from qcompiler.recipe import CONVERT, Recipe
+from qcompiler.recipes import CONVERT, Recipe
 from qcompiler.report.cautions import float_inputs, warnings
 from qcompiler.report.distributions import channel_pictures, weight_pictures
 from qcompiler.report.drawing import by_name, drawings
@@ -23,11 +23,11 @@ from qcompiler.report.kernels import with_kernels
 from qcompiler.report.pictures import Pictures
 from qcompiler.report.report import CacheSizes, PassReport, PassSkip, Report, SiteReport, Sizes
 from qcompiler.report.speed import speed_classes
-from qcompiler.samples import Samples
+from qcompiler.sites.caches import Cache, find_caches
+from qcompiler.sites.find import Embedding, Site, Unsupported, find_sites
 from qcompiler.statistics import StatisticsStore
 from qcompiler.targets import Target
 from qcompiler.targets.kernels import missing_on_cpu
-from qcompiler.verify import Comparison, compare
 
 DISTRIBUTIONS = ("onnx-qcompiler", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from qcompiler.binary import FORMAT as BINARY
-from qcompiler.pipeline import PassRun
+from qcompiler.driver.pipeline import PassRun
+from qcompiler.evaluation.compare import Comparison
+from qcompiler.functions.binary import FORMAT as BINARY
 from qcompiler.placement import Placement
-from qcompiler.recipe import CONVERT, Recipe
+from qcompiler.recipes import CONVERT, Recipe
 from qcompiler.report.report import SiteReport
 from qcompiler.report.speed import speed_warnings
 from qcompiler.targets import Target
-from qcompiler.verify import Comparison
 
 
 def warnings(

@@ -13,9 +13,9 @@ from qcompiler.report.svg import Drawn, side_by_side
 from qcompiler.report.table import MEASURES, decibels, measured, size
 
 if TYPE_CHECKING:
+    from qcompiler.evaluation.compare import Measures
     from qcompiler.model_diff import Diff, Form, LayerStory, MovedScale
     from qcompiler.report.pictures import Drawing
-    from qcompiler.verify import Measures
 
 CARD_ROWS = 30
 

@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompiler.functions import block_scales, codebook_format
-from qcompiler.graph import constant
-from qcompiler.match import Convolution, Embedding, Linear, Site, find_sites
-from qcompiler.pipeline import PassRun
+from qcompiler.driver.pipeline import PassRun
+from qcompiler.functions.library import block_scales, codebook_format
+from qcompiler.graph.edit import constant
+from qcompiler.graph.lazy import read
 from qcompiler.report.pictures import ChannelPicture, WeightPicture
+from qcompiler.sites.find import Convolution, Embedding, Linear, Site, find_sites
 from qcompiler.statistics import ChannelAbsMax, ChannelMoments, ChannelRange, SecondMoment, Statistic, StatisticsStore
-from qcompiler.tensors import read
 
 BARS = 96  # channels that are drawn apart, at most, for one value
 ALL_BARS = 24_000  # for all values together, so that a model of a hundred blocks has a small report, too

@@ -10,8 +10,8 @@ from functools import cached_property
 
 import onnx_ir as ir
 
-from qcompiler.graph import PROVENANCE, constant
-from qcompiler.module_path import block_of, module_path
+from qcompiler.graph.edit import PROVENANCE, constant
+from qcompiler.graph.module_path import block_of, module_path
 from qcompiler.report.pictures import Drawing, DrawnGraph, DrawnUnit, Fate
 
 MOST_NODES = 600  # of a block: one with more is not drawn, as nobody could read it

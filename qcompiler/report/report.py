@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from qcompiler.placement.placed import Placement
 from qcompiler.report.compact_json import dumps
 from qcompiler.report.pictures import Pictures
-from qcompiler.rewrite import CacheChange
+from qcompiler.rewriting.contract import CacheChange
 
 Status = Literal["quantized", "excluded", "skipped"]
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from qcompiler.formats.scheme import FORMATS
 from qcompiler.report import svg
 from qcompiler.report.pictures import ChannelPicture, SpeedClass, WeightPicture
 from qcompiler.report.report import GATES, Gate, Report, SiteReport, describe
 from qcompiler.report.svg import Drawn, side_by_side
 from qcompiler.report.table import MEASURES, decibels, kind_of, measured, size
-from qcompiler.scheme import FORMATS
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.errors import SchemeError
-from qcompiler.quantize import dequantize, quantize, scale_and_zero_point
-from qcompiler.scheme import PerTensor, Scheme
+from qcompiler.formats.arithmetic import dequantize, quantize, scale_and_zero_point
+from qcompiler.formats.scheme import PerTensor, Scheme
 from qcompiler.statistics import histogram
 from qcompiler.statistics.statistic import Array, Range, Statistic, finite
 

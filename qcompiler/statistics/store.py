@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qcompiler.errors import DataError, OutputError
-from qcompiler.quantize import Quantized
+from qcompiler.formats.arithmetic import Quantized
 from qcompiler.statistics.channels import ChannelAbsMax, ChannelFolds, ChannelMoments, ChannelRange, SecondMoment
 from qcompiler.statistics.heads import HeadRange
 from qcompiler.statistics.ranges import MSE, Entropy, MinMax, MovingAverageMinMax, Percentile

@@ -11,10 +11,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from qcompiler.errors import TargetError
-from qcompiler.registry import closest
+from qcompiler.recipes.registry import closest
 
 if TYPE_CHECKING:
-    from qcompiler.rewrite import Pass
+    from qcompiler.rewriting.contract import Pass
 
 FOLDER = Path(__file__).parent
 

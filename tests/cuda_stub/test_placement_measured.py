@@ -18,10 +18,10 @@ from export import CHECKPOINT, model_path
 from test_placement import CONSTANTS, FOLLOWED, INPUTS, QUANTIZED, SHAPES
 
 import qcompiler
-from qcompiler import model_io
 from qcompiler.errors import TargetError
+from qcompiler.graph import files as model_io
 from qcompiler.placement import PlacedNode, Placement, compare, measure, predict
-from qcompiler.recipe import Recipe, recipe_names
+from qcompiler.recipes import Recipe, recipe_names
 from qcompiler.targets import FOLDER, Target
 from qcompiler.targets.host_memory import host_memory
 from qcompiler.targets.kernels import installed_kernels, read

@@ -1,0 +1,286 @@
+"""The forms in which calibration data comes, each read sample by sample; `samples.py` says which SPEC names which."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qcompiler.errors import DataError
+from qcompiler.graph.model_inputs import Signature
+from qcompiler.recipes.registry import users_own
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Raw = tuple[str, Mapping[str, object]]
+"""Where a sample comes from, for error messages, and what it says, unchecked."""
+LONG_TEXT = 16
+"""Bytes for each token asked for, above which a text is read in places instead of as a whole."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """`read()` starts from the first sample every time; `length` is None where it is not known beforehand."""
+
+    description: str
+    read: Callable[[], Iterator[Raw]]
+    length: int | None
+
+
+def npz_folder(folder: Path, signature: Signature) -> Source:
+    """All .npz files of a folder, in the order of their names."""
+    paths = sorted(folder.glob("*.npz"))
+    if not paths:
+        raise DataError(f"the folder {str(folder)!r} holds no .npz files (ONNX test data is named pb:{folder})")
+    return npz_files(str(folder), paths, signature)
+
+
+def npz_files(name: str, paths: Sequence[Path], signature: Signature) -> Source:
+    """Arrays by input name, axis 0 = samples; a sample keeps it with size 1, if the model's input has as many axes."""
+    ranks = {name: item.rank for name, item in signature.inputs.items()}
+
+    def read() -> Iterator[Raw]:
+        for path in paths:
+            arrays = _load_npz(path)
+            for index in range(len(next(iter(arrays.values()), ()))):
+                yield (
+                    f"{path.name}, sample {index}",
+                    {key: _row(data, index, ranks.get(key)) for key, data in arrays.items()},
+                )
+
+    return Source(name, read, None if len(paths) > 1 else len(next(iter(_load_npz(paths[0]).values()), ())))
+
+
+def _load_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise DataError(f"{path} holds one nameless array; save the data with numpy.savez(input_name=array)")
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        pickled = "allow_pickle" in str(error)
+        reason = (
+            "it holds pickled Python objects, which are never loaded" if pickled else f"it cannot be read ({error})"
+        )
+        raise DataError(f"{path} is no usable .npz file: {reason}") from error
+    scalars = [name for name, array in arrays.items() if array.ndim == 0]
+    if scalars:
+        raise DataError(f"{path}: {scalars[0]!r} is a single number; axis 0 of every array must count the samples")
+    if len({len(array) for array in arrays.values()}) > 1:
+        sizes = ", ".join(f"{name!r} {len(array)}" for name, array in arrays.items())
+        raise DataError(f"{path}: axis 0 must count the samples, and the arrays disagree: {sizes}")
+    return arrays
+
+
+def _row(data: np.ndarray, index: int, rank: int | None) -> np.ndarray:
+    return np.asarray(data[index]) if rank == data.ndim - 1 else data[index : index + 1]
+
+
+def json_lines(path: Path, signature: Signature, tokenizer: Path | None, sequence_length: int | None) -> Source:
+    """One JSON object a line: lists of numbers by input name, or ``{"text": …}``. Empty lines are skipped."""
+    loaded: list[Tokenizer] = []
+
+    def parse(line: str, where: str) -> Mapping[str, object]:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where} is not JSON ({error})") from error
+        if not isinstance(entry, dict):
+            raise DataError(f"{where} is not a JSON object such as {{'input_ids': [1, 2, 3]}}")
+        if "text" not in entry:
+            return {key: _batched(value, key, signature, sequence_length) for key, value in entry.items()}
+        if not isinstance(entry["text"], str):
+            raise DataError(f"{where}: 'text' is not a string")
+        if not loaded:
+            loaded.append(open_tokenizer(tokenizer, where))
+        ids = loaded[0].encode(entry["text"]).ids[:sequence_length]
+        return {signature.token_input(): np.array([ids], np.int64)}
+
+    def read() -> Iterator[Raw]:
+        for number, line in _lines(path):
+            where = f"{path.name}, line {number}"
+            yield where, parse(line, where)
+
+    return Source(str(path), read, sum(1 for _ in _lines(path)))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text ({error})") from error
+
+
+def _batched(value: object, key: str, signature: Signature, sequence_length: int | None) -> object:
+    """Give a flat list the batch axis that the model's input has, and cut ids to the sequence length."""
+    item = signature.inputs.get(key)
+    if item is None or not isinstance(value, list):
+        return value
+    flat = not (value and isinstance(value[0], list))
+    if flat and item.rank == 2:
+        value = [value]
+    if item.rank != 2 or sequence_length is None:
+        return value
+    return [row[:sequence_length] if isinstance(row, list) else row for row in value]
+
+
+def text(
+    path: Path, signature: Signature, tokenizer: Path | None, sequence_length: int, limit: int | None, contiguous: bool
+) -> Source:
+    """Windows of `sequence_length` tokens that do not overlap: spread evenly over the text, or one after another.
+
+    A text shorter than one window gives one short window; `contiguous` also gives the short rest at the end. Of a text
+    very much longer than what is asked for only the places of the windows are read.
+    """
+    name = signature.token_input()
+    encoder = open_tokenizer(tokenizer, str(path))
+    if limit is not None and not contiguous and path.stat().st_size > LONG_TEXT * 4 * limit * sequence_length:
+        windows = _windows_of_places(path, encoder, sequence_length, limit)
+    else:
+        ids = np.array(encoder.encode(_read_text(path)).ids, np.int64)
+        windows = _contiguous(ids, sequence_length) if contiguous else _spread(ids, sequence_length, limit)
+    windows = [window for window in windows if len(window)]
+
+    def read() -> Iterator[Raw]:
+        for index, window in enumerate(windows):
+            yield f"{path.name}, window {index}", {name: window[None]}
+
+    return Source(f"{path} in windows of {sequence_length} tokens", read, len(windows))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text ({error})") from error
+
+
+def _contiguous(ids: np.ndarray, length: int) -> list[np.ndarray]:
+    return [ids[start : start + length] for start in range(0, len(ids), length)]
+
+
+def _spread(ids: np.ndarray, length: int, limit: int | None) -> list[np.ndarray]:
+    whole = max(1, len(ids) // length)
+    count = whole if limit is None else min(limit, whole)
+    return [ids[start : start + length] for start in (index * len(ids) // count for index in range(count))]
+
+
+def _windows_of_places(path: Path, encoder: Tokenizer, length: int, limit: int) -> list[np.ndarray]:
+    """Like `_spread`, but each window comes from a piece of its own, cut at white space."""
+    size, piece = path.stat().st_size, LONG_TEXT * length
+    windows = []
+    with path.open("rb") as file:
+        for index in range(limit):
+            file.seek(index * size // limit)
+            # A place may lie within a character or a word: what is broken goes.
+            words = file.read(piece).decode("utf-8", errors="ignore")
+            _, _, words = words.partition(" ") if index else ("", "", words)
+            windows.append(np.array(encoder.encode(words).ids[:length], np.int64))
+    return windows
+
+
+def open_tokenizer(path: Path | None, needed_for: str) -> Tokenizer:
+    """A tokenizer.json, or the one in a folder, with truncation and padding switched off."""
+    if path is None:
+        raise DataError(f"{needed_for} is text and needs a tokenizer; give --tokenizer tokenizer.json")
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise DataError(f"the tokenizer {str(file)!r} does not exist")
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"the tokenizer {str(file)!r} cannot be read ({error})") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def onnx_test_data(folder: Path, signature: Signature) -> Source:
+    """ONNX test data: DIR/test_data_set_N/input_K.pb, or one such set. K counts the model's inputs."""
+    sets = [path for path in folder.glob("test_data_set_*") if path.is_dir()] or [folder]
+    if not any(list(path.glob("input_*.pb")) for path in sets):
+        raise DataError(f"{str(folder)!r} holds no ONNX test data (test_data_set_0/input_0.pb and so on)")
+    sets.sort(key=_number)
+    names = list(signature.inputs)
+
+    def read() -> Iterator[Raw]:
+        for path in sets:
+            yield f"{path}", dict(_load_tensor(file, names) for file in sorted(path.glob("input_*.pb"), key=_number))
+
+    return Source(f"ONNX test data in {folder}", read, len(sets))
+
+
+def _number(path: Path) -> int:
+    digits = re.findall(r"\d+", path.stem)
+    return int(digits[-1]) if digits else 0
+
+
+def _load_tensor(path: Path, names: Sequence[str]) -> tuple[str, np.ndarray]:
+    import onnx
+
+    tensor = onnx.TensorProto()
+    try:
+        tensor.ParseFromString(path.read_bytes())
+        array = onnx.numpy_helper.to_array(tensor)
+    except Exception as error:  # protobuf's and onnx's errors share no base class
+        raise DataError(f"{path} is no ONNX tensor ({error})") from error
+    if tensor.name in names:
+        return tensor.name, array
+    if _number(path) >= len(names):
+        raise DataError(f"{path} is for input number {_number(path)}, and the model reads {len(names)} inputs")
+    return names[_number(path)], array
+
+
+def python_function(spec: str) -> Source:
+    """py:module:function, with the current folder on the import path."""
+    parts = spec.split(":")
+    if len(parts) != 3 or not all(parts):
+        raise DataError(f"{spec!r} should read py:module:function")
+    try:
+        found = users_own(f"{parts[1]}:{parts[2]}")
+    except Exception as error:  # a user's module may raise anything
+        raise DataError(f"{spec} cannot be imported ({type(error).__name__}: {error})") from error
+    return python_object(spec, found)
+
+
+def python_object(name: str, data: object) -> Source:
+    """Dicts in an iterable, a function that returns such, or a reader with get_next() and perhaps rewind()."""
+
+    def read() -> Iterator[Raw]:
+        try:
+            current = data() if callable(data) else data
+            entries = _from_reader(current) if hasattr(current, "get_next") else current
+            if not isinstance(entries, Iterable):
+                raise DataError(f"{name} gives a {type(current).__name__}, not dicts of arrays by input name")
+            yield from _numbered(name, entries)
+        except DataError:
+            raise
+        except Exception as error:  # a user's code may raise anything
+            raise DataError(f"{name} failed with {type(error).__name__}: {error}") from error
+
+    length = len(data) if isinstance(data, Sequence) else None
+    return Source(name, read, length)
+
+
+def _numbered(name: str, entries: Iterable[object]) -> Iterator[Raw]:
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, Mapping):
+            raise DataError(f"{name}, sample {index} is a {type(entry).__name__}, not a dict of arrays by input name")
+        yield f"{name}, sample {index}", entry
+
+
+def _from_reader(reader: object) -> Iterator[object]:
+    if hasattr(reader, "rewind"):
+        reader.rewind()
+    while (entry := reader.get_next()) is not None:  # type: ignore[attr-defined]
+        yield entry

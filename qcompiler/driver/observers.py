@@ -1,0 +1,135 @@
+"""What looks on while passes run: verification, numbered dumps, and a reproducer when a pass fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qcompiler.calibration.calibrator import model_hash, save_statistics
+from qcompiler.calibration.samples import Samples
+from qcompiler.driver.inputs import load
+from qcompiler.errors import OutputError, PassError, QCompilerError
+from qcompiler.evaluation.compare import check_structure, compare
+from qcompiler.graph.files import save
+from qcompiler.recipes import Recipe, Step
+from qcompiler.rewriting.contract import Changes, Pass
+from qcompiler.statistics import StatisticsStore
+
+# An exact pass moves factors between constants, which changes the last bits of a float and nothing else.
+EXACT_SQNR_DB = {
+    ir.DataType.FLOAT: 60.0,
+    ir.DataType.DOUBLE: 60.0,
+    ir.DataType.FLOAT16: 30.0,
+    ir.DataType.BFLOAT16: 20.0,
+}
+
+
+class Verify:
+    """After every pass the graph is well-formed; after an exact pass it computes what it did before."""
+
+    def __init__(self, samples: Samples | None, memory_limit: int | None = None) -> None:
+        self._samples, self._memory_limit = samples, memory_limit
+        self._before: ir.Model | None = None
+
+    def before(self, step: Pass, rest: Sequence[Pass], model: ir.Model, statistics: StatisticsStore) -> None:
+        self._before = model.clone() if step.kind == "exact" and self._samples is not None else None
+
+    def after(self, step: Pass, model: ir.Model, changes: Changes) -> None:
+        check_structure(model)
+        if self._before is None or self._samples is None or not changes.modified:
+            return
+        comparison = compare(self._before, model, self._samples, limit=1, memory_limit=self._memory_limit)
+        if comparison.reshaped:
+            raise PassError(
+                f"{step.name} should keep the function, but output {comparison.reshaped[0]!r} now has another shape"
+            )
+        types = {output.name: output.dtype for output in model.graph.outputs}
+        for name, measures in comparison.outputs.items():
+            floor = EXACT_SQNR_DB.get(types.get(name) or ir.DataType.FLOAT)
+            if floor is not None and measures.sqnr_db < floor:
+                raise PassError(
+                    f"{step.name} should keep the function, but output {name!r} now differs from before by "
+                    f"{measures.sqnr_db:.1f} dB SQNR (at least {floor:.0f} dB are expected)"
+                )
+        self._before = None
+
+    def failed(self, step: Pass, error: Exception) -> None:
+        self._before = None
+
+
+class Dump:
+    """ONNX text of the graph before the first and after every pass: `00-input.txt`, `01-smooth-quant.txt`, …"""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count = folder, 0
+
+    def before(self, step: Pass, rest: Sequence[Pass], model: ir.Model, statistics: StatisticsStore) -> None:
+        if self._count == 0:
+            self._write("input", model)
+
+    def after(self, step: Pass, model: ir.Model, changes: Changes) -> None:
+        self._write(step.name, model)
+
+    def failed(self, step: Pass, error: Exception) -> None:
+        """Nothing to write: the reproducer holds the model before the pass."""
+
+    def _write(self, name: str, model: ir.Model) -> None:
+        text = ir.to_onnx_text(model, exclude_initializers=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / f"{self._count:02d}-{name}.txt").write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise OutputError(
+                f"the dumps cannot be written to {self._folder} ({error.strerror or error}); choose another --dump-dir"
+            ) from error
+        self._count += 1
+
+
+class Reproducer:
+    """When a pass fails by its own fault: a folder with the model before it, the rest of the recipe, the statistics."""
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        self._folder, self._recipe = folder, recipe
+        self._model: ir.Model | None = None
+        self._rest: Sequence[Pass] = ()
+        self._statistics: StatisticsStore | None = None
+
+    def before(self, step: Pass, rest: Sequence[Pass], model: ir.Model, statistics: StatisticsStore) -> None:
+        self._model, self._rest, self._statistics = model.clone(), rest, statistics
+
+    def after(self, step: Pass, model: ir.Model, changes: Changes) -> None:
+        self._model = None
+
+    def failed(self, step: Pass, error: Exception) -> None:
+        if self._model is None or self._statistics is None:
+            return
+        if isinstance(error, QCompilerError) and not isinstance(error, PassError):
+            return  # the user's input is at fault, and the message says so
+        folder = self._folder / f"reproduce-{step.name}"
+        try:
+            self._write(folder, step, self._model, self._statistics)
+        except OutputError as obstacle:
+            raise PassError(f"the pass {step.name} failed: {error} (no reproducer, as {obstacle})") from error
+        raise PassError(
+            f"the pass {step.name} failed: {error} (this is a defect of the pass; "
+            f"qcompiler compile {folder} --recipe {folder / 'recipe.yaml'} "
+            f"--statistics {folder / 'statistics.safetensors'} -o OUT shows it again)"
+        ) from error
+
+    def _write(self, folder: Path, step: Pass, model: ir.Model, statistics: StatisticsStore) -> None:
+        steps = tuple(Step(name=item.name, options=asdict(item)) for item in self._rest)
+        recipe = self._recipe.model_copy(update={"passes": steps, "lowering": (), "name": f"reproduce-{step.name}"})
+        save(model, folder, overwrite=True, extra_files={"recipe.yaml": recipe.to_yaml()})
+        again, _ = load(folder)  # statistics are taken for the model as it is read
+        save_statistics(folder / "statistics.safetensors", statistics, model_hash(again), "")
+
+
+def onlookers(
+    recipe: Recipe, held_out: Samples | None, memory_limit: int | None, dump_dir: Path | None
+) -> list[Verify | Dump | Reproducer]:
+    """What looks on in a compilation, in this order."""
+    dumps = [Dump(dump_dir)] if dump_dir is not None else []
+    return [Verify(held_out, memory_limit), *dumps, Reproducer(dump_dir or Path(), recipe)]

@@ -1,0 +1,219 @@
+"""Number formats, granularities, and the scheme that joins them: what a tensor is to be quantized to.
+
+    Scheme.from_options("int4", "group", group_size=128)            int4 group(128) symmetric
+    Scheme(format="uint8", granularity=PerTensor(), symmetric=False)  uint8 per-tensor asymmetric
+
+Everything here is data: how numbers are rounded to a scheme is `quantize.py`'s business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from qcompiler.errors import SchemeError
+from qcompiler.formats.codebooks import CODEBOOKS
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """One number format: what its codes are, how they are held in numpy, and how ONNX stores them.
+
+    `qmin` and `qmax` bound the codes of an integer format, and the representable values of a float format.
+    `symmetric_divisor` is what a symmetric scale is made with, `scale = absmax / symmetric_divisor`:
+
+    - 8 bits and more use the *restricted* range: ±absmax is ±127 in int8, the divisor is 127. One code of 256 costs
+      nothing. (Code -128 is met only where a range is chosen narrower than the values, which then saturate.)
+    - 4 bits and fewer use the *full* range, as one code of 16 is worth having: int4 codes are -8..7, the divisor is
+      (7 - -8) / 2 = 7.5. A value at +absmax is rounded to 8 and saturates at 7: half a step of error, never more.
+      (A search for the least error may take a negative scale, which gives the code -8 to the larger end.)
+    - Unsigned formats are the signed ones moved up by `middle`: symmetric uint8 has zero point 128, codes 1..255.
+    - The float formats map absmax to their largest value, nf4 and fp4_bnb to 1, binary's scale is the code's magnitude.
+    """
+
+    name: str
+    bits: int
+    kind: Literal["integer", "float", "codebook", "sign"]
+    signed: bool
+    qmin: float
+    qmax: float
+    symmetric_divisor: float
+    storage: str  # the name of the ONNX data type that holds the codes; 3 bits are stored in a 4-bit container
+    dtype: np.dtype[Any]  # the numpy dtype of the codes: one element a code, never packed
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric scheme: 0 when signed, else half the number of codes (uint8: 128)."""
+        return 0 if self.signed else int(self.qmax + 1) // 2
+
+
+def _integer(bits: int, signed: bool) -> NumberFormat:
+    name = f"{'int' if signed else 'uint'}{bits}"
+    qmin, qmax = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    divisor = (2**bits - 1) / 2 if bits < 8 else 2 ** (bits - 1) - 1
+    container = 4 if bits == 3 else bits
+    storage = f"{'' if signed else 'U'}INT{container}"
+    dtype = np.dtype(f"{'int' if signed else 'uint'}{max(bits, 8)}")
+    return NumberFormat(name, bits, "integer", signed, qmin, qmax, divisor, storage, dtype)
+
+
+def _float(name: str, bits: int, largest: float, storage: str, dtype: Any) -> NumberFormat:
+    return NumberFormat(name, bits, "float", True, -largest, largest, largest, storage, np.dtype(dtype))
+
+
+FORMATS: dict[str, NumberFormat] = {
+    number_format.name: number_format
+    for number_format in (
+        *(_integer(bits, signed) for bits in (2, 3, 4, 8, 16) for signed in (True, False)),
+        _integer(32, True),  # biases: no search, no zero point
+        _float("fp8_e4m3", 8, 448.0, "FLOAT8E4M3FN", ml_dtypes.float8_e4m3fn),
+        _float("fp8_e5m2", 8, 57344.0, "FLOAT8E5M2", ml_dtypes.float8_e5m2),
+        _float("fp4", 4, 6.0, "FLOAT4E2M1", ml_dtypes.float4_e2m1fn),
+        # Codes are indices into a table of codebooks.py, whose ends are -1 and 1. fp4_bnb is bitsandbytes' fp4.
+        *(NumberFormat(name, 4, "codebook", True, 0, 15, 1.0, "UINT4", np.dtype(np.uint8)) for name in CODEBOOKS),
+        # Codes are -1 and 1. Two bits are the narrowest signed type that ONNX has; `binary.py` stores them in one.
+        NumberFormat("binary", 1, "sign", True, -1, 1, 1.0, "INT2", np.dtype(np.int8)),
+    )
+}
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole tensor: x [8, 64] has a scale of shape []."""
+
+    def __str__(self) -> str:
+        return "per-tensor"
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale for each output channel: a weight [out 8, in 64] has scales [8]."""
+
+    def __str__(self) -> str:
+        return "per-channel"
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """One scale for each row of an activation, found at run time: x [2, 10, 64] has scales [2, 10, 1]."""
+
+    def __str__(self) -> str:
+        return "per-token"
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """One scale for each `size` values along the reduction axis: a weight [out 8, in 64] in groups of 16 has [8, 4].
+
+    The last group of a channel may be shorter: [8, 70] in groups of 16 has scales [8, 5].
+    """
+
+    size: int
+
+    def __str__(self) -> str:
+        return f"group({self.size})"
+
+
+@dataclass(frozen=True)
+class PerBlock:
+    """One scale for each tile of `rows` output channels × `columns` inputs: [256, 512] in 128 × 128 has 2 · 4."""
+
+    rows: int
+    columns: int
+
+    def __str__(self) -> str:
+        return f"block({self.rows}×{self.columns})"
+
+
+Granularity = PerTensor | PerChannel | PerToken | PerGroup | PerBlock
+
+GRANULARITIES = ("tensor", "channel", "token", "group", "block")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a tensor is quantized to: number format × granularity × symmetric or not × static or dynamic.
+
+    Raises `SchemeError` where the parts do not go together.
+    """
+
+    format: str
+    granularity: Granularity
+    symmetric: bool = True
+    dynamic: bool = False
+    positive: bool = False
+    """No scale may be negative (see `quantize.scale_and_zero_point`), because some runtimes take none that is."""
+
+    def __post_init__(self) -> None:
+        number_format = find_format(self.format)
+        if not isinstance(self.granularity, Granularity):
+            raise SchemeError(
+                f"a scheme's granularity is a PerTensor, PerChannel, PerToken, PerGroup or PerBlock, "
+                f"not {self.granularity!r}."
+            )
+        _check_sizes(self.granularity)
+        if not self.symmetric and (number_format.kind != "integer" or number_format.name == "int32"):
+            raise SchemeError(f"{self.format} has no zero point: make it symmetric, or choose an integer format.")
+        if isinstance(self.granularity, PerToken) and not self.dynamic:
+            raise SchemeError("per-token scales are only known at run time: set dynamic to true, or choose per-tensor.")
+        if self.dynamic and isinstance(self.granularity, PerChannel | PerBlock):
+            raise SchemeError(f"{self.granularity} scales cannot be dynamic: choose per-tensor, per-token or group.")
+
+    @property
+    def number_format(self) -> NumberFormat:
+        return FORMATS[self.format]
+
+    def __str__(self) -> str:
+        symmetry = "symmetric" if self.symmetric else "asymmetric"
+        return f"{self.format} {self.granularity} {symmetry}{' dynamic' if self.dynamic else ''}"
+
+    @classmethod
+    def from_options(
+        cls,
+        format: str,
+        granularity: str,
+        group_size: int | None = None,
+        symmetric: bool = True,
+        dynamic: bool = False,
+    ) -> Scheme:
+        """The scheme that a pass's flat options name.
+
+        `granularity` is tensor, channel, token, group or block; `group_size` is required by the last two (a block is
+        `group_size` × `group_size`) and refused by the others. Raises `SchemeError`.
+        """
+        if granularity not in GRANULARITIES:
+            raise SchemeError(f"granularity {granularity!r} is unknown: choose one of {', '.join(GRANULARITIES)}.")
+        if granularity in ("group", "block"):
+            if group_size is None:
+                raise SchemeError(f"granularity {granularity} needs a group_size: 32, 64 and 128 are usual.")
+            shape = PerGroup(group_size) if granularity == "group" else PerBlock(group_size, group_size)
+            return cls(format, shape, symmetric, dynamic)
+        if group_size is not None:
+            raise SchemeError(
+                f"group_size {group_size} has no meaning for granularity {granularity}: leave it out, or choose group."
+            )
+        plain: dict[str, Granularity] = {"tensor": PerTensor(), "channel": PerChannel(), "token": PerToken()}
+        return cls(format, plain[granularity], symmetric, dynamic)
+
+
+def find_format(name: str) -> NumberFormat:
+    """The number format called `name`; raises `SchemeError` with the closest names where there is none."""
+    if name in FORMATS:
+        return FORMATS[name]
+    close = get_close_matches(str(name), FORMATS, n=3) or list(FORMATS)
+    raise SchemeError(f"number format {name!r} is unknown: did you mean {' or '.join(close)}?")
+
+
+def _check_sizes(granularity: Granularity) -> None:
+    sizes: tuple[int, ...] = ()
+    if isinstance(granularity, PerGroup):
+        sizes = (granularity.size,)
+    elif isinstance(granularity, PerBlock):
+        sizes = (granularity.rows, granularity.columns)
+    for size in sizes:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise SchemeError(f"the size of a group or block is a whole number of at least 1, not {size!r}.")

@@ -1,0 +1,220 @@
+"""Quantized activations in the graph: the pairs of nodes that quantize a value and dequantize it, for layers to read.
+
+    static                 x → QuantizeLinear → DequantizeLinear → layer
+    dynamic, per tensor    x → DynamicQuantizeLinear → DequantizeLinear → layer
+    dynamic, per token     x → DynamicQuantizePerToken → DequantizePerToken → layer
+    float8, per tensor     x → DynamicQuantizeFloat8 → DequantizeLinear → layer
+    float8, per token      x → DynamicQuantizeFloat8PerToken → DequantizePerToken → layer
+
+DynamicQuantizeLinear takes and gives float32 alone, so where x is of half precision a Cast stands on either side.
+
+    pairs = Pairs(pass_name)
+    pairs.read(site, lambda source, dtype: token_pair(model, source, dtype, names))     one pair for each value
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from qcompiler.functions.library import DOMAIN
+from qcompiler.functions.per_token import (
+    DEQUANTIZE,
+    QUANTIZE,
+    QUANTIZE_FLOAT8,
+    QUANTIZE_FLOAT8_TENSOR,
+    add_token_function,
+    is_token_function,
+)
+from qcompiler.graph.edit import Names, inherit, insert_after, insert_before, new_node
+from qcompiler.sites.find import Convolution, Linear
+
+Quantizable = Linear | Convolution
+Build = Callable[[ir.Value, ir.DataType], Sequence[ir.Node]]
+"""Makes the nodes for a value of a float type, in order; the only output of the last one is what layers then read."""
+
+
+class Pairs:
+    """Inserts pairs, one for each value, and lets layers read them."""
+
+    def __init__(self, pass_name: str) -> None:
+        self._pass_name = pass_name
+        self._dequantized: dict[ir.Value, ir.Value] = {}
+
+    def __contains__(self, source: ir.Value) -> bool:
+        return source in self._dequantized
+
+    def at(self, source: ir.Value, site: Quantizable, build: Build) -> ir.Value:
+        """The dequantized value of `source`; made where there is none, right behind the producer of `source`."""
+        if source not in self._dequantized:
+            nodes = build(source, _dtype(source, site))
+            inherit(nodes, site.node, self._pass_name)
+            producer = source.producer()
+            if producer is not None:
+                insert_after(producer, nodes)
+            else:
+                insert_before(site.node, nodes)
+            self._dequantized[source] = nodes[-1].outputs[0]
+        return self._dequantized[source]
+
+    def read(self, site: Quantizable, build: Build) -> None:
+        """Let a layer read the pair of its input."""
+        site.node.replace_input_with(0, self.at(site.input, site, build))
+
+
+def _dtype(source: ir.Value, site: Quantizable) -> ir.DataType:
+    """Shape inference stops at operators of ONNX Runtime; the layer's other operand has the type, too."""
+    weight = site.node.inputs[1]
+    return source.dtype or (weight.dtype if weight is not None else None) or ir.DataType.FLOAT
+
+
+# ------------------------------------------------------------------------------------------------------- dynamic pairs
+
+
+def tensor_pair(source: ir.Value, dtype: ir.DataType, names: Names) -> list[ir.Node]:
+    """Codes uint8 with one scale and zero point for the whole value, found each time that the model runs."""
+    nodes, value = [], source
+    if dtype != ir.DataType.FLOAT:
+        nodes.append(_cast(value, ir.DataType.FLOAT, names.fresh(f"{source.name}.float")))
+        value = nodes[-1].outputs[0]
+    codes, scale, zero_point = (
+        ir.Value(name=names.fresh(f"{source.name}.{kind}"), type=ir.TensorType(type), shape=shape)
+        for kind, type, shape in (
+            ("quantized", ir.DataType.UINT8, source.shape),
+            ("scale", ir.DataType.FLOAT, ir.Shape([])),
+            ("zero_point", ir.DataType.UINT8, ir.Shape([])),
+        )
+    )
+    nodes.append(ir.Node("", "DynamicQuantizeLinear", [value], outputs=[codes, scale, zero_point], name=codes.name))
+    name = names.fresh(f"{source.name}.dequantized")
+    nodes.append(new_node("DequantizeLinear", [codes, scale, zero_point], name,
+                          dtype=ir.DataType.FLOAT, shape=source.shape))  # fmt: skip
+    if dtype != ir.DataType.FLOAT:
+        nodes.append(_cast(nodes[-1].outputs[0], dtype, names.fresh(f"{name}.{dtype.name.lower()}")))
+    return nodes
+
+
+def token_pair(
+    model: ir.Model, source: ir.Value, dtype: ir.DataType, names: Names, qmax: float = 127.0
+) -> list[ir.Node]:
+    """Codes int8 in -qmax … qmax with one scale for each row."""
+    return _row_pair(model, source, dtype, names, QUANTIZE, ir.DataType.INT8, {"qmax": float(qmax)})
+
+
+def float8_token_pair(
+    model: ir.Model, source: ir.Value, dtype: ir.DataType, names: Names, to: ir.DataType, qmax: float, cap: float
+) -> list[ir.Node]:
+    """Codes in float8 with one scale for each row; `cap` bounds the magnitude that the scale is made for."""
+    attributes: dict[str, object] = {"qmax": float(qmax), "cap": float(cap), "to": int(to)}
+    return _row_pair(model, source, dtype, names, QUANTIZE_FLOAT8, to, attributes)
+
+
+def float8_tensor_pair(
+    model: ir.Model, source: ir.Value, dtype: ir.DataType, names: Names, to: ir.DataType, qmax: float, cap: float
+) -> list[ir.Node]:  # fmt: skip
+    """Codes in float8 with one float32 scale for the whole value; `cap` as in `float8_token_pair`."""
+    add_token_function(model, QUANTIZE_FLOAT8_TENSOR)
+    codes = ir.Value(name=names.fresh(f"{source.name}.quantized"), type=ir.TensorType(to), shape=source.shape)
+    scale = ir.Value(
+        name=names.fresh(f"{source.name}.scale"), type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([])
+    )
+    attributes = [ir.AttrFloat32("qmax", qmax), ir.AttrFloat32("cap", cap), ir.AttrInt64("to", int(to))]
+    quantize = ir.Node(DOMAIN, QUANTIZE_FLOAT8_TENSOR, [source], attributes, outputs=[codes, scale], name=codes.name)
+    name = names.fresh(f"{source.name}.dequantized")
+    nodes = [quantize, new_node("DequantizeLinear", [codes, scale], name, dtype=scale.dtype, shape=source.shape)]
+    if dtype != ir.DataType.FLOAT:
+        nodes.append(_cast(nodes[-1].outputs[0], dtype, names.fresh(f"{name}.{dtype.name.lower()}")))
+    return nodes
+
+
+def _row_pair(
+    model: ir.Model, source: ir.Value, dtype: ir.DataType, names: Names, function: str, stored: ir.DataType,
+    attributes: dict[str, object],
+) -> list[ir.Node]:  # fmt: skip
+    add_token_function(model, function)
+    add_token_function(model, DEQUANTIZE)
+    rows = ir.Shape([*source.shape[:-1], 1]) if source.shape is not None else None
+    codes = ir.Value(name=names.fresh(f"{source.name}.quantized"), type=ir.TensorType(stored), shape=source.shape)
+    scale = ir.Value(name=names.fresh(f"{source.name}.scale"), type=ir.TensorType(ir.DataType.FLOAT), shape=rows)
+    attrs = [ir.convenience.convert_attribute(key, item) for key, item in attributes.items()]
+    quantize = ir.Node(DOMAIN, function, [source], attrs, outputs=[codes, scale], name=codes.name)
+    dequantize = new_node(DEQUANTIZE, [codes, scale], names.fresh(f"{source.name}.dequantized"), domain=DOMAIN,
+                          dtype=dtype, shape=source.shape, attributes={"output_dtype": int(dtype)})  # fmt: skip
+    return [quantize, dequantize]
+
+
+def _cast(value: ir.Value, to: ir.DataType, name: str) -> ir.Node:
+    return new_node("Cast", [value], name, dtype=to, shape=value.shape, attributes={"to": int(to)})
+
+
+# ---------------------------------------------------------------------------------------------------- recognising them
+
+
+@dataclass(frozen=True, eq=False)
+class DynamicPair:
+    """A dynamic pair in the graph."""
+
+    source: ir.Value
+    """What is quantized, before a Cast to float32 where there is one."""
+    quantize: ir.Node
+    """DynamicQuantizeLinear, DynamicQuantizePerToken, DynamicQuantizeFloat8PerToken or DynamicQuantizeFloat8."""
+    dequantize: ir.Node
+    """DequantizeLinear or DequantizePerToken."""
+
+    @property
+    def per_token(self) -> bool:
+        return is_token_function(self.quantize, QUANTIZE, QUANTIZE_FLOAT8)
+
+    @property
+    def float8(self) -> bool:
+        return is_token_function(self.quantize, QUANTIZE_FLOAT8, QUANTIZE_FLOAT8_TENSOR)
+
+    @property
+    def qmax(self) -> float:
+        """The largest code of a pair per token."""
+        return float(self.quantize.attributes.get_float("qmax", 127.0) or 127.0)
+
+
+def dynamic_pair(value: ir.Value | None) -> DynamicPair | None:
+    """The dynamic pair that gives a value, or None where it comes from elsewhere."""
+    dequantize = _behind_cast(value)
+    if dequantize is None or dequantize.inputs[0] is None:
+        return None
+    quantize = dequantize.inputs[0].producer()
+    if quantize is None or quantize.inputs[0] is None:
+        return None
+    if is_token_function(dequantize, DEQUANTIZE) and is_token_function(quantize, QUANTIZE, QUANTIZE_FLOAT8):
+        return DynamicPair(quantize.inputs[0], quantize, dequantize)
+    if _is(dequantize, "DequantizeLinear") and is_token_function(quantize, QUANTIZE_FLOAT8_TENSOR):
+        return DynamicPair(quantize.inputs[0], quantize, dequantize)
+    if _is(dequantize, "DequantizeLinear") and _is(quantize, "DynamicQuantizeLinear"):
+        source = quantize.inputs[0]
+        cast = source.producer()
+        if cast is not None and _is(cast, "Cast") and _is_half(cast.inputs[0]) and cast.inputs[0] is not None:
+            source = cast.inputs[0]
+        return DynamicPair(source, quantize, dequantize)
+    return None
+
+
+def is_quantized(value: ir.Value) -> bool:
+    """Whether a value was quantized, in any of the ways above, and dequantized again."""
+    producer = value.producer()
+    return (producer is not None and _is(producer, "DequantizeLinear")) or dynamic_pair(value) is not None
+
+
+def _behind_cast(value: ir.Value | None) -> ir.Node | None:
+    """The producer of a value; where it is a Cast to half precision, the producer of what that reads."""
+    node = value.producer() if value is not None else None
+    if node is not None and _is(node, "Cast") and node.inputs[0] is not None and _is_half(node.outputs[0]):
+        return node.inputs[0].producer()
+    return node
+
+
+def _is_half(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def _is(node: ir.Node, op_type: str) -> bool:
+    return node.domain == "" and node.op_type == op_type

@@ -1,0 +1,108 @@
+"""ONNX Runtime sessions for compiled models, with the options that the compiler recorded in them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import onnx_ir as ir
+
+from qcompiler.errors import ModelError
+from qcompiler.graph import files as model_io
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+    from qcompiler.generation.write import generate as generate
+
+Recorded = TypeVar("Recorded", dict[str, object], list[object])
+
+SESSION_OPTIONS = "qcompiler.session_options"
+"""Metadata key: a JSON object of session config entries, such as {"session.qdqisint8allowed": "1"}."""
+DISABLED_OPTIMIZERS = "qcompiler.disabled_optimizers"
+"""Metadata key: a JSON list of names of graph transformers that must not run."""
+
+
+@dataclass(frozen=True)
+class RecordedOptions:
+    """What a model says about how it wants to be run."""
+
+    config_entries: dict[str, str] = field(default_factory=dict)
+    disabled_optimizers: tuple[str, ...] = ()
+
+
+def session_options_of(model: ir.Model) -> RecordedOptions:
+    """What the metadata of a model records; empty where it records nothing. Raises ModelError where it is damaged."""
+    entries = _json(model, SESSION_OPTIONS, dict[str, object]())
+    disabled = _json(model, DISABLED_OPTIMIZERS, list[object]())
+    return RecordedOptions({key: str(value) for key, value in entries.items()}, tuple(map(str, disabled)))
+
+
+def _json(model: ir.Model, key: str, default: Recorded) -> Recorded:
+    text = model.metadata_props.get(key)
+    if text is None:
+        return default
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ModelError(f"the model's metadata entry {key!r} is not JSON ({error})") from error
+    if not isinstance(value, type(default)):
+        raise ModelError(f"the model's metadata entry {key!r} holds {text!r}, where a {type(default).__name__} is due")
+    return value
+
+
+def load_session(
+    folder_or_file: str | Path, *, threads: int | None = None, providers: Sequence[str] | None = None
+) -> onnxruntime.InferenceSession:
+    """An onnxruntime session with the session options that the model records.
+
+    `threads` bounds the threads within an operator (default: onnxruntime's own choice); `providers` are names of
+    execution providers (default: the CPU's). Raises ModelError where the model or a provider is not usable.
+    """
+    import onnxruntime as ort
+
+    file = model_io.find_model(folder_or_file)
+    recorded = session_options_of(model_io.load(file))
+    chosen = list(providers or ["CPUExecutionProvider"])
+    absent = [name for name in chosen if name not in ort.get_available_providers()]
+    if absent:
+        raise ModelError(
+            f"this onnxruntime has no {absent[0]}; it has {', '.join(ort.get_available_providers())} "
+            "(onnxruntime-gpu brings the CUDA one)"
+        )
+    options = ort.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    for key, value in recorded.config_entries.items():
+        options.add_session_config_entry(key, value)
+    try:
+        return ort.InferenceSession(
+            str(file), options, providers=chosen, disabled_optimizers=list(recorded.disabled_optimizers)
+        )
+    except Exception as error:  # onnxruntime's errors share no base class
+        raise ModelError(f"onnxruntime cannot open {file}: {one_line(error)}") from error
+
+
+def __getattr__(name: str) -> Any:
+    if name != "generate":
+        raise AttributeError(f"module 'qcompiler.sessions.runtime' has no attribute {name!r}")
+    from qcompiler.generation.write import generate  # which opens its sessions here, so it cannot be imported above
+
+    return generate
+
+
+def one_line(error: BaseException) -> str:
+    """An error of onnxruntime as one clause: without error codes, source paths and C++ signatures."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = re.sub(r"/\S+\.(cc|h|cpp):\d+ .*?\)( const)?( \[[^\]]*\])? ", "", text)
+    found = re.match(
+        r"Non-zero status code returned while running (\w+) node\. Name:'([^']*)' Status Message: (.*)", text
+    )
+    if found:
+        text = f"node {found[2]!r} ({found[1]}) failed: {found[3]}"
+    return text.rstrip(" .")

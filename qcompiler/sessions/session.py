@@ -1,0 +1,168 @@
+"""One onnxruntime session over a part of a graph, and the arrays that are kept between such sessions."""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.errors import DataError, ModelError, OutputError
+from qcompiler.graph import files as model_io
+from qcompiler.sessions.runtime import one_line
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+# Types that numpy lacks and ml_dtypes has: onnxruntime hands them over as bytes only.
+BYTES_ONLY = {
+    "tensor(bfloat16)": ir.DataType.BFLOAT16,
+    "tensor(float8e4m3fn)": ir.DataType.FLOAT8E4M3FN,
+    "tensor(float8e5m2)": ir.DataType.FLOAT8E5M2,
+}
+HALF_BYTES = ("tensor(int4)", "tensor(uint4)", "tensor(int2)", "tensor(uint2)", "tensor(float4e2m1)")
+
+
+class Kept:
+    """Arrays by name and sample. In memory up to `capacity` bytes, the rest in a temporary folder."""
+
+    def __init__(self, capacity: int | None) -> None:
+        self._capacity = capacity
+        self._arrays: dict[str, dict[int, np.ndarray | tuple[Path, np.dtype]]] = {}
+        self._bytes = 0
+        self._files = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self.types: dict[str, tuple[ir.DataType, int]] = {}
+        """Element type and rank of each value kept so far."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def put(self, name: str, sample: int, array: np.ndarray) -> None:
+        self.types[name] = (_data_type(array), array.ndim)
+        full = self._capacity is not None and self._bytes + array.nbytes > self._capacity
+        entry = self._write(array) if full and array.dtype != object else array
+        self._bytes += array.nbytes if entry is array else 0
+        self._arrays.setdefault(name, {})[sample] = entry
+
+    def get(self, name: str, sample: int) -> np.ndarray:
+        entry = self._arrays[name][sample]
+        return entry if isinstance(entry, np.ndarray) else np.load(entry[0]).view(entry[1])
+
+    def drop_all_but(self, names: Collection[str]) -> None:
+        for name in self._arrays.keys() - set(names):
+            for entry in self._arrays.pop(name).values():
+                if isinstance(entry, np.ndarray):
+                    self._bytes -= entry.nbytes
+                else:
+                    entry[0].unlink()
+
+    @property
+    def on_disk(self) -> int:
+        """How many arrays went to disk in all."""
+        return self._files
+
+    def _write(self, array: np.ndarray) -> tuple[Path, np.dtype]:
+        try:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="qcompiler-")
+            path = Path(self._folder.name) / f"{self._files}.npy"
+            # As plain numbers of the same size, because .npy does not know the types of ml_dtypes.
+            np.save(path, array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array)
+        except OSError as error:
+            raise OutputError(
+                f"the values between segments do not fit into {tempfile.gettempdir()} ({error}); "
+                "set TMPDIR to a folder with more room, or raise the memory limit"
+            ) from error
+        self._files += 1
+        return path, array.dtype
+
+
+def _data_type(array: np.ndarray) -> ir.DataType:
+    return ir.DataType.STRING if array.dtype.kind in "OU" else ir.DataType.from_numpy(array.dtype)
+
+
+class Session:
+    """The part of a model between some inputs and some outputs, ready to run."""
+
+    def __init__(
+        self, model: ir.Model, inputs: Sequence[str], outputs: Sequence[str], kept: Kept, *, limited: bool
+    ) -> None:
+        """`kept` knows the types of inputs that are no graph inputs; `limited` spares memory at some cost in speed."""
+        self._outputs = list(outputs)
+        self._session = _open(_part(model, inputs, outputs, kept), limited)
+        self._types = {item.name: item.type for item in self._session.get_outputs()}
+        self._exotic = [kind for kind in self._types.values() if kind in BYTES_ONLY]
+        for name, kind in self._types.items():
+            if kind in HALF_BYTES or not kind.startswith("tensor("):
+                raise ModelError(f"the value {name!r} has the type {kind}, which cannot be measured")
+
+    def run(self, feeds: Mapping[str, np.ndarray], sample: int) -> Iterator[tuple[str, np.ndarray]]:
+        """The outputs by name; raises DataError where the sample does not go through."""
+        try:
+            if self._exotic or any(array.dtype.kind == "V" for array in feeds.values()):
+                arrays = self._run_bytes(feeds)
+            else:
+                arrays = self._session.run(self._outputs, dict(feeds))
+        except Exception as error:  # onnxruntime's errors share no base class
+            if "NOT_IMPLEMENTED" in str(error):
+                raise ModelError(f"onnxruntime cannot run the model: {one_line(error)}") from error
+            raise DataError(f"sample {sample} does not go through the model: {one_line(error)}") from error
+        yield from zip(self._outputs, arrays, strict=True)
+
+    def _run_bytes(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        import onnxruntime as ort
+
+        values = {}
+        for name, array in feeds.items():
+            array = np.ascontiguousarray(array)
+            if array.dtype.kind == "V":
+                plain = array.view(f"u{array.itemsize}")
+                values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(plain, int(_data_type(array)))
+            else:
+                values[name] = ort.OrtValue.ortvalue_from_numpy(array)
+        results = self._session.run_with_ort_values(self._outputs, values)
+        return [self._array(name, value) for name, value in zip(self._outputs, results, strict=True)]
+
+    def _array(self, name: str, value: onnxruntime.OrtValue) -> np.ndarray:
+        kind = BYTES_ONLY.get(self._types[name])
+        if kind is None:
+            return value.numpy()  # type: ignore[no-any-return]
+        data = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+        return np.frombuffer(data, kind.numpy()).reshape(value.shape())
+
+
+def _part(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str], kept: Kept) -> ir.Model:
+    """A model of its own that computes `outputs` from `inputs`; it shares the tensors with the whole."""
+    graph = ir.convenience.extract(model.graph, inputs, outputs)
+    own = {str(value.name) for value in model.graph.inputs}
+    for value in graph.inputs:
+        if value.name not in own:
+            dtype, rank = kept.types[str(value.name)]
+            value.type, value.shape = ir.TensorType(dtype), ir.Shape([None] * rank)
+    return ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
+
+
+def _open(part: ir.Model, limited: bool) -> onnxruntime.InferenceSession:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    if limited:
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
+        # Prepacking copies every weight; without it they stay in the mapped file.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return model_io.session(part, options)

@@ -1,0 +1,350 @@
+"""Recognisers: they find the sites of a canonicalized model. An idiom is recognised here once; passes match nothing.
+
+Recognisers look at operators, shapes and types only; they never read the data of a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import onnx_ir as ir
+
+from qcompiler.functions.binary import is_binary, weight_shape
+from qcompiler.functions.library import DOMAIN, codebook_format
+from qcompiler.graph.edit import constant
+from qcompiler.graph.module_path import block_of, module_path
+from qcompiler.sites.kinds import (
+    Convolution,
+    Embedding,
+    Linear,
+    NormGroup,
+    Site,
+    Sites,
+    Unsupported,
+    check_patterns,
+    matches,
+)
+from qcompiler.sites.norms import group_linears
+
+__all__ = [
+    "PART_OF",
+    "Convolution",
+    "Embedding",
+    "Linear",
+    "NormGroup",
+    "Site",
+    "Sites",
+    "Unsupported",
+    "check_patterns",
+    "find_linear_groups",
+    "find_norm_groups",
+    "find_sites",
+    "matches",
+]
+
+
+PART_OF = "qcompiler.part_of"
+"""Metadata of a node that computes a part of a layer, with the layer's name: it is no site, so no pass touches it."""
+
+
+def find_sites(model: ir.Model) -> Sites:
+    """Every quantizable site of the graph, and every node that would be one if its form were another."""
+    found: list[Site] = []
+    derived = _derived(model.graph)
+    for node in model.graph.all_nodes():
+        site = _recognise(node, derived)
+        if site is not None and node.graph is not model.graph:
+            site = _unsupported(node, "it is inside the body of an If, Loop or Scan")
+        if site is not None:
+            found.append(site)
+    return Sites(tuple(found))
+
+
+def find_linear_groups(model: ir.Model) -> tuple[NormGroup, ...]:
+    """Every value that linear layers read; `gains` is empty where its producer has none that could take a factor.
+
+    `node` is the producer of the value (of the norm, where a Reshape or Cast follows it), or the first linear layer
+    where the value is an input of the graph.
+    """
+    return group_linears(find_sites(model).linears)
+
+
+def find_norm_groups(model: ir.Model) -> tuple[NormGroup, ...]:
+    """Every value that linear layers read and that gains scale: where nothing else reads it, a factor can be folded."""
+    return tuple(group for group in find_linear_groups(model) if group.gains)
+
+
+Derived = frozenset[ir.Value]
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A constant that a node reads, and the nodes between."""
+
+    constant: ir.Value
+    dequantize: ir.Node | None
+    transpose: ir.Node | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self.dequantize is not None and is_binary(self.dequantize):
+            return weight_shape(self.dequantize)
+        return _shape(self.constant)
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    tensor = constant(value)
+    if tensor is None:
+        raise ValueError(f"{value.name!r} is not a constant")
+    return tuple(int(size) for size in tensor.shape.numpy())
+
+
+def _is_float(value: ir.Value) -> bool:
+    return value.dtype is not None and value.dtype.is_floating_point()
+
+
+def _trace(value: ir.Value | None, derived: Derived) -> _Weight | str | None:
+    """The float constant behind a value; a reason where it comes from constants in an unknown way; None if computed."""
+    if value is None:
+        return None
+    dequantize, transpose = None, None
+    node = value.producer()
+    if node is not None and _is(node, "Transpose") and _swaps(node):
+        transpose, value = node, node.inputs[0]
+        node = value.producer() if value is not None else None
+    if node is not None and _dequantizes(node) and constant(node.inputs[0]) is not None:
+        dequantize, value = node, node.inputs[0]
+    if value is not None and constant(value) is not None:
+        return _Weight(value, dequantize, transpose) if dequantize is not None or _is_float(value) else None
+    if value in derived and _is_float(value):
+        return f"its weight is computed from constants by {node.op_type if node else '?'}; fold the constants first"
+    return None
+
+
+def _is(node: ir.Node, *op_types: str) -> bool:
+    return node.domain in ("", "com.microsoft") and node.op_type in op_types
+
+
+def _dequantizes(node: ir.Node) -> bool:
+    return _is(node, "DequantizeLinear") or codebook_format(node) is not None or is_binary(node)
+
+
+def _swaps(transpose: ir.Node) -> bool:
+    permutation = transpose.attributes.get_ints("perm")
+    if permutation is not None:
+        return list(permutation) == [1, 0]
+    source = transpose.inputs[0]
+    return source is not None and source.shape is not None and len(source.shape) == 2
+
+
+def _derived(graph: ir.Graph) -> Derived:
+    """The values that are computed from constants alone. What functions of qcompiler give is quantized, not derived."""
+    derived: set[ir.Value] = set()
+    for node in graph.all_nodes():
+        inputs = [value for value in node.inputs if value is not None]
+        has_body = any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values())
+        if not inputs or has_body or node.domain == DOMAIN:
+            continue
+        if all(value in derived or constant(value) is not None for value in inputs):
+            derived.update(node.outputs)
+    return frozenset(derived)
+
+
+def _is_matrix(shape: Sequence[int]) -> bool:
+    return sum(size > 1 for size in shape) > 1
+
+
+# ---------------------------------------------------------------------------------------------------- operators
+
+
+def _recognise(node: ir.Node, derived: Derived) -> Site | None:
+    if PART_OF in node.metadata_props:
+        return None
+    if _is(node, "MatMul", "Gemm", "FusedMatMul"):
+        return _linear(node, derived)
+    if _is(node, "Conv"):
+        return _convolution(node, derived)
+    if node.domain == "" and node.op_type == "Gather":
+        return _embedding(node, derived)
+    if (node.domain, node.op_type) in _QUANTIZED:
+        index = _QUANTIZED[node.domain, node.op_type]
+        codes = node.inputs[index] if index < len(node.inputs) else None
+        return None if constant(codes) is None else _unsupported(node, f"it is quantized already ({node.op_type})")
+    if (node.domain, node.op_type) in _WITHOUT_PASS:
+        weights = [node.inputs[i] for i in _WITHOUT_PASS[node.domain, node.op_type] if i < len(node.inputs)]
+        traced = [_trace(weight, derived) for weight in weights]
+        if any(isinstance(weight, str) or (weight is not None and _is_matrix(weight.shape)) for weight in traced):
+            return _unsupported(node, f"no pass handles the weights of {node.op_type}")
+    return None
+
+
+# Operators with weights of their own, and which inputs hold them.
+_WITHOUT_PASS: dict[tuple[str, str], tuple[int, ...]] = {
+    ("", "RNN"): (1, 2),
+    ("", "GRU"): (1, 2),
+    ("", "LSTM"): (1, 2),
+    ("", "ConvTranspose"): (1,),
+    ("", "DeformConv"): (1,),
+    ("", "Einsum"): (0, 1, 2, 3),
+    ("com.microsoft", "Attention"): (1,),
+    ("com.microsoft", "DecoderAttention"): (3, 4),
+    ("com.microsoft", "DecoderMaskedSelfAttention"): (1,),
+    ("com.microsoft", "LongformerAttention"): (1,),
+    ("com.microsoft", "EmbedLayerNormalization"): (2, 3, 4),
+    ("com.microsoft", "FusedGemm"): (1,),
+    ("com.microsoft", "FusedConv"): (1,),
+    ("com.microsoft", "MoE"): (2, 4, 6),
+}
+
+
+# Operators that multiply by or gather codes, and which input holds these.
+_QUANTIZED: dict[tuple[str, str], int] = {
+    ("", "ConvInteger"): 1,
+    ("", "MatMulInteger"): 1,
+    ("", "QLinearConv"): 3,
+    ("", "QLinearMatMul"): 3,
+    ("com.microsoft", "DynamicQuantizeLSTM"): 1,
+    ("com.microsoft", "DynamicQuantizeMatMul"): 1,
+    ("com.microsoft", "GatherBlockQuantized"): 0,
+    ("com.microsoft", "GemmFloat8"): 1,
+    ("com.microsoft", "MatMulBlockQuantizedFp8Weight"): 1,
+    ("com.microsoft", "MatMulBnb4"): 1,
+    ("com.microsoft", "MatMulIntegerToFloat"): 1,
+    ("com.microsoft", "MatMulNBits"): 1,
+    ("com.microsoft", "QAttention"): 1,
+    ("com.microsoft", "QGemm"): 3,
+}
+
+
+def _unsupported(node: ir.Node, reason: str) -> Unsupported:
+    path = module_path(node)
+    return Unsupported(node=node, name=node.name or "", module_path=path, block=block_of(path), reason=reason)
+
+
+def _linear(node: ir.Node, derived: Derived) -> Linear | Unsupported | None:
+    source = node.inputs[0]
+    left, right = _trace(source, derived), _trace(node.inputs[1], derived)
+    if right is None:
+        if isinstance(left, str) or (left is not None and _is_matrix(left.shape)):
+            return _unsupported(node, "its constant is the left operand; only x W is handled, not W x")
+        return None
+    if left is not None or source is None:
+        return None  # constants alone: nothing that data flows through
+    if isinstance(right, str):
+        return _unsupported(node, right)
+    if len(right.shape) != 2:
+        return _unsupported(node, f"its weight has rank {len(right.shape)}, not 2") if _is_matrix(right.shape) else None
+    if refusal := _attributes_refused(node):
+        return _unsupported(node, refusal)
+    transposed = (right.transpose is not None) != bool(node.attributes.get_int("transB", 0))
+    features, outputs = reversed(right.shape) if transposed else right.shape
+    if features == 1:
+        return _unsupported(node, "it has one input feature: an outer product, such as rotary angles, is left alone")
+    bias, bias_node = _gemm_bias(node, outputs) if node.op_type == "Gemm" else _added_bias(node, outputs)
+    if isinstance(bias, str):
+        return _unsupported(node, bias)
+    # A transposed weight is another layer's (tied), unless it is one of the codes that always have a row an output.
+    named = right.transpose is None or (right.dequantize is not None and right.dequantize.domain == DOMAIN)
+    path = module_path(node, right.constant if named else None)
+    return Linear(
+        node=node, name=node.name or "", module_path=path, block=block_of(path), input=source,
+        weight=right.constant, transposed=transposed, dequantize=right.dequantize, transpose=right.transpose,
+        bias=bias, bias_node=bias_node, in_features=features, out_features=outputs,
+    )  # fmt: skip
+
+
+def _attributes_refused(node: ir.Node) -> str | None:
+    wanted = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transBatchA": 0, "transBatchB": 0}
+    for name, value in wanted.items():
+        attribute = node.attributes.get(name)
+        if attribute is not None and attribute.value != value:
+            return f"its attribute {name} is {attribute.value}, not {value}"
+    return None
+
+
+def _is_vector(value: ir.Value, size: int) -> bool:
+    """Whether a constant holds `size` numbers along its last axis and nothing else."""
+    tensor = constant(value)
+    return tensor is not None and len(tensor.shape) > 0 and tensor.shape[-1] == size and prod(_shape(value)) == size
+
+
+def _gemm_bias(node: ir.Node, outputs: int) -> tuple[ir.Value | str | None, None]:
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is None or _is_vector(bias, outputs):
+        return bias, None
+    if constant(bias) is not None:
+        return f"what it adds has shape {list(_shape(bias))}, not [{outputs}]", None
+    return "what it adds is computed, not a constant", None
+
+
+def _added_bias(node: ir.Node, outputs: int) -> tuple[ir.Value | None, ir.Node | None]:
+    product = node.outputs[0]
+    uses = list(product.uses())
+    if len(uses) != 1 or product.is_graph_output():
+        return None, None
+    add = uses[0].node
+    if add.domain or add.op_type != "Add" or add.graph is not node.graph:
+        return None, None
+    bias = add.inputs[1 - uses[0].idx]
+    if bias is None or not _is_vector(bias, outputs):
+        return None, None
+    rank = len(product.shape) if product.shape is not None else 1
+    return (bias, add) if len(_shape(bias)) <= rank else (None, None)
+
+
+def _convolution(node: ir.Node, derived: Derived) -> Convolution | Unsupported | None:
+    source, weight = node.inputs[0], _trace(node.inputs[1], derived)
+    if weight is None or source is None or _trace(source, derived) is not None:
+        return None
+    if isinstance(weight, str):
+        return _unsupported(node, weight)
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None and constant(bias) is None:
+        return _unsupported(node, "its bias is computed, not a constant")
+    path = module_path(node, weight.constant)
+    return Convolution(
+        node=node, name=node.name or "", module_path=path, block=block_of(path), input=source,
+        weight=weight.constant, dequantize=weight.dequantize, bias=bias,
+    )  # fmt: skip
+
+
+def _embedding(node: ir.Node, derived: Derived) -> Embedding | Unsupported | None:
+    table, ids = _trace(node.inputs[0], derived), node.inputs[1]
+    if table is None or isinstance(table, str) or table.dequantize is not None or not _is_matrix(table.shape):
+        return None
+    if ids is None or constant(ids) is not None or _is_rotary(node):
+        return None
+    if len(table.shape) != 2:
+        return _unsupported(node, f"its table has rank {len(table.shape)}, not 2")
+    axis = node.attributes.get_int("axis", 0)
+    if axis % 2 != 0:
+        return _unsupported(node, f"it gathers along axis {axis}, not rows")
+    path = module_path(node, table.constant)
+    return Embedding(
+        node=node, name=node.name or "", module_path=path, block=block_of(path), table=table.constant, ids=ids,
+        transposed=table.transpose is not None, transpose=table.transpose,
+    )  # fmt: skip
+
+
+_MOVES = ("Unsqueeze", "Squeeze", "Reshape", "Transpose", "Cast", "Concat", "Slice", "Expand", "Tile", "Split")
+
+
+def _is_rotary(gather: ir.Node) -> bool:
+    """Whether what is gathered is cosines or sines that rotate other values, not features of tokens."""
+    pending, seen = [gather.outputs[0]], set()
+    readers: list[bool] = []
+    while pending:
+        value = pending.pop()
+        for reader, index in value.uses():
+            if reader in seen:
+                continue
+            if _is(reader, *_MOVES):
+                seen.add(reader)
+                pending.extend(reader.outputs)
+                continue
+            rotates = _is(reader, "RotaryEmbedding", "GroupQueryAttention", "MultiHeadAttention")
+            scales = _is(reader, "Mul") and constant(reader.inputs[1 - index]) is None
+            readers.append((rotates and index > 0) or scales)
+    return bool(readers) and all(readers)

@@ -1,0 +1,116 @@
+"""A weight as a file stores it: the fields that describe its form, the constants behind it, and its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.formats.scheme import FORMATS, Granularity
+from qcompiler.graph.edit import constant
+from qcompiler.sites.stored.constants import chain, constants_behind, evaluate
+from qcompiler.sites.stored.layout import PIECE, Array, Layout, rows_of
+
+_FLOATS = {format.storage: format.name for format in FORMATS.values() if format.kind == "float"}
+
+
+def format_of(dtype: ir.DataType) -> str:
+    """``int8``, ``fp8_e4m3``; ``float``, ``float16`` of what is not quantized."""
+    return _FLOATS.get(dtype.name, dtype.name.lower())
+
+
+@dataclass(frozen=True, eq=False)
+class StoredWeight:
+    node: ir.Node | None
+    """What decodes it or multiplies by its codes; None where it is stored as floats."""
+    codes: ir.Value
+    """As `node` reads them; floats where there is none."""
+    shape: tuple[int, ...]
+    """Of the weight, as `node` decodes or reads it."""
+    format: str
+    """int8, uint4, nf4, …; float, float16, … where it is no code."""
+    bits: int
+    granularity: Granularity | None = None
+    """None where the scales are not known, or lie in no way that has a name."""
+    scale: ir.Value | None = None
+    zero_point: ir.Value | None = None
+    layout: Layout | None = None
+    """None of floats, and where it is not known."""
+
+    @property
+    def quantized(self) -> bool:
+        return self.node is not None
+
+    @cached_property
+    def constants(self) -> tuple[ir.Value, ...]:
+        """Codes, scales, zero points: what is stored, each once, that of the codes first."""
+        return constants_behind(self.codes, self.scale, self.zero_point)
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for value in self.constants if (tensor := constant(value)) is not None)
+
+    @property
+    def is_integer(self) -> bool:
+        return self.format in FORMATS and FORMATS[self.format].kind == "integer"
+
+    @cached_property
+    def symmetric(self) -> bool | None:
+        """Whether every zero point is the middle of the codes, 0 or of uint8 128; None where that is not known."""
+        if not self.is_integer:
+            return True
+        if self.layout is None:
+            return None
+        middle = FORMATS[self.format].middle
+        if self.zero_point is None:
+            return self.layout.middle == middle
+        points = evaluate(self.zero_point)
+        return None if points is None else bool((self.layout.points(points).astype(np.float32) == middle).all())
+
+    @property
+    def scales_quantized(self) -> bool:
+        """Whether the scales are codes themselves."""
+        return any(node.op_type == "DequantizeLinear" for node in chain(self.scale))
+
+    def pieces(self) -> Iterator[Array] | None:
+        """The numbers, float32, some at a time: what lies in a file never comes into memory whole. None: not known."""
+        if not self.quantized:
+            return _floats(evaluate(self.codes))
+        scale, zero_point = evaluate(self.scale), evaluate(self.zero_point)
+        if self.layout is None or scale is None or (zero_point is None) != (self.zero_point is None):
+            return None
+        tensor = constant(self.codes)
+        codes = rows_of(tensor, self.layout.shape) if tensor is not None else evaluate(self.codes)
+        return None if codes is None else self.layout.pieces(codes, scale, zero_point)
+
+    def numbers(self) -> Array | None:
+        """All of them, in `shape`; None where they are not known."""
+        if not self.quantized:
+            return evaluate(self.codes)
+        pieces = self.pieces()
+        if pieces is None:
+            return None
+        whole, start = np.empty(prod(self.shape), np.float32), 0
+        for piece in pieces:
+            whole[start : start + piece.size] = piece.reshape(-1)
+            start += piece.size
+        return whole.reshape(self.shape)
+
+
+def _floats(data: Array | None) -> Iterator[Array] | None:
+    flat = None if data is None else data.reshape(-1)
+    if flat is None:
+        return None
+    return (flat[start : start + PIECE].astype(np.float32) for start in range(0, flat.size, PIECE))
+
+
+def scheme(weight: StoredWeight) -> str:
+    """The form as recipes' schemes are written: ``uint4 group(32) symmetric``; empty of floats."""
+    if not weight.quantized:
+        return ""
+    symmetry = {True: "symmetric", False: "asymmetric", None: ""}[weight.symmetric]
+    return " ".join(part for part in (weight.format, str(weight.granularity or ""), symmetry) if part)
