@@ -39,7 +39,7 @@ test-cuda-placement: $(STUB)/.ready
 
 # The kernel table of the target ort-cuda; another version of onnxruntime-gpu is named in tests/cuda_stub/build.py.
 cuda-kernels: $(STUB)/.ready
-	$(WITH_STUB) $(BIN)/python -m qcompiler.targets.kernels \
+	$(WITH_STUB) $(BIN)/python -m qcompiler.targets.dump \
 		qcompiler/targets/kernels-ort-cuda-1.31.1.json CUDAExecutionProvider
 
 lint: .venv/.ready

@@ -46,9 +46,10 @@ from qcompiler.formats.scheme import PerTensor, PerToken, Scheme
 from qcompiler.formats.search import quantize_weight
 from qcompiler.graph.edit import Names, add_constant, new_node
 from qcompiler.graph.lazy import read
-from qcompiler.rewriting.activations import Build, Pairs, float8_tensor_pair, float8_token_pair, is_quantized
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
+from qcompiler.rewriting.pairs import Build, Pairs, float8_tensor_pair, float8_token_pair
 from qcompiler.rewriting.weights import Reader, WeightPass
+from qcompiler.sites.activations import is_quantized
 from qcompiler.sites.attention_layers import find_attention_projections
 from qcompiler.sites.find import Linear, find_sites
 from qcompiler.sites.kinds import Sites

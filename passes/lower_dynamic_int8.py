@@ -35,8 +35,8 @@ from qcompiler.functions.library import remove_unused_functions
 from qcompiler.functions.per_token import SMALLEST_SCALE
 from qcompiler.graph.edit import Names, add_constant, inherit, insert_before, new_node, node_graph
 from qcompiler.lowering.integer_weights import IntegerWeights, is_blocked, put_kernel, weight_obstacle
-from qcompiler.rewriting.activations import DynamicPair, dynamic_pair
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.sites.activations import DynamicPair, dynamic_pair
 from qcompiler.sites.find import Linear, find_sites
 from qcompiler.statistics import StatisticsStore
 

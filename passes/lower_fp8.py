@@ -39,8 +39,8 @@ from qcompiler.graph.edit import (
 )
 from qcompiler.graph.flatten import rows_of
 from qcompiler.graph.lazy import derived
-from qcompiler.rewriting.activations import dynamic_pair
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.sites.activations import dynamic_pair
 from qcompiler.sites.find import Linear, find_sites
 from qcompiler.statistics import StatisticsStore
 

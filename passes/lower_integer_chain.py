@@ -52,8 +52,8 @@ from qcompiler.lowering.integer_weights import (
     weight_obstacle,
     zero_point,
 )
-from qcompiler.rewriting.activations import DynamicPair, dynamic_pair
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.sites.activations import DynamicPair, dynamic_pair
 from qcompiler.sites.find import Linear, find_sites
 from qcompiler.statistics import StatisticsStore
 

@@ -46,12 +46,12 @@ from qcompiler.graph.edit import (
     replace_output,
 )
 from qcompiler.graph.lazy import derived, read
+from qcompiler.graph.metadata import BITS
 from qcompiler.lowering.float_constants import FloatConstants
 from qcompiler.lowering.integer_weights import zero_point
 from qcompiler.lowering.tensorrt_rules import BLOCKS, violations
-from qcompiler.rewriting.activations import dynamic_pair
-from qcompiler.rewriting.codes import BITS
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.sites.activations import dynamic_pair
 from qcompiler.sites.embeddings import QuantizedEmbedding, find_quantized_embeddings
 from qcompiler.sites.find import Convolution, Linear, find_sites
 from qcompiler.statistics import StatisticsStore

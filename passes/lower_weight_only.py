@@ -44,7 +44,7 @@ import numpy as np
 import onnx_ir as ir
 from pydantic.dataclasses import dataclass as options
 
-from qcompiler.functions.binary import is_binary, two_bit_matrix
+from qcompiler.functions.binary import is_binary
 from qcompiler.functions.library import block_scales, codebook_format, remove_unused_functions
 from qcompiler.graph.edit import (
     Names,
@@ -58,14 +58,14 @@ from qcompiler.graph.edit import (
     remove_unused_constant,
     replace_output,
 )
+from qcompiler.graph.metadata import BITS
 from qcompiler.lowering import bnb4
 from qcompiler.lowering.block_gather import KERNEL as GATHER
 from qcompiler.lowering.block_gather import gather_from_packed
 from qcompiler.lowering.integer_weights import is_blocked
-from qcompiler.lowering.packed import CodeMatrix, code_matrix, pack
-from qcompiler.rewriting.activations import DynamicPair, dynamic_pair
-from qcompiler.rewriting.codes import BITS
+from qcompiler.lowering.packed import CodeMatrix, code_matrix, pack, two_bit_matrix
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.sites.activations import DynamicPair, dynamic_pair
 from qcompiler.sites.embeddings import QuantizedEmbedding, find_quantized_embeddings
 from qcompiler.sites.find import Linear, find_sites
 from qcompiler.statistics import StatisticsStore

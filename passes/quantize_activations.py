@@ -44,8 +44,9 @@ from qcompiler.formats.arithmetic import scale_and_zero_point
 from qcompiler.formats.scheme import PerTensor, PerToken, Scheme
 from qcompiler.graph.edit import Names, add_constant, new_node
 from qcompiler.recipes.registry import users_own
-from qcompiler.rewriting.activations import Build, Pairs, Quantizable, is_quantized, tensor_pair, token_pair
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
+from qcompiler.rewriting.pairs import Build, Pairs, Quantizable, tensor_pair, token_pair
+from qcompiler.sites.activations import is_quantized
 from qcompiler.sites.find import Convolution, Linear, find_sites
 from qcompiler.statistics import (
     MSE,

@@ -37,7 +37,7 @@ from pydantic.dataclasses import dataclass as options
 
 from qcompiler.errors import SchemeError
 from qcompiler.functions.library import DOMAIN
-from qcompiler.functions.outliers import add_product, add_split_function
+from qcompiler.functions.outliers import add_split_function
 from qcompiler.graph.edit import (
     Names,
     add_constant,
@@ -50,9 +50,10 @@ from qcompiler.graph.edit import (
     set_constant,
 )
 from qcompiler.graph.lazy import derived
-from qcompiler.rewriting.activations import is_quantized
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
 from qcompiler.rewriting.folding import is_shared, reader_of, weight_of
+from qcompiler.rewriting.products import add_product
+from qcompiler.sites.activations import is_quantized
 from qcompiler.sites.find import Linear, find_sites
 from qcompiler.statistics import ChannelRange, StatisticsStore
 

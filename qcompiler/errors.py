@@ -14,6 +14,11 @@ A message is one sentence that names where, what and what to do.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+MOST_LISTED = 12  # names in an error message
+
 
 class QCompilerError(Exception):
     """Base of all errors that a person can act on."""
@@ -45,3 +50,14 @@ class OutputError(QCompilerError):
 
 class PassError(QCompilerError):
     """A pass broke the model; this is a defect of the pass, not of the user's input."""
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: what was probably meant, or what there is."""
+    known = list(known)
+    matches = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if matches:
+        return "; did you mean " + " or ".join(repr(match) for match in matches) + "?"
+    if len(known) > MOST_LISTED:
+        return f"; there are {len(known)}, such as {', '.join(known[:3])}"
+    return f"; there are {', '.join(known)}" if known else ""

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
+from qcompiler.graph.metadata import PART_OF
 from qcompiler.sites.attention_layers import find_attention_projections
-from qcompiler.sites.find import PART_OF, find_sites
+from qcompiler.sites.find import find_sites
 
 
 def projections(text: str, **constants: object) -> set[str]:

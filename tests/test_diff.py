@@ -15,9 +15,9 @@ from rich.console import Console
 
 import qcompiler
 from qcompiler.errors import ModelError
-from qcompiler.graph.edit import PROVENANCE
+from qcompiler.graph.metadata import PROVENANCE
 from qcompiler.model_diff import diff
-from qcompiler.report.difference import render_diff
+from qcompiler.model_diff.terminal import render_diff
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(4, 3) / 10
 

@@ -20,7 +20,7 @@ from models import export
 from qcompiler.calibration.samples import from_python
 from qcompiler.graph import files as model_io
 from qcompiler.model_diff import diff
-from qcompiler.report.difference import common, rows_of
+from qcompiler.model_diff.terminal import common, rows_of
 
 # ---------------------------------------------------------------------------------------------------- our own recipes
 

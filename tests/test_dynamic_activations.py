@@ -17,11 +17,12 @@ from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
 from qcompiler.errors import SchemeError
 from qcompiler.formats.scheme import PerTensor, PerToken
+from qcompiler.graph.metadata import PART_OF
+from qcompiler.model_diff.terminal import render_diff
 from qcompiler.recipes import Recipe, Step
-from qcompiler.report.difference import render_diff
-from qcompiler.rewriting.activations import dynamic_pair
 from qcompiler.rewriting.contract import Changes
-from qcompiler.sites.find import PART_OF, find_sites
+from qcompiler.sites.activations import dynamic_pair
+from qcompiler.sites.find import find_sites
 
 LAYER = "g (float[B,S,9] x, float[9,5] W) => (float[B,S,5] y) { [fc] y = MatMul(x, W) }"
 SIBLINGS = """g (float[B,S,8] x, float[8,6] W, float[8,4] V) => (float[B,S,6] y, float[B,S,4] z, float[B,S,8] r) {

@@ -13,7 +13,8 @@ from qcompiler import load_session
 from qcompiler.calibration.samples import from_python, open_samples
 from qcompiler.errors import DataError, ModelError
 from qcompiler.evaluation.evaluate import Steps, evaluate
-from qcompiler.sessions.runtime import DISABLED_OPTIMIZERS, SESSION_OPTIONS, one_line, session_options_of
+from qcompiler.graph.metadata import DISABLED_OPTIMIZERS, SESSION_OPTIONS
+from qcompiler.sessions.runtime import one_line, session_options_of
 
 VOCABULARY = 9
 

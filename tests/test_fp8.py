@@ -25,8 +25,8 @@ from qcompiler.errors import RecipeError, SchemeError
 from qcompiler.formats.arithmetic import quantize
 from qcompiler.formats.scheme import FORMATS
 from qcompiler.report import render
-from qcompiler.rewriting.activations import dynamic_pair, is_quantized
 from qcompiler.rewriting.contract import Changes
+from qcompiler.sites.activations import dynamic_pair, is_quantized
 from qcompiler.sites.find import find_sites
 
 FP8 = ["fp8_e4m3", "fp8_e5m2"]

@@ -14,8 +14,8 @@ from oracles.grouped_query_attention import Row, packed, rotate
 
 import qcompiler
 from passes.quantize_kv_cache import QuantizeKvCache
-from qcompiler.generation.decoder import Decoder
 from qcompiler.recipes import Recipe, Step
+from qcompiler.sessions.decoder import Decoder
 from qcompiler.statistics import HeadRange, StatisticsStore
 
 HEADS, KV_HEADS, SIZE, SCALE, LONGEST = 4, 2, 16, 0.25, 64

@@ -17,10 +17,10 @@ from export import CHECKPOINT, MissingEnvironmentError, genai_python, model_path
 
 import qcompiler
 from qcompiler.errors import DataError, ModelError
-from qcompiler.generation.cache_io import find_cache_io
-from qcompiler.generation.decoder import Decoder
 from qcompiler.generation.write import Generation, generate
 from qcompiler.graph.model_inputs import Signature
+from qcompiler.sessions.cache_io import find_cache_io
+from qcompiler.sessions.decoder import Decoder
 
 NEW = 16
 EXPORTED = ["dynamo-past", "optimum", pytest.param("genai", marks=pytest.mark.exporters)]

@@ -18,9 +18,10 @@ from passes.quantize_weights import QuantizeWeights
 from passes.smooth_quant import SmoothQuant
 from passes.split_outliers import SplitOutliers
 from qcompiler.errors import QCompilerError
+from qcompiler.graph.metadata import PART_OF
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sessions import segments
-from qcompiler.sites.find import PART_OF, find_sites
+from qcompiler.sites.find import find_sites
 
 PLAIN = """g (float[SHAPE8] x, float[8,6] W, float[8,4] V, float[6] b) => (float[SHAPE6] y, float[SHAPE4] z) {
     [q_proj] h = MatMul(x, W)  y = Add(h, b)  [k_proj] z = MatMul(x, V) }"""

@@ -15,11 +15,10 @@ import onnx_ir as ir
 
 from qcompiler.calibration.samples import Samples
 from qcompiler.calibration.stored_past import Adapted, StoredPasts
-from qcompiler.errors import DataError, RecipeError
+from qcompiler.errors import DataError, RecipeError, closest
 from qcompiler.graph.lazy import pieces
 from qcompiler.graph.module_path import module_path
 from qcompiler.progress import progress_bar
-from qcompiler.recipes.registry import closest
 from qcompiler.rewriting.contract import Tap
 from qcompiler.sessions import segments
 from qcompiler.sessions.stages import run_stages

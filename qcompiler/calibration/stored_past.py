@@ -18,8 +18,8 @@ from qcompiler.functions.cache import PACK, QUANTIZE, add_cache_function, is_cac
 from qcompiler.functions.library import DOMAIN
 from qcompiler.graph import files as model_io
 from qcompiler.graph.edit import add_constant, constant, new_node
+from qcompiler.graph.metadata import CACHE_SOURCE
 from qcompiler.graph.model_inputs import Signature
-from qcompiler.rewriting.cache_storage import SOURCE
 from qcompiler.rewriting.fused_cache import K_SCALE, OPERATOR, V_SCALE
 from qcompiler.sites.caches import CODES
 
@@ -104,7 +104,7 @@ def _quantize(codes: ir.Value | None) -> ir.Node | None:
     node = codes.producer() if codes is not None else None
     if is_cache_function(node, PACK) and node is not None and node.inputs[0] is not None:
         node = node.inputs[0].producer()
-    return node if node is not None and SOURCE in node.metadata_props else None
+    return node if node is not None and CACHE_SOURCE in node.metadata_props else None
 
 
 def _joined(model: ir.Model, join: ir.Node) -> _Encoder:
@@ -113,7 +113,7 @@ def _joined(model: ir.Model, join: ir.Node) -> _Encoder:
     quantize = _quantize(codes)
     if codes is None or quantize is None:
         raise ValueError(f"nothing makes codes for {join.name!r}")
-    source = quantize.metadata_props[SOURCE]
+    source = quantize.metadata_props[CACHE_SOURCE]
     outputs: list[ir.Value] = [codes, *quantize.outputs[1:]]
     inputs = tuple(past for value in outputs for past in _pasts(value, join.op_type))
     graph = ir.convenience.extract(model.graph, [source], [str(value.name) for value in outputs])

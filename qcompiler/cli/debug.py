@@ -61,7 +61,7 @@ def debug(
         print_json(found.to_dict())
         return
     from qcompiler.cli.app import console
-    from qcompiler.report.debugging import render_diagnosis
+    from qcompiler.diagnosis.terminal import render_diagnosis
 
     render_diagnosis(found, console(), show)
     if apply is not None:

@@ -51,7 +51,7 @@ def diff(
         print_json(found.to_dict())
         return
     from qcompiler.cli.app import console
-    from qcompiler.report.difference import render_diff
+    from qcompiler.model_diff.terminal import render_diff
 
     render_diff(found, console(), details=details)
     if html is not None:

@@ -40,10 +40,10 @@ def generate(
     A text ends at the tokens that the configuration beside the model names, at --stop, or at --max-new-tokens.
     """
     from qcompiler.calibration.sources import open_tokenizer
-    from qcompiler.generation.companions import companions_of, tokenizer_beside
-    from qcompiler.generation.decoder import Decoder
     from qcompiler.generation.text_stream import TextStream
     from qcompiler.generation.write import generate
+    from qcompiler.graph.model_folder import companions_of, tokenizer_beside
+    from qcompiler.sessions.decoder import Decoder
 
     file = tokenizer or tokenizer_beside(model)
     if file is None and model.exists():

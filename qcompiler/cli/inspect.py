@@ -37,6 +37,6 @@ def inspect(
         print_json(found.to_dict())
         return
     from qcompiler.cli.app import console
-    from qcompiler.report.inspected import render_inspection
+    from qcompiler.inspection.terminal import render_inspection
 
     render_inspection(found, console())

@@ -26,11 +26,12 @@ def placement(
     """
     from qcompiler.errors import TargetError
     from qcompiler.graph import files as model_io
+    from qcompiler.graph.metadata import TARGET
     from qcompiler.placement import compare, measure, predict
     from qcompiler.targets import Target
 
     graph = model_io.load(model_io.find_model(model))
-    chosen = Target.load(target or graph.metadata_props.get("qcompiler.target", "ort-cuda"))
+    chosen = Target.load(target or graph.metadata_props.get(TARGET, "ort-cuda"))
     predicted = predict(graph, chosen)
     if predicted is None:
         raise TargetError(f"the target {chosen.name} has no kernel table; give --target ort-cpu or ort-cuda")

@@ -17,16 +17,17 @@ import onnx_ir as ir
 import yaml
 
 from qcompiler.calibration.samples import Samples, from_python, open_samples
-from qcompiler.diagnosis.activations import schemes
 from qcompiler.diagnosis.advice import advise, harm
 from qcompiler.diagnosis.caches import find_cache_regions
 from qcompiler.diagnosis.measure import LayerErrors, measure
 from qcompiler.diagnosis.regions import Region, StoredCache, find_regions
 from qcompiler.diagnosis.report import Diagnosis, LayerDiagnosis, Proposal
+from qcompiler.diagnosis.rounded_inputs import schemes
 from qcompiler.driver.inputs import load
 from qcompiler.errors import ModelError, RecipeError
 from qcompiler.evaluation.likelihood import Difference
-from qcompiler.generation.companions import tokenizer_beside
+from qcompiler.graph.metadata import RECIPE
+from qcompiler.graph.model_folder import tokenizer_beside
 from qcompiler.recipes import Recipe
 from qcompiler.recipes.registry import pass_class
 from qcompiler.sites.canonicalize import canonicalize
@@ -123,7 +124,7 @@ def _has_codes(model: ir.Model) -> bool:
 
 def _recipe(model: ir.Model) -> Recipe | None:
     """How a model of ours was made; None where its metadata does not tell."""
-    text = model.metadata_props.get("qcompiler.recipes")
+    text = model.metadata_props.get(RECIPE)
     if text is None:
         return None
     try:

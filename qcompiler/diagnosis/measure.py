@@ -18,10 +18,10 @@ import onnx_ir as ir
 
 from qcompiler.calibration.samples import Samples
 from qcompiler.calibration.stored_past import Adapted
-from qcompiler.diagnosis.activations import Rounded, rounded_input
 from qcompiler.diagnosis.channels import Outliers, Rescaling
 from qcompiler.diagnosis.effects import Deltas, inject
 from qcompiler.diagnosis.regions import STORED, Cut, Region, StoredCache, model_of
+from qcompiler.diagnosis.rounded_inputs import Rounded, rounded_input
 from qcompiler.errors import DataError, ModelError
 from qcompiler.evaluation.likelihood import Difference, Divergence
 from qcompiler.progress import progress_bar

@@ -16,6 +16,7 @@ from qcompiler.calibration.samples import Samples, from_python, open_samples
 from qcompiler.driver.checkpoint import Journal
 from qcompiler.errors import DataError, ModelError, PassError
 from qcompiler.graph import files as model_io
+from qcompiler.graph import metadata
 from qcompiler.graph.check import check_structure
 from qcompiler.recipes import Recipe
 from qcompiler.report import build
@@ -118,10 +119,10 @@ def journal(
 def finish(graph: ir.Model, recipe: Recipe) -> None:
     """Note in the model's metadata how it was made and what a session needs to run it as meant."""
     target = Target.load(recipe.target)
-    graph.metadata_props["qcompiler.recipes"] = recipe.to_yaml()
-    graph.metadata_props["qcompiler.target"] = target.name
-    graph.metadata_props["qcompiler.session_options"] = json.dumps(dict(target.session_options))
-    graph.metadata_props["qcompiler.disabled_optimizers"] = json.dumps(list(target.disabled_optimizers))
+    graph.metadata_props[metadata.RECIPE] = recipe.to_yaml()
+    graph.metadata_props[metadata.TARGET] = target.name
+    graph.metadata_props[metadata.SESSION_OPTIONS] = json.dumps(dict(target.session_options))
+    graph.metadata_props[metadata.DISABLED_OPTIMIZERS] = json.dumps(list(target.disabled_optimizers))
     graph.producer_name, graph.producer_version = "qcompiler", _version()
 
 

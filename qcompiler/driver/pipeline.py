@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import onnx_ir as ir
@@ -13,19 +12,8 @@ import onnx_ir as ir
 from qcompiler.calibration.calibrator import Calibrator
 from qcompiler.driver.checkpoint import Journal
 from qcompiler.errors import DataError
-from qcompiler.rewriting.contract import Changes, Pass, Tap
+from qcompiler.rewriting.contract import Changes, Pass, PassRun, Tap
 from qcompiler.statistics import StatisticsStore
-
-
-@dataclass(frozen=True)
-class PassRun:
-    """One run of a pass: what it did and what it cost."""
-
-    step: Pass
-    changes: Changes
-    seconds: float
-    peak_rss: int
-    """Peak resident memory of the process up to here, in bytes."""
 
 
 class Observer(Protocol):

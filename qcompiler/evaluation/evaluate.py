@@ -12,11 +12,11 @@ from qcompiler.calibration.samples import Samples, open_samples
 from qcompiler.calibration.stored_past import StoredPasts
 from qcompiler.errors import DataError, ModelError
 from qcompiler.evaluation.likelihood import Difference, Divergence, Likelihood
-from qcompiler.generation.companions import tokenizer_beside
-from qcompiler.generation.decoder import Decoder, logits_output
 from qcompiler.graph import files as model_io
+from qcompiler.graph.model_folder import tokenizer_beside
 from qcompiler.graph.model_inputs import PAST, Signature
 from qcompiler.progress import progress_bar
+from qcompiler.sessions.decoder import Decoder, logits_output
 from qcompiler.sessions.runtime import load_session, one_line
 
 if TYPE_CHECKING:

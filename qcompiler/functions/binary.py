@@ -29,7 +29,6 @@ from qcompiler.formats.arithmetic import Array, slices
 from qcompiler.functions.library import DOMAIN, register
 from qcompiler.graph.edit import Names, add_constant, constant, inherit, insert_before, new_node, node_graph
 from qcompiler.graph.lazy import derived
-from qcompiler.lowering.packed import CodeMatrix
 
 FORMAT = "binary"
 DEQUANTIZE = "DequantizeBinary"
@@ -109,22 +108,6 @@ def int8_codes(node: ir.Node, model: ir.Model, names: Names, pass_name: str) -> 
     inherit(new, node, pass_name)
     insert_before(node, new)
     return codes
-
-
-def two_bit_matrix(node: ir.Node) -> CodeMatrix | str:
-    """A DequantizeBinary in the fewest bits that MatMulNBits takes, with codes 1 and 3 about its zero point 2."""
-    scale = constant(node.inputs[1])
-    if scale is None:
-        return "the scales of its weight are computed, and the operator's are constants"
-    bits, (rows, features) = constant(node.inputs[0]), weight_shape(node)
-    assert bits is not None
-    dtype = ir.DataType(node.attributes.get_int("output_dtype", int(ir.DataType.FLOAT)))
-    signs = derived(bits, lambda data: unpacked_signs(data, features), ir.DataType.INT8, (rows, features), "signs")
-    return CodeMatrix(
-        tensor=signs, row_axis=0, rows=rows, features=features, bits=SMALLEST_BITS, offset=1 << (SMALLEST_BITS - 1),
-        group=min(node.attributes.get_int("block_size", features), features),
-        scale=scale.numpy().reshape(rows, -1).astype(dtype.numpy()), zero_point=None,
-    )  # fmt: skip
 
 
 # Both functions look bytes up in a table [256, 8] of signs: every step in the place of that would make another array as

@@ -12,15 +12,13 @@ A column that holds NaN is no outlier, and stays NaN in `rest`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 
 from qcompiler.functions.library import register
-from qcompiler.graph.edit import Names, inherit, insert_after, new_node
-from qcompiler.sites.find import PART_OF, Linear
 
 SPLIT = "SplitOutlierColumns"
 
@@ -28,24 +26,6 @@ SPLIT = "SplitOutlierColumns"
 def add_split_function(model: ir.Model) -> str:
     """Give the model the function above, and return its name."""
     return register(model, SPLIT, _split)
-
-
-def add_product(linear: Linear, product: Sequence[ir.Node], names: Names, pass_name: str) -> None:
-    """Add to a layer's output the result of the last of some nodes; the sum takes the output's place and name.
-
-    The nodes must not be in the graph yet. They become a part of the layer, which no pass takes for a layer of its own.
-    """
-    last = linear.bias_node or linear.node
-    output, name = linear.output, linear.output.name
-    total = new_node("Add", [None, product[-1].outputs[0]], names.fresh(f"{linear.name}.sum"), like=output)
-    output.replace_all_uses_with(total.outputs[0], replace_graph_outputs=True)
-    total.replace_input_with(0, output)
-    output.name = names.fresh(f"{name}.rest")
-    total.outputs[0].name = name
-    inherit([*product, total], linear.node, pass_name)
-    for node in product:
-        node.metadata_props[PART_OF] = linear.name
-    insert_after(last, [*product, total])
 
 
 def _split() -> Callable[..., Any]:

@@ -21,9 +21,9 @@ from typing import Literal
 import numpy as np
 
 from qcompiler.errors import DataError, ModelError
-from qcompiler.generation.companions import companions_of
-from qcompiler.generation.decoder import Decoder
 from qcompiler.generation.sampling import Sampling
+from qcompiler.graph.model_folder import companions_of
+from qcompiler.sessions.decoder import Decoder
 
 Finish = Literal["stop", "length", "context"]
 OnToken = Callable[[int, int], bool | None]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-PROVENANCE = "qcompiler.provenance"  # metadata key: which passes touched a node, comma separated, in order
+from qcompiler.graph.metadata import PROVENANCE
 
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:

@@ -19,10 +19,10 @@ from qcompiler.graph.edit import (
     remove_node_if_unused,
     remove_unused_constant,
 )
+from qcompiler.graph.metadata import PART_OF
 from qcompiler.half.constants import mask_value, rounded
 from qcompiler.half.plan import HalfPlan
 from qcompiler.half.types import DECODERS, FLOAT
-from qcompiler.sites.find import PART_OF
 
 TYPE_ATTRIBUTES = ("to", "output_dtype")
 """Attributes that state the type of the output."""

@@ -17,6 +17,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompiler.graph import files as model_io
+from qcompiler.graph import metadata
 from qcompiler.inspection.layers import Layer, layers_of
 from qcompiler.inspection.touched import Touched, touched
 from qcompiler.inspection.weights import WeightStatistics
@@ -24,7 +25,6 @@ from qcompiler.sites.canonicalize import canonicalize
 
 __all__ = ["Inspection", "Layer", "Port", "Touched", "WeightStatistics", "inspect"]
 
-METADATA = "qcompiler."
 LONGEST = 200  # characters of a metadata entry
 
 
@@ -88,7 +88,7 @@ def inspect(
                               for node in given.graph.all_nodes()),
         "functions": tuple(f"{domain}.{name}" for domain, name, _ in given.functions),
         "bytes": _bytes(given), "external": _external(given), "metadata": _metadata(given),
-        "made_by_qcompiler": any(key.startswith(METADATA) for key in given.metadata_props),
+        "made_by_qcompiler": any(key.startswith(metadata.PREFIX) for key in given.metadata_props),
     }  # fmt: skip
     canonicalize(given)
     return Inspection(
@@ -137,8 +137,8 @@ def _external(model: ir.Model) -> dict[str, int]:
 def _metadata(model: ir.Model) -> dict[str, str]:
     found = {}
     for key, text in model.metadata_props.items():
-        name = key.removeprefix(METADATA)
-        if key == f"{METADATA}recipe":
+        name = key.removeprefix(metadata.PREFIX)
+        if key == metadata.RECIPE:
             text = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("name:")), "")
         found[name] = text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
     return found

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from qcompiler.diagnosis.activations import activation_scheme, coded_scheme
 from qcompiler.graph.edit import constant
 from qcompiler.graph.module_path import block_of, module_path
 from qcompiler.inspection.weights import WeightStatistics, statistics_of
+from qcompiler.sites.activations import activation_scheme, coded_scheme
 from qcompiler.sites.embeddings import QuantizedEmbedding, find_quantized_embeddings
 from qcompiler.sites.find import Convolution, Embedding, Linear, Site, find_sites
 from qcompiler.sites.stored import StoredWeight, float_weight, quantized_weight, scheme, table_weight

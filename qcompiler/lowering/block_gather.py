@@ -20,8 +20,8 @@ from qcompiler.graph.edit import (
     remove_unused_constant,
     replace_output,
 )
+from qcompiler.graph.metadata import BITS
 from qcompiler.lowering.packed import CodeMatrix, code_matrix, pack
-from qcompiler.rewriting.codes import BITS
 from qcompiler.sites.embeddings import QuantizedEmbedding
 
 KERNEL = "GatherBlockQuantized"

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.errors import PassError
+from qcompiler.functions.binary import SMALLEST_BITS, unpacked_signs, weight_shape
 from qcompiler.graph.edit import array, constant
 from qcompiler.graph.lazy import derived
 
@@ -184,3 +185,19 @@ def _by_row(data: Array, rows: int, row_axis: int, axis: int, block_size: int) -
     if data.size == 1:
         return np.broadcast_to(data.reshape(1, 1), (rows, 1))
     return data.reshape(rows, 1) if axis % 2 == row_axis and data.size == rows else None
+
+
+def two_bit_matrix(node: ir.Node) -> CodeMatrix | str:
+    """A DequantizeBinary in the fewest bits that MatMulNBits takes, with codes 1 and 3 about its zero point 2."""
+    scale = constant(node.inputs[1])
+    if scale is None:
+        return "the scales of its weight are computed, and the operator's are constants"
+    bits, (rows, features) = constant(node.inputs[0]), weight_shape(node)
+    assert bits is not None
+    dtype = ir.DataType(node.attributes.get_int("output_dtype", int(ir.DataType.FLOAT)))
+    signs = derived(bits, lambda data: unpacked_signs(data, features), ir.DataType.INT8, (rows, features), "signs")
+    return CodeMatrix(
+        tensor=signs, row_axis=0, rows=rows, features=features, bits=SMALLEST_BITS, offset=1 << (SMALLEST_BITS - 1),
+        group=min(node.attributes.get_int("block_size", features), features),
+        scale=scale.numpy().reshape(rows, -1).astype(dtype.numpy()), zero_point=None,
+    )  # fmt: skip

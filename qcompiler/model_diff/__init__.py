@@ -18,8 +18,8 @@ import onnx_ir as ir
 
 from qcompiler.calibration.samples import Samples
 from qcompiler.evaluation.compare import Measures
-from qcompiler.generation.companions import tokenizer_beside
 from qcompiler.graph import files as model_io
+from qcompiler.graph.model_folder import tokenizer_beside
 from qcompiler.model_diff.changes import (
     InitializerChange,
     NodeChange,
@@ -92,12 +92,12 @@ class Diff:
 
     def to_html(self, title: str = "") -> str:
         """One page that needs nothing else."""
-        from qcompiler.report.difference_html import page
+        from qcompiler.model_diff.page import page
 
         return page(self, title)
 
     def _repr_html_(self) -> str:
-        from qcompiler.report.difference_html import card
+        from qcompiler.model_diff.page import card
 
         return card(self)
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qcompiler.functions.library import DOMAIN
 from qcompiler.functions.per_token import DEQUANTIZE
 from qcompiler.graph.edit import constant
-from qcompiler.rewriting.activations import dynamic_pair
+from qcompiler.sites.activations import dynamic_pair
 from qcompiler.sites.stored.constants import source
 
 QUANTIZERS = ("QuantizeLinear", "DynamicQuantizeLinear")

@@ -16,8 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.functions.library import DOMAIN
-from qcompiler.graph.edit import PROVENANCE, constant
+from qcompiler.graph.edit import constant
 from qcompiler.graph.lazy import pieces
+from qcompiler.graph.metadata import PROVENANCE
 from qcompiler.model_diff.arithmetic import error_of
 from qcompiler.model_diff.node_pairing import written
 

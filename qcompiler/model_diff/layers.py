@@ -11,13 +11,14 @@ import onnx_ir as ir
 
 from qcompiler.functions.cache import DEQUANTIZE, UNPACK
 from qcompiler.graph.edit import constant
+from qcompiler.graph.metadata import PART_OF
 from qcompiler.graph.module_path import block_of, module_path
 from qcompiler.model_diff.activations import Activation, of_value, through_quantization
 from qcompiler.model_diff.activations import of_operand as activation_of
 from qcompiler.model_diff.weights import Weight, as_table, of_codes, of_operand, type_name
 from qcompiler.sites.caches import Cache, find_caches
 from qcompiler.sites.embeddings import QuantizedEmbedding, find_quantized_embeddings
-from qcompiler.sites.find import PART_OF, find_sites
+from qcompiler.sites.find import find_sites
 from qcompiler.sites.kinds import Linear
 from qcompiler.sites.stored import coded_weight, quantized_weight, table_weight
 from qcompiler.sites.stored.constants import source

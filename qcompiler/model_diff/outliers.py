@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from qcompiler.graph.metadata import PART_OF
 from qcompiler.model_diff.layers import Layer
 from qcompiler.model_diff.weights import Weight
-from qcompiler.sites.find import PART_OF
 from qcompiler.sites.stored.constants import evaluate, source
 from qcompiler.sites.stored.layout import Array
 

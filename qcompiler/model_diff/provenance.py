@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from qcompiler.errors import QCompilerError
-from qcompiler.graph.edit import PROVENANCE
+from qcompiler.graph.metadata import PROVENANCE
 
 
 def passes_of(node: ir.Node) -> tuple[str, ...]:

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from qcompiler.errors import RecipeError, SchemeError
-from qcompiler.recipes.registry import closest, options_of, pass_class
-from qcompiler.report import GATES
+from qcompiler.errors import RecipeError, SchemeError, closest
+from qcompiler.recipes.gates import GATES
+from qcompiler.recipes.registry import options_of, pass_class
 from qcompiler.targets import Target
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Recipe(_Data):
     exclude: tuple[str, ...] = ()
     """Patterns of sites that no pass touches; the report lists them as excluded."""
     gates: dict[str, float] = {}
-    """Limits that decide the exit code, by measure; see `qcompiler.report.GATES`."""
+    """Limits that decide the exit code, by measure; see `qcompiler.recipes.gates.GATES`."""
     source: str = Field(default="", exclude=True, repr=False)
     """Where the recipe was read from, for messages."""
 

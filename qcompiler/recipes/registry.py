@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import importlib
 import inspect
 import json
 import sys
 import textwrap
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qcompiler.errors import RecipeError
+from qcompiler.errors import RecipeError, closest
 
 if TYPE_CHECKING:
     from qcompiler.rewriting.contract import Pass
 
 GROUP = "qcompiler.passes"
-MOST_LISTED = 12  # names in an error message
 
 
 @dataclass(frozen=True)
@@ -96,17 +93,6 @@ def options_of(cls: type[Pass]) -> list[Option]:
         for field in dataclasses.fields(cls)
     ]
     return sorted(found, key=lambda option: option.inherited)
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: what was probably meant, or what there is."""
-    known = list(known)
-    matches = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if matches:
-        return "; did you mean " + " or ".join(repr(match) for match in matches) + "?"
-    if len(known) > MOST_LISTED:
-        return f"; there are {len(known)}, such as {', '.join(known[:3])}"
-    return f"; there are {', '.join(known)}" if known else ""
 
 
 def _built_in() -> dict[str, str]:

@@ -10,7 +10,6 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.calibration.samples import Samples
-from qcompiler.driver.pipeline import PassRun
 from qcompiler.evaluation.compare import Comparison, compare
 from qcompiler.graph.edit import constant
 from qcompiler.half.emulation import emulated
@@ -23,6 +22,7 @@ from qcompiler.report.kernels import with_kernels
 from qcompiler.report.pictures import Pictures
 from qcompiler.report.report import CacheSizes, PassReport, PassSkip, Report, SiteReport, Sizes
 from qcompiler.report.speed import speed_classes
+from qcompiler.rewriting.contract import PassRun
 from qcompiler.sites.caches import Cache, find_caches
 from qcompiler.sites.find import Embedding, Site, Unsupported, find_sites
 from qcompiler.statistics import StatisticsStore

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from qcompiler.driver.pipeline import PassRun
 from qcompiler.evaluation.compare import Comparison
 from qcompiler.functions.binary import FORMAT as BINARY
 from qcompiler.placement import Placement
 from qcompiler.recipes import CONVERT, Recipe
 from qcompiler.report.report import SiteReport
 from qcompiler.report.speed import speed_warnings
+from qcompiler.rewriting.contract import PassRun
 from qcompiler.targets import Target
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompiler.driver.pipeline import PassRun
 from qcompiler.functions.library import block_scales, codebook_format
 from qcompiler.graph.edit import constant
 from qcompiler.graph.lazy import read
 from qcompiler.report.pictures import ChannelPicture, WeightPicture
+from qcompiler.rewriting.contract import PassRun
 from qcompiler.sites.find import Convolution, Embedding, Linear, Site, find_sites
 from qcompiler.statistics import ChannelAbsMax, ChannelMoments, ChannelRange, SecondMoment, Statistic, StatisticsStore
 

@@ -10,7 +10,8 @@ from functools import cached_property
 
 import onnx_ir as ir
 
-from qcompiler.graph.edit import PROVENANCE, constant
+from qcompiler.graph.edit import constant
+from qcompiler.graph.metadata import PROVENANCE
 from qcompiler.graph.module_path import block_of, module_path
 from qcompiler.report.pictures import Drawing, DrawnGraph, DrawnUnit, Fate
 

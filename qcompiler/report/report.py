@@ -12,31 +12,12 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from qcompiler.placement.placed import Placement
+from qcompiler.recipes.gates import GATES, GateKind
 from qcompiler.report.compact_json import dumps
 from qcompiler.report.pictures import Pictures
 from qcompiler.rewriting.contract import CacheChange
 
 Status = Literal["quantized", "excluded", "skipped"]
-
-
-@dataclass(frozen=True)
-class GateKind:
-    """What a gate measures: an entry of `Report.outputs`, and on which side of the limit is good."""
-
-    metric: str
-    better: Literal["higher", "lower"]
-    unit: str
-    text: str
-
-
-GATES: dict[str, GateKind] = {
-    "output_sqnr_db": GateKind("sqnr_db", "higher", "dB", "signal-to-noise ratio of the outputs"),
-    "cosine": GateKind("cosine", "higher", "", "cosine similarity of the outputs"),
-    "kl": GateKind("kl", "lower", "nats", "Kullback-Leibler divergence from the float model, per token"),
-    "top1": GateKind("top1", "higher", "", "share of tokens where the most likely one is the same"),
-    "perplexity_ratio": GateKind("perplexity_ratio", "lower", "", "perplexity over that of the float model"),
-}
-"""Measures that a recipe can set limits for. The worst output counts."""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from qcompiler.formats.scheme import FORMATS
+from qcompiler.recipes.gates import GATES
 from qcompiler.report import svg
 from qcompiler.report.pictures import ChannelPicture, SpeedClass, WeightPicture
-from qcompiler.report.report import GATES, Gate, Report, SiteReport, describe
+from qcompiler.report.report import Gate, Report, SiteReport, describe
 from qcompiler.report.svg import Drawn, side_by_side
 from qcompiler.report.table import MEASURES, decibels, kind_of, measured, size
 

@@ -21,12 +21,11 @@ from qcompiler.formats.scheme import PerTensor, PerToken, Scheme
 from qcompiler.functions import cache as functions
 from qcompiler.functions.library import DOMAIN
 from qcompiler.graph.edit import Names, add_constant, new_node
+from qcompiler.graph.metadata import CACHE_SOURCE
 from qcompiler.sites.caches import Cache
 
 SCALE, OFFSET = "scale", "offset"
 """What companions are called: past_key_values.0.key has past_key_values.0.key_scale beside it."""
-SOURCE = "qcompiler.cache_source"
-"""Metadata of the node that makes codes: the name of the value that they stand for."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ class Coder:
         }
         codes = ir.Value(name=self._fresh("new_codes"), type=ir.TensorType(ir.DataType.INT8), shape=x.shape)
         nodes.append(self._quantize(x, codes, list(companions.values())))
-        nodes[-1].metadata_props[SOURCE] = source
+        nodes[-1].metadata_props[CACHE_SOURCE] = source
         if self._storage.packed:
             functions.add_cache_function(self._model, functions.PACK)
             nodes.append(new_node(functions.PACK, [codes], self._fresh("new_packed"), domain=DOMAIN,

@@ -138,3 +138,14 @@ class Pass(abc.ABC):
 
     def selected(self, sites: Iterable[SiteT]) -> list[SiteT]:
         return [site for site in sites if self.selects(site)]
+
+
+@dataclass(frozen=True)
+class PassRun:
+    """One run of a pass: what it did and what it cost."""
+
+    step: Pass
+    changes: Changes
+    seconds: float
+    peak_rss: int
+    """Peak resident memory of the process up to here, in bytes."""

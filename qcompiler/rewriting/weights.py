@@ -21,8 +21,8 @@ from qcompiler.formats.arithmetic import Quantized
 from qcompiler.formats.scheme import PerChannel, Scheme, find_format
 from qcompiler.functions.binary import FORMAT as BINARY
 from qcompiler.graph.edit import Names, constant, node_graph, remove_unused_constant
-from qcompiler.rewriting.codes import BinaryCodes, Codes, lazy_codes, packed_codes, storage
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Pass, Skipped
+from qcompiler.rewriting.write_codes import BinaryCodes, Codes, lazy_codes, packed_codes, storage
 from qcompiler.sites.find import Convolution, Embedding, Linear, Sites, find_sites
 
 if TYPE_CHECKING:

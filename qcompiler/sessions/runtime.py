@@ -7,24 +7,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import onnx_ir as ir
 
 from qcompiler.errors import ModelError
 from qcompiler.graph import files as model_io
+from qcompiler.graph.metadata import DISABLED_OPTIMIZERS, SESSION_OPTIONS
 
 if TYPE_CHECKING:
     import onnxruntime
 
-    from qcompiler.generation.write import generate as generate
-
 Recorded = TypeVar("Recorded", dict[str, object], list[object])
-
-SESSION_OPTIONS = "qcompiler.session_options"
-"""Metadata key: a JSON object of session config entries, such as {"session.qdqisint8allowed": "1"}."""
-DISABLED_OPTIMIZERS = "qcompiler.disabled_optimizers"
-"""Metadata key: a JSON list of names of graph transformers that must not run."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +79,6 @@ def load_session(
         )
     except Exception as error:  # onnxruntime's errors share no base class
         raise ModelError(f"onnxruntime cannot open {file}: {one_line(error)}") from error
-
-
-def __getattr__(name: str) -> Any:
-    if name != "generate":
-        raise AttributeError(f"module 'qcompiler.sessions.runtime' has no attribute {name!r}")
-    from qcompiler.generation.write import generate  # which opens its sessions here, so it cannot be imported above
-
-    return generate
 
 
 def one_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from qcompiler.functions.binary import is_binary, weight_shape
 from qcompiler.functions.library import DOMAIN, codebook_format
 from qcompiler.graph.edit import constant
+from qcompiler.graph.metadata import PART_OF
 from qcompiler.graph.module_path import block_of, module_path
 from qcompiler.sites.kinds import (
     Convolution,
@@ -29,7 +30,6 @@ from qcompiler.sites.kinds import (
 from qcompiler.sites.norms import group_linears
 
 __all__ = [
-    "PART_OF",
     "Convolution",
     "Embedding",
     "Linear",
@@ -43,10 +43,6 @@ __all__ = [
     "find_sites",
     "matches",
 ]
-
-
-PART_OF = "qcompiler.part_of"
-"""Metadata of a node that computes a part of a layer, with the layer's name: it is no site, so no pass touches it."""
 
 
 def find_sites(model: ir.Model) -> Sites:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from qcompiler.errors import TargetError
-from qcompiler.recipes.registry import closest
+from qcompiler.errors import TargetError, closest
 
 if TYPE_CHECKING:
     from qcompiler.rewriting.contract import Pass

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -188,25 +187,3 @@ def missing_on_cpu(operators: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     known = {(kernel.domain, kernel.op) for kernel in read(CPU_TABLE).kernels}
     relevant = {(domain, op) for domain, op in operators if domain in ("", "com.microsoft") and RELEVANT.fullmatch(op)}
     return tuple(sorted(op for domain, op in relevant if (domain, op) not in known))
-
-
-def main(path: Path, provider: str = CPU) -> None:
-    """Write the table of the installed onnxruntime."""
-    import onnxruntime
-
-    from qcompiler.targets.host_memory import host_memory
-
-    kernels = installed_kernels(provider)
-    signatures = installed_signatures(kernels)
-    if provider != CPU:
-        memory = host_memory(kernels)
-        none: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
-        for index, kernel in enumerate(kernels):
-            inputs, outputs = memory.get((kernel.domain, kernel.op, kernel.since), none)
-            kernels[index] = replace(kernel, host_inputs=inputs, host_outputs=outputs)
-    distribution = "onnxruntime" if provider == CPU else "onnxruntime-gpu"
-    write(path, KernelTable(f"{distribution} {onnxruntime.__version__}, {provider}", tuple(kernels), signatures))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])

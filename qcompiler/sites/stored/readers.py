@@ -15,7 +15,7 @@ from qcompiler.functions.binary import FORMAT as BINARY
 from qcompiler.functions.binary import UNPACK, is_binary
 from qcompiler.functions.library import DOMAIN, codebook_format
 from qcompiler.graph.edit import constant
-from qcompiler.rewriting.codes import BITS
+from qcompiler.graph.metadata import BITS
 from qcompiler.sites.embeddings import QuantizedEmbedding
 from qcompiler.sites.stored.constants import chain, shape_of, source
 from qcompiler.sites.stored.kernels import CODED, operand, outputs_first, scale_behind, tail_of

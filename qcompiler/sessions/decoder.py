@@ -21,9 +21,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.errors import DataError, ModelError
-from qcompiler.generation.cache_io import Cache, find_cache_io
 from qcompiler.graph import files as model_io
 from qcompiler.graph.model_inputs import Signature
+from qcompiler.sessions.cache_io import Cache, find_cache_io
 from qcompiler.sessions.runtime import load_session, one_line
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from qcompiler.report.difference import NodeGroup, Row, figures, node_groups, port_lines, rows_of, tensor_text, what
+from qcompiler.model_diff.terminal import NodeGroup, Row, figures, node_groups, port_lines, rows_of, tensor_text, what
 from qcompiler.report.html import environment
 from qcompiler.report.svg import Drawn, side_by_side
 from qcompiler.report.table import MEASURES, decibels, measured, size

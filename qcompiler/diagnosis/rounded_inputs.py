@@ -9,9 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.diagnosis.regions import Region
-from qcompiler.functions.library import DOMAIN
 from qcompiler.graph.edit import constant
-from qcompiler.rewriting.activations import dynamic_pair
+from qcompiler.sites.activations import activation_scheme, coded_scheme
 from qcompiler.sites.find import Linear
 
 CODED = {"MatMulIntegerToFloat": (0, 2, 4), "QLinearMatMul": (0, 1, 2), "QGemm": (0, 1, 2)}
@@ -97,36 +96,6 @@ def _codes(node: ir.Node, source: str, inside: set[ir.Value]) -> Rounded | None:
             computed.append(value)
         constants.append(np.zeros(()) if value is None else None if tensor is None else tensor.numpy())
     return Rounded(source, coded_scheme(codes), tuple(computed), tuple(constants))
-
-
-def activation_scheme(value: ir.Value | None) -> str:
-    """How a value was rounded before a layer reads it, e.g. ``uint8 per-tensor``; empty where it was not."""
-    producer = value.producer() if value is not None else None
-    if producer is None:
-        return ""
-    pair = dynamic_pair(value)
-    if pair is not None:
-        return coded_scheme(pair.quantize.outputs[0])
-    if producer.op_type == "DequantizeLinear" and producer.inputs[0] is not None:
-        return coded_scheme(producer.inputs[0])
-    return ""
-
-
-def coded_scheme(codes: ir.Value) -> str:
-    """The scheme of codes, by what makes them."""
-    node = codes.producer()
-    if node is None or constant(codes) is not None:
-        return ""
-    dtype = codes.dtype.name.lower() if codes.dtype is not None else "uint8"
-    if node.domain == DOMAIN:
-        return f"{dtype} {'per-token' if 'PerToken' in node.op_type else 'per-tensor'} dynamic"
-    if node.op_type == "DynamicQuantizeLinear":
-        return "uint8 per-tensor dynamic"
-    if node.op_type != "QuantizeLinear":
-        return dtype
-    if constant(node.inputs[1]) is None:
-        return f"{dtype} {'per-token' if node.attributes.get_int('block_size', 0) else 'per-tensor'} dynamic"
-    return f"{dtype} per-tensor"
 
 
 # ---------------------------------------------------------------------------------------------------- inside of kernels

@@ -22,10 +22,9 @@ from qcompiler.graph.edit import (
     replace_output,
 )
 from qcompiler.graph.lazy import derived
+from qcompiler.graph.metadata import BITS
 from qcompiler.sites.find import Convolution, Embedding, Linear
 
-BITS = "qcompiler.bits"
-"""Metadata of a DequantizeLinear whose codes have fewer bits than the type that stores them."""
 INT2_OPSET = 25
 
 
