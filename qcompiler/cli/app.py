@@ -5,18 +5,34 @@ Exit codes: 0 all is well · 1 a gate or --strict failed · 2 bad input or usage
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qcompiler.cli.common import (
+    Calibration,
+    Device,
+    Excluded,
+    FloatType,
+    Json,
+    MemoryLimit,
+    Model,
+    Overwrite,
+    RecipeName,
+    RunsOn,
+    SampleCount,
+    SequenceLength,
+    Settings,
+    TargetName,
+    Tokenizer,
+    console,
+    print_json,
+    print_table,
+)
 from qcompiler.cli.debug import debug
 from qcompiler.cli.diff import diff
 from qcompiler.cli.generate import generate
@@ -26,7 +42,7 @@ from qcompiler.cli.targets import targets
 from qcompiler.errors import OutputError, PassError, QCompilerError, RecipeError, TargetError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    pass
 
 DEFECT = 70  # EX_SOFTWARE of sysexits.h; 1 would look like a gate that failed
 ISSUES = "please report it, with the command, the versions (qcompiler --version) and the text above"
@@ -38,68 +54,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class Device(StrEnum):
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Precision(StrEnum):
-    fp16 = "fp16"
-    bf16 = "bf16"
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of ``4GiB``, ``500MB``, ``1.5 GB``, ``1073741824``; powers of 1024 with an i, of 1000 without."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", str(text), re.IGNORECASE)
-    if match is None:
-        raise typer.BadParameter(f"{text!r} is no size; write it like 4GiB or 500MB")
-    number, prefix, binary = match.groups()
-    power = " kmgt".index(prefix.lower()) if prefix else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
-
-
-Model = Annotated[
-    Path,
-    typer.Argument(metavar="MODEL", help="A .onnx file, or the folder that an exporter wrote.", show_default=False),
-]
-RecipeName = Annotated[str, typer.Option("--recipe", "-r", metavar="NAME|FILE.yaml", help="See `qcompiler recipes`.")]
-Calibration = Annotated[
-    str | None,
-    typer.Option(
-        "--calibration",
-        metavar="SPEC",
-        help="data.npz, a folder of them, data.jsonl, text.txt, pb:DIR, py:module:function, or random.",
-    ),
-]
-Tokenizer = Annotated[Path | None, typer.Option(help="tokenizer.json, where the data is text.")]
-SampleCount = Annotated[int | None, typer.Option("--samples", min=1, help="Samples to calibrate on.")]
-SequenceLength = Annotated[
-    int | None, typer.Option("--seq-len", min=1, help="Tokens a sample, where the data is text.")
-]
-TargetName = Annotated[
-    str | None, typer.Option("--target", help="portable, ort-cpu, ort-cuda or tensorrt; see `qcompiler targets`.")
-]
-FloatType = Annotated[
-    Precision | None,
-    typer.Option("--dtype", help="Convert what is left in float32: graph inputs and outputs, too. For GPUs."),
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="PASS.OPTION=VALUE", help="Change an option of a pass; may be repeated."),
-]
-Excluded = Annotated[
-    list[str] | None,
-    typer.Option("--exclude", metavar="PATTERN", help="Leave layers alone: name, glob or re:…; may be repeated."),
-]
-MemoryLimit = Annotated[
-    int | None,
-    typer.Option("--memory-limit", metavar="SIZE", parser=parse_size, help="What calibration may use, e.g. 4GiB."),
-]
-RunsOn = Annotated[Device, typer.Option("--device", help="Where linear algebra is done; models run on the CPU.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -332,31 +286,6 @@ def check_output(output: Path, model: Path) -> None:
     """Raise OutputError where a folder that may be overwritten holds the input, too."""
     if model.exists() and model.resolve().is_relative_to(output.resolve()):
         raise OutputError(f"{output} holds the input model, which would be overwritten; choose another name")
-
-
-def console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr)
-
-
-def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """A table without frame; the last column wraps."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for index, title in enumerate(header):
-        table.add_column(title, no_wrap=index == 0)
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    console().print(table)
-
-
-def print_json(data: dict[str, Any]) -> None:
-    from qcompiler.report.report import finite
-
-    typer.echo(json.dumps(finite(data), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def parse(text: str | int) -> int:
-    from qcompiler.cli.app import parse_size
+    from qcompiler.cli.common import parse_size
 
     return parse_size(text)
 
@@ -56,11 +56,11 @@ def debug(
     if apply is not None and found.recipe is not None:
         _write(apply, found)
     if json_:
-        from qcompiler.cli.app import print_json
+        from qcompiler.cli.common import print_json
 
         print_json(found.to_dict())
         return
-    from qcompiler.cli.app import console
+    from qcompiler.cli.common import console
     from qcompiler.diagnosis.terminal import render_diagnosis
 
     render_diagnosis(found, console(), show)

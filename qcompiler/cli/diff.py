@@ -46,11 +46,11 @@ def diff(
         except OSError as error:
             raise OutputError(f"{html} cannot be written: {error.strerror or error}") from error
     if json_:
-        from qcompiler.cli.app import print_json
+        from qcompiler.cli.common import print_json
 
         print_json(found.to_dict())
         return
-    from qcompiler.cli.app import console
+    from qcompiler.cli.common import console
     from qcompiler.model_diff.terminal import render_diff
 
     render_diff(found, console(), details=details)

@@ -71,7 +71,7 @@ def generate(
     seconds = time.perf_counter() - begin
     rests = [stream.finish() for stream in streams]
     if json_:
-        from qcompiler.cli.app import print_json
+        from qcompiler.cli.common import print_json
 
         pairs = zip(prompt, found, written, rests, strict=True)
         print_json(_result([_entry(text, entry, new + rest) for text, entry, new, rest in pairs], seconds))

@@ -32,11 +32,11 @@ def inspect(
 
     found = inspect(model, recipe=recipe, target=target, options=set_ or (), exclude=exclude or (), statistics=weights)
     if json_:
-        from qcompiler.cli.app import print_json
+        from qcompiler.cli.common import print_json
 
         print_json(found.to_dict())
         return
-    from qcompiler.cli.app import console
+    from qcompiler.cli.common import console
     from qcompiler.inspection.terminal import render_inspection
 
     render_inspection(found, console())

@@ -39,7 +39,7 @@ def placement(
     difference = compare(predicted, measured) if measured is not None else None
     shown = measured or predicted
     if json_:
-        from qcompiler.cli.app import print_json
+        from qcompiler.cli.common import print_json
 
         print_json(_result(chosen.name, predicted, shown, difference))
     else:

@@ -21,7 +21,7 @@ def targets(
     if best is not None:
         _recommend(best, name, json_)
         return
-    from qcompiler.cli.app import console, print_json, print_table
+    from qcompiler.cli.common import console, print_json, print_table
 
     if name is None:
         titles = {item: Target.load(item).title for item in target_names()}
@@ -45,7 +45,7 @@ def _recommend(model: Path, target: str | None, json_: bool) -> None:
 
     found = recommend(model, target)
     if json_:
-        from qcompiler.cli.app import print_json
+        from qcompiler.cli.common import print_json
 
         print_json({"model": str(model), "recommendations": [asdict(item) for item in found]})
         return

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from qcompiler.errors import QCompilerError
 from qcompiler.graph.metadata import PROVENANCE
+from qcompiler.recipes.registry import pass_class
 
 
 def passes_of(node: ir.Node) -> tuple[str, ...]:
@@ -33,8 +34,6 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
 
 @functools.cache
 def _kind(name: str) -> str:
-    from qcompiler.recipes.registry import pass_class
-
     try:
         return pass_class(name).kind
     except QCompilerError:

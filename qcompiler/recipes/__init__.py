@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -22,10 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from qcompiler.errors import RecipeError, SchemeError, closest
 from qcompiler.recipes.gates import GATES
 from qcompiler.recipes.registry import options_of, pass_class
+from qcompiler.rewriting.contract import Pass
 from qcompiler.targets import Target
-
-if TYPE_CHECKING:
-    from qcompiler.rewriting.contract import Pass
 
 FOLDER = Path(__file__).parent
 DEFAULT_TARGET = "ort-cpu"

@@ -15,12 +15,9 @@ import textwrap
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qcompiler.errors import RecipeError, closest
-
-if TYPE_CHECKING:
-    from qcompiler.rewriting.contract import Pass
+from qcompiler.rewriting.contract import Pass
 
 GROUP = "qcompiler.passes"
 
@@ -78,8 +75,6 @@ def summary(name: str) -> str:
 
 def options_of(cls: type[Pass]) -> list[Option]:
     """The options of a pass in the order of their declaration, its own before those that every pass has."""
-    from qcompiler.rewriting.contract import Pass
-
     everyones = set(inspect.get_annotations(Pass))
     help_texts = _help_texts(cls)
     found = [
@@ -122,8 +117,6 @@ def _plugins(built_in: dict[str, str]) -> dict[str, EntryPoint]:
 
 
 def _load(point: EntryPoint) -> type[Pass]:
-    from qcompiler.rewriting.contract import Pass
-
     try:
         found = point.load()
     except Exception as error:

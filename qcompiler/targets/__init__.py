@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from qcompiler.errors import TargetError, closest
 
-if TYPE_CHECKING:
-    from qcompiler.rewriting.contract import Pass
-
 FOLDER = Path(__file__).parent
+
+
+class Step(Protocol):
+    """What a target must know of a pass: its name; its options are attributes."""
+
+    @property
+    def name(self) -> str: ...
 
 
 class _Data(BaseModel):
@@ -66,7 +70,7 @@ class Refusal(_Data):
     sentence: str
     """Why, and what to take instead."""
 
-    def applies(self, candidate: Pass) -> bool:
+    def applies(self, candidate: Step) -> bool:
         return candidate.name == self.pass_name and all(
             getattr(candidate, option) == value for option, value in self.when.items()
         )
@@ -170,7 +174,7 @@ class Target(_Data):
         beside = [self.pass_defaults_beside.get(other, {}).get(name, {}) for other in passes]
         return dict(ChainMap(*beside, self.pass_defaults.get(name, {})))
 
-    def check(self, passes: Iterable[Pass]) -> None:
+    def check(self, passes: Iterable[Step]) -> None:
         """Raise TargetError where a pass would make something that this target has no good kernel for."""
         for candidate in passes:
             for refusal in self.refuses:
