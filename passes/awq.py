@@ -44,8 +44,8 @@ from pydantic.dataclasses import dataclass as options
 
 from qcompiler.formats.scheme import Scheme
 from qcompiler.formats.search import quantize_weight
-from qcompiler.graph.edit import Names
 from qcompiler.graph.lazy import read
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting import folding
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
 from qcompiler.sites.find import Linear, NormGroup
@@ -96,16 +96,16 @@ class Awq(Pass):
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
         changes = Changes()
-        names = Names(model.graph)
+        rw = Rewriter(model, self.name)
         for group, obstacle in folding.rescalable(model, self, insert_mul=self.insert_mul):
             if obstacle is not None:
                 changes.skipped.extend(Skipped(linear.name, obstacle) for linear in self.selected(group.linears))
                 continue
             moment = statistics.get(str(group.output.name), SecondMoment()).result().astype(np.float32, copy=False)
-            self._rescale(group, moment, names, changes)
+            self._rescale(group, moment, rw, changes)
         return changes
 
-    def _rescale(self, group: NormGroup, moment: Matrix, names: Names, changes: Changes) -> None:
+    def _rescale(self, group: NormGroup, moment: Matrix, rw: Rewriter, changes: Changes) -> None:
         magnitude = folding.without_silence(np.sqrt(folding.shared(group, np.diagonal(moment).astype(np.float64))))
         weights = [_sample(linear) for linear in group.linears]
         errors = [self._errors(weights, moment, _scales(magnitude, alpha)) for alpha in self._grid()]
@@ -119,7 +119,7 @@ class Awq(Pass):
         if not folding.fits(group, scale):
             changes.skipped.extend(Skipped(linear.name, folding.NO_ROOM) for linear in group.linears)
             return
-        folding.rescale(group, scale, names, self, changes)
+        folding.rescale(group, scale, rw, changes)
         for linear, before, after in zip(group.linears, errors[0], errors[best], strict=True):
             detail = f"alpha {alpha:.2f}, expected output error {before:.3g} → {after:.3g}, {folding.place(group)}"
             changes.changed.append(Changed(linear.name, detail=detail))

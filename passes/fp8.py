@@ -44,8 +44,8 @@ from qcompiler.errors import RecipeError
 from qcompiler.formats.arithmetic import scale_and_zero_point
 from qcompiler.formats.scheme import PerTensor, PerToken, Scheme
 from qcompiler.formats.search import quantize_weight
-from qcompiler.graph.edit import Names, add_constant, new_node
 from qcompiler.graph.lazy import read
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
 from qcompiler.rewriting.pairs import Build, Pairs, float8_tensor_pair, float8_token_pair
 from qcompiler.rewriting.weights import Reader, WeightPass
@@ -136,44 +136,45 @@ class Fp8(Pass):
     def _round_inputs(self, model: ir.Model, statistics: StatisticsStore, changes: Changes) -> None:
         """Put pairs before the layers whose weights were rounded."""
         rounded = {changed.site for changed in changes.changed}
-        names, pairs = Names(model.graph), Pairs(self.name)
+        rw = Rewriter(model, self.name)
+        pairs = Pairs(rw)
         for site in find_sites(model).linears:
             if site.name not in rounded:
                 continue
             if is_quantized(site.input):
                 changes.skipped.append(Skipped(site.name, "its input is quantized already"))
                 continue
-            pairs.read(site, self._pair(model, statistics, names))
+            pairs.read(site, self._pair(statistics, rw))
             changes.changed.append(Changed(site.name, scheme=f"activations {self.activation_scheme()}"))
 
-    def _pair(self, model: ir.Model, statistics: StatisticsStore, names: Names) -> Build:
+    def _pair(self, statistics: StatisticsStore, rw: Rewriter) -> Build:
         scheme = self.activation_scheme()
         if not scheme.dynamic:
-            return lambda source, dtype: self._static_pair(model.graph, source, dtype, statistics, names)
+            return lambda source, dtype: self._static_pair(source, dtype, statistics, rw)
         build = float8_token_pair if self.granularity == "row" else float8_tensor_pair
         to, qmax = ir.DataType[scheme.number_format.storage], scheme.number_format.qmax
         cap = math.inf if self.scale_cap is None else self.scale_cap
-        return lambda source, dtype: build(model, source, dtype, names, to, qmax, cap)
+        return lambda source, dtype: build(source, dtype, rw, to, qmax, cap)
 
     def _static_pair(
-        self, graph: ir.Graph, source: ir.Value, dtype: ir.DataType, statistics: StatisticsStore, names: Names
+        self, source: ir.Value, dtype: ir.DataType, statistics: StatisticsStore, rw: Rewriter
     ) -> list[ir.Node]:
         scheme, base = self.activation_scheme(), str(source.name)
         bounds = statistics.get(base, ChannelRange()).tensor_range()
         scale, _ = scale_and_zero_point(bounds.lo, bounds.hi, scheme, scale_dtype=dtype.numpy())
         zero = np.zeros((), scheme.number_format.dtype)  # QuantizeLinear takes the type of the codes from it
-        s = add_constant(graph, names.fresh(f"{base}.scale"), np.asarray(scale))
-        z = add_constant(graph, names.fresh(f"{base}.zero_point"), zero)
+        s = rw.constant(f"{base}.scale", np.asarray(scale))
+        z = rw.constant(f"{base}.zero_point", zero)
         nodes = []
         if _is_clipped(source):
             # ONNX Runtime drops a Relu before QuantizeLinear, taking the zero point for the least code, and cannot open
             # a model with a Clip there. A Max of one value is that value, and stands between.
-            nodes.append(new_node("Max", [source], names.fresh(f"{base}.kept"), dtype=dtype, shape=source.shape))
+            nodes.append(rw.node("Max", [source], f"{base}.kept", dtype=dtype, shape=source.shape))
             source = nodes[-1].outputs[0]
-        quantize = new_node("QuantizeLinear", [source, s, z], names.fresh(f"{base}.quantized"),
-                            dtype=z.dtype, shape=source.shape)  # fmt: skip
-        dequantize = new_node("DequantizeLinear", [quantize.outputs[0], s, z], names.fresh(f"{base}.dequantized"),
-                              dtype=dtype, shape=source.shape)  # fmt: skip
+        quantize = rw.node("QuantizeLinear", [source, s, z], f"{base}.quantized",
+                           dtype=z.dtype, shape=source.shape)  # fmt: skip
+        dequantize = rw.node("DequantizeLinear", [quantize.outputs[0], s, z], f"{base}.dequantized",
+                             dtype=dtype, shape=source.shape)  # fmt: skip
         return [*nodes, quantize, dequantize]
 
 
@@ -191,13 +192,13 @@ class _Weights(WeightPass):
         return [site for site in WeightPass.wanted(self, sites) if site.name not in self.left_out]
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
-        changes, names = Changes(), Names(model.graph)
+        changes, rw = Changes(), Rewriter(model, self.name)
         for constant in self.constants(model, changes):
             choose = partial(
                 quantize_weight, scheme=constant.scheme, channel_axis=constant.channel_axis,
                 scale_dtype=constant.tensor.dtype.numpy(), name=constant.name,
             )  # fmt: skip
-            self.install(constant, read(constant.tensor, choose), names, changes, nearest=True)
+            self.install(constant, read(constant.tensor, choose), rw, changes, nearest=True)
         return changes
 
 

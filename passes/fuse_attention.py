@@ -39,15 +39,14 @@ import onnx_ir as ir
 from pydantic.dataclasses import dataclass as options
 
 from qcompiler.graph.edit import (
-    Names,
     add_constant,
-    inherit,
     insert_before,
     new_node,
     remove_node_if_unused,
     remove_unused_constant,
 )
 from qcompiler.graph.model_inputs import Signature
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
 from qcompiler.sites.attention import CachedAttention, find_cached_attention
 from qcompiler.sites.attention_proof import Proof, prove
@@ -85,7 +84,7 @@ class FuseAttention(Pass):
         if not proved:
             return changes
         model.opset_imports.setdefault("com.microsoft", 1)
-        lengths = _Lengths(model.graph, proved[0][0], proved[0][1], self)
+        lengths = _Lengths(Rewriter(model, self.name), proved[0][0], proved[0][1], self.padding)
         lengths.replace_shapes([site for site, _ in proved])
         for site, proof in proved:
             _fuse(site, proof, lengths)
@@ -133,8 +132,8 @@ def _reader_outside(site: CachedAttention, proof: Proof) -> str | None:
 class _Lengths:
     """What all layers share, computed once at the start of the graph: how many tokens there are, and their order."""
 
-    def __init__(self, graph: ir.Graph, site: CachedAttention, proof: Proof, step: FuseAttention) -> None:
-        self.graph, self.names, self.step = graph, Names(graph), step
+    def __init__(self, rw: Rewriter, site: CachedAttention, proof: Proof, padding: str) -> None:
+        self.rw = rw
         self.nodes: list[ir.Node] = []
         self.padding, self.ids = proof.padding, proof.ids
         dims: list[Size] = list(proof.ids.shape) if proof.ids.shape is not None else [None, None]
@@ -156,7 +155,7 @@ class _Lengths:
         self.total_length = self._cast(self.add("Squeeze", [self.total], "length", shape=[]), "total_length")
         self.rows: ir.Value | None = None
         self.back: ir.Value | None = None
-        if proof.padding is not None and step.padding == "any":
+        if proof.padding is not None and padding == "any":
             self._put_in_order(proof.padding, new)
 
     def _counted(self, mask: ir.Value) -> ir.Value:
@@ -195,7 +194,7 @@ class _Lengths:
     def _sorted(self, value: ir.Value, count: ir.Value, name: str, largest: int) -> ir.Value:
         sizes = ir.Shape([self.batch_size, self.new_size])
         outputs = [
-            ir.Value(name=self.names.fresh(f"attention.{part}"), type=ir.TensorType(ir.DataType.INT64), shape=sizes)
+            ir.Value(name=self.rw.fresh(f"attention.{part}"), type=ir.TensorType(ir.DataType.INT64), shape=sizes)
             for part in (f"{name}.values", name)
         ]
         attributes = [ir.AttrInt64("axis", -1), ir.AttrInt64("largest", largest), ir.AttrInt64("sorted", 1)]
@@ -210,8 +209,8 @@ class _Lengths:
         self, op_type: str, inputs: Sequence[ir.Value], name: str, *, shape: Sequence[Size],
         dtype: ir.DataType = ir.DataType.INT64, **attributes: int,
     ) -> ir.Value:  # fmt: skip
-        node = new_node(
-            op_type, inputs, self.names.fresh(f"attention.{name}"), dtype=dtype, shape=ir.Shape(shape),
+        node = self.rw.node(
+            op_type, inputs, f"attention.{name}", dtype=dtype, shape=ir.Shape(shape),
             attributes=dict(attributes),
         )  # fmt: skip
         self.nodes.append(node)
@@ -222,8 +221,8 @@ class _Lengths:
         key = tuple(numbers) or (scalar, scalar, scalar, scalar, scalar)
         if key not in self._constants:
             data = np.array(list(numbers) if numbers else scalar, np.int64)
-            name = self.names.fresh("attention." + ("_".join(map(str, numbers)) or f"scalar_{scalar}"))
-            self._constants[key] = add_constant(self.graph, name, data)
+            name = self.rw.fresh("attention." + ("_".join(map(str, numbers)) or f"scalar_{scalar}"))
+            self._constants[key] = add_constant(self.rw.graph, name, data)
         return self._constants[key]
 
     def replace_shapes(self, sites: Sequence[CachedAttention]) -> None:
@@ -254,8 +253,8 @@ class _Lengths:
 
     def place(self) -> None:
         for node in self.nodes:
-            inherit([node], node, self.step.name)
-        first = next(iter(self.graph))
+            self.rw.inherit([node], node)
+        first = next(iter(self.rw.graph))
         insert_before(first, self.nodes)
         for node in reversed(self.nodes):
             if node.graph is not None:
@@ -282,7 +281,7 @@ def _fuse(site: CachedAttention, proof: Proof, lengths: _Lengths) -> None:
         ir.AttrInt64("num_heads", site.num_heads), ir.AttrInt64("kv_num_heads", site.kv_heads),
         ir.AttrFloat32("scale", proof.scale),
     ]  # fmt: skip
-    name = lengths.names.fresh(f"{site.name}.{OPERATOR}")
+    name = lengths.rw.fresh(f"{site.name}.{OPERATOR}")
     layer.nodes.append(ir.Node("com.microsoft", OPERATOR, inputs, attributes, outputs=[result, *presents], name=name))
     layer.hand_on(layer.ordered(result, width, lengths.back))
     for joined, present in zip(site.joined, presents, strict=True):
@@ -298,7 +297,7 @@ class _Layer:
 
     def named(self, part: str, like: ir.Value, shape: Sequence[Size]) -> ir.Value:
         return ir.Value(
-            name=self.lengths.names.fresh(f"{self.site.name}{part}"), type=like.type,
+            name=self.lengths.rw.fresh(f"{self.site.name}{part}"), type=like.type,
             shape=ir.Shape(shape),
         )  # fmt: skip
 
@@ -344,7 +343,7 @@ class _Layer:
             else:
                 new = self._add("Transpose", [self._apart(new)], [lengths.batch_size, site.num_heads,
                                 lengths.new_size, site.head_size], perm=[0, 2, 1, 3])  # fmt: skip
-        inherit(self.nodes, site.node, lengths.step.name)
+        lengths.rw.inherit(self.nodes, site.node)
         insert_before(site.node, self.nodes)
         _take_place(old, new)
 
@@ -362,7 +361,7 @@ class _Layer:
     def _add(self, op_type: str, inputs: Sequence[ir.Value], shape: Sequence[Size], **attributes: object) -> ir.Value:
         like = self.site.query
         node = new_node(
-            op_type, inputs, self.lengths.names.fresh(f"{self.site.name}.{op_type.lower()}"), like=like,
+            op_type, inputs, self.lengths.rw.fresh(f"{self.site.name}.{op_type.lower()}"), like=like,
             shape=ir.Shape(shape), attributes=dict(attributes),
         )  # fmt: skip
         self.nodes.append(node)

@@ -43,8 +43,8 @@ from qcompiler.errors import SchemeError
 from qcompiler.formats.arithmetic import Array, Quantized, quantize
 from qcompiler.formats.scheme import find_format
 from qcompiler.formats.search import quantize_weight
-from qcompiler.graph.edit import Names
 from qcompiler.graph.lazy import read
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import OPTIONS, Changes, Kind, Pass, Tap
 from qcompiler.rewriting.gptq import RAISES, Factor, Search, check_device, factorise, plain, solve
 from qcompiler.rewriting.quantease import refine
@@ -107,7 +107,7 @@ class Gptq(WeightPass):
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
         changes = Changes()
-        names = Names(model.graph)
+        rw = Rewriter(model, self.name)
         by_inputs: dict[tuple[str, ...], list[WeightConstant]] = {}
         for found in self.constants(model, changes):
             by_inputs.setdefault(_inputs(found), []).append(found)
@@ -116,7 +116,7 @@ class Gptq(WeightPass):
             for found in constants:
                 solved = statistics.take_solved(str(found.value.name))
                 details = {site.name: solved.detail for site in found.readers}
-                self.install(found, solved.quantized, names, changes, details=details)
+                self.install(found, solved.quantized, rw, changes, details=details)
         return changes
 
     def _solve(self, inputs: Sequence[str], constants: Sequence[WeightConstant], statistics: StatisticsStore) -> None:

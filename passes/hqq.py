@@ -47,8 +47,8 @@ from qcompiler.errors import SchemeError
 from qcompiler.formats.arithmetic import Quantized, quantize, slices
 from qcompiler.formats.scheme import NumberFormat, Scheme, find_format
 from qcompiler.formats.search import Search, quantize_weight
-from qcompiler.graph.edit import Names
 from qcompiler.graph.lazy import read
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import OPTIONS, Changes, Kind
 from qcompiler.rewriting.weights import LayerKind, WeightPass
 from qcompiler.statistics import StatisticsStore
@@ -89,7 +89,7 @@ class Hqq(WeightPass):
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
         changes = Changes()
-        names = Names(model.graph)
+        rw = Rewriter(model, self.name)
         for constant in self.constants(model, changes):
             fit = partial(
                 hqq, scheme=constant.scheme, channel_axis=constant.channel_axis, norm=self.norm,
@@ -98,7 +98,7 @@ class Hqq(WeightPass):
             quantized, before, after = read(constant.tensor, fit)
             gain = f"Σ|error|^{self.norm:g} {after / before - 1:+.1%} against round-to-nearest" if before > 0 else ""
             details = {site.name: gain for site in constant.readers}
-            self.install(constant, quantized, names, changes, details=details, nearest=True)
+            self.install(constant, quantized, rw, changes, details=details, nearest=True)
         return changes
 
 

@@ -33,7 +33,8 @@ from pydantic.dataclasses import dataclass as options
 
 from qcompiler.functions.library import remove_unused_functions
 from qcompiler.functions.per_token import SMALLEST_SCALE
-from qcompiler.graph.edit import Names, add_constant, inherit, insert_before, new_node, node_graph
+from qcompiler.graph.edit import node_graph
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.lowering.integer_weights import IntegerWeights, is_blocked, put_kernel, weight_obstacle
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
 from qcompiler.sites.activations import DynamicPair, dynamic_pair
@@ -52,8 +53,8 @@ class LowerDynamicInt8(Pass):
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
         changes = Changes()
-        names = Names(model.graph)
-        weights, rows = IntegerWeights(model, names, self.name), _Rows(names, self.name)
+        rw = Rewriter(model, self.name)
+        weights, rows = IntegerWeights(rw), _Rows(rw)
         model.graph.opset_imports.setdefault("com.microsoft", 1)
         layers: list[tuple[Linear, DynamicPair]] = []
         for site in self.selected(find_sites(model).linears):
@@ -75,7 +76,7 @@ class LowerDynamicInt8(Pass):
                 kernel, activation = WITH_ACTIVATION, [pair.quantize.inputs[0]]
             codes = weights.codes(site)
             inputs = _inputs(activation, [codes, weights.scales(site), weights.zero_point(site, codes)])
-            put_kernel(site, kernel, inputs, names, self.name, with_bias=not pair.per_token)
+            put_kernel(site, kernel, inputs, rw, with_bias=not pair.per_token)
             changes.changed.append(Changed(site.name, kernel=kernel))
         remove_unused_functions(model)
         return changes
@@ -97,8 +98,8 @@ def _inputs(activation: list[ir.Value | None], weight: list[ir.Value]) -> list[i
 class _Rows:
     """Activations quantized row by row as the kernel takes them, made once for all layers that read them."""
 
-    def __init__(self, names: Names, pass_name: str) -> None:
-        self._names, self._pass_name = names, pass_name
+    def __init__(self, rw: Rewriter) -> None:
+        self._rw = rw
         self._made: dict[ir.Node, list[ir.Value | None]] = {}
         self._constants: dict[str, ir.Value] = {}
 
@@ -118,8 +119,8 @@ class _Rows:
             op_type: str, inputs: list[ir.Value], kind: str, shape: ir.Shape | None,
             dtype: ir.DataType = ir.DataType.FLOAT, **attributes: object,
         ) -> ir.Value:  # fmt: skip
-            node = new_node(op_type, inputs, self._names.fresh(f"{codes.name}.{kind}"), dtype=dtype, shape=shape,
-                            attributes=attributes)  # fmt: skip
+            node = self._rw.node(op_type, inputs, f"{codes.name}.{kind}", dtype=dtype, shape=shape,
+                                 attributes=attributes)  # fmt: skip
             new.append(node)
             return node.outputs[0]
 
@@ -141,11 +142,10 @@ class _Rows:
             middles = add("ConstantOfShape", [size], "zero_points", scales.shape, ir.DataType.UINT8, value=filling)
         quantized = add("QuantizeLinear", [source, scale, middles], "unsigned", codes.shape, ir.DataType.UINT8,
                         **settings)  # fmt: skip
-        inherit(new, pair.quantize, self._pass_name)
-        insert_before(pair.quantize, new)
+        self._rw.insert_before(pair.quantize, new)
         return [quantized, scale, middle]
 
     def _constant(self, graph: ir.Graph, name: str, data: np.ndarray) -> ir.Value:
         if name not in self._constants:
-            self._constants[name] = add_constant(graph, self._names.fresh(name), data)
+            self._constants[name] = self._rw.constant(name, data, graph)
         return self._constants[name]

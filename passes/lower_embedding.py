@@ -19,7 +19,7 @@ from typing import ClassVar
 import onnx_ir as ir
 from pydantic.dataclasses import dataclass as options
 
-from qcompiler.graph.edit import Names
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.lowering.block_gather import (
     KERNEL,
     Table,
@@ -42,7 +42,7 @@ class LowerEmbedding(Pass):
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
         changes = Changes()
-        names = Names(model.graph)
+        rw = Rewriter(model, self.name)
         model.graph.opset_imports.setdefault("com.microsoft", 1)
         sites = self.selected(find_quantized_embeddings(model))
         tables: dict[object, Table] = {}
@@ -54,8 +54,8 @@ class LowerEmbedding(Pass):
                 if isinstance(matrix, str) or obstacle is not None:
                     changes.skipped.append(Skipped(site.name, str(obstacle)))
                     continue
-                tables[key] = store_table(site, matrix, table_block(matrix) or 0, names)
-            gather_from_table(site, tables[key], names, self.name)
+                tables[key] = store_table(site, matrix, table_block(matrix) or 0, rw)
+            gather_from_table(site, tables[key], rw)
             changes.changed.append(Changed(site.name, kernel=KERNEL))
         return changes
 

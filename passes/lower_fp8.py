@@ -26,12 +26,9 @@ from pydantic.dataclasses import dataclass as options
 from qcompiler.functions.library import remove_unused_functions
 from qcompiler.functions.per_token import QUANTIZE_FLOAT8, is_token_function
 from qcompiler.graph.edit import (
-    Names,
     add_constant,
     array,
     constant,
-    inherit,
-    insert_before,
     new_node,
     node_graph,
     remove_unused_constant,
@@ -39,6 +36,7 @@ from qcompiler.graph.edit import (
 )
 from qcompiler.graph.flatten import rows_of
 from qcompiler.graph.lazy import derived
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
 from qcompiler.sites.activations import dynamic_pair
 from qcompiler.sites.find import Linear, find_sites
@@ -62,7 +60,7 @@ class LowerFp8(Pass):
     """Multiply float8 by float8 (GemmFloat8) where activation and weight have one scale each."""
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
-        changes, names = Changes(), Names(model.graph)
+        changes, rw = Changes(), Rewriter(model, self.name)
         model.graph.opset_imports.setdefault("com.microsoft", 1)
         stored: dict[tuple[ir.Value, bool], ir.Value] = {}
         for site in self.selected(find_sites(model).linears):
@@ -71,14 +69,14 @@ class LowerFp8(Pass):
             quantize = _quantizes_input(site)
             against = _gemm_obstacle(site, quantize) if self.gemm and quantize is not None else ""
             if self.gemm and quantize is not None and against is None:
-                _multiply_codes(site, quantize, _rows(site, stored, names), names, self.name)
+                _multiply_codes(site, quantize, _rows(site, stored, rw), rw)
                 changes.changed.append(Changed(site.name, kernel=GEMM))
                 continue
             obstacle = _obstacle(site)
             if obstacle is not None:
                 changes.skipped.append(Skipped(site.name, obstacle))
                 continue
-            details = [_multiply_weight(site, _rows(site, stored, names), names, self.name)]
+            details = [_multiply_weight(site, _rows(site, stored, rw), rw)]
             if quantize is not None:
                 details.append("the activation rounded by nodes of its own")
             if against:
@@ -155,14 +153,14 @@ def _gemm_obstacle(site: Linear, quantize: ir.Node) -> str | None:
 # ------------------------------------------------------------------------------------------------- in a layer's place
 
 
-def _rows(site: Linear, stored: dict[tuple[ir.Value, bool], ir.Value], names: Names) -> ir.Value:
+def _rows(site: Linear, stored: dict[tuple[ir.Value, bool], ir.Value], rw: Rewriter) -> ir.Value:
     """The codes as [N, K]: the constant itself, or a transposed one, once for all layers that read it so."""
     key = site.weight, site.transposed
     if key not in stored:
         codes, tensor = site.weight, constant(site.weight)
         assert tensor is not None
         if not site.transposed:
-            name = names.fresh(f"{codes.name}.transposed")
+            name = rw.fresh(f"{codes.name}.transposed")
             turned = derived(tensor, lambda data: np.ascontiguousarray(data.T), tensor.dtype,
                              (site.out_features, site.in_features), name)  # fmt: skip
             codes = add_constant(node_graph(site.node), name, turned)
@@ -170,7 +168,7 @@ def _rows(site: Linear, stored: dict[tuple[ir.Value, bool], ir.Value], names: Na
     return stored[key]
 
 
-def _multiply_weight(site: Linear, codes: ir.Value, names: Names, pass_name: str) -> str:
+def _multiply_weight(site: Linear, codes: ir.Value, rw: Rewriter) -> str:
     """The weight-only operator in the layer's place; what is worth a line in the report."""
     node, graph, source = site.dequantize, node_graph(site.node), site.node.inputs[0]
     assert node is not None
@@ -180,48 +178,47 @@ def _multiply_weight(site: Linear, codes: ir.Value, names: Names, pass_name: str
         block, scales = site.in_features, np.broadcast_to(scales.reshape(-1, 1), (site.out_features, 1))
     elif not site.transposed:
         scales = scales.T
-    scale = add_constant(graph, names.fresh(f"{site.name}.weight_scale"), np.ascontiguousarray(scales))
-    kernel = new_node(
-        WEIGHT_ONLY, [source, codes, scale], names.fresh(f"{site.name}.fp8"), domain="com.microsoft",
+    scale = rw.constant(f"{site.name}.weight_scale", np.ascontiguousarray(scales), graph)
+    kernel = rw.node(
+        WEIGHT_ONLY, [source, codes, scale], f"{site.name}.fp8", domain="com.microsoft",
         dtype=_dtype(site), shape=site.node.outputs[0].shape, attributes={"block_size": block},
     )  # fmt: skip
-    _replace(site, [kernel], kernel, names, pass_name)
+    _replace(site, [kernel], kernel, rw)
     if site.in_features % ALIGNED or block % ALIGNED:
         sizes = f"K = {site.in_features} and blocks of {block}"
         return f"dequantized on every run: {sizes} are not both multiples of {ALIGNED}"
     return "dequantized from 9 tokens on"
 
 
-def _multiply_codes(site: Linear, quantize: ir.Node, codes: ir.Value, names: Names, pass_name: str) -> None:
+def _multiply_codes(site: Linear, quantize: ir.Node, codes: ir.Value, rw: Rewriter) -> None:
     """The product of float8 by float8 in the layer's place, on rows [M, K]."""
     graph, base, dequantize = node_graph(site.node), site.name, site.dequantize
     assert dequantize is not None
-    rows = rows_of(quantize.outputs[0], site.in_features, graph, names)
-    scale = quantize.outputs[1] if quantize.domain else _single(quantize.inputs[1], f"{base}.scale", graph, names)
-    weight_scale = _single(dequantize.inputs[1], f"{base}.weight_scale", graph, names)
-    kernel = new_node(
-        GEMM, [rows.matrix, codes, None, scale, weight_scale], names.fresh(f"{base}.fp8"), domain="com.microsoft",
+    rows = rows_of(quantize.outputs[0], site.in_features, graph, rw)
+    scale = quantize.outputs[1] if quantize.domain else _single(quantize.inputs[1], f"{base}.scale", graph, rw)
+    weight_scale = _single(dequantize.inputs[1], f"{base}.weight_scale", graph, rw)
+    kernel = rw.node(
+        GEMM, [rows.matrix, codes, None, scale, weight_scale], f"{base}.fp8", domain="com.microsoft",
         dtype=_dtype(site), shape=ir.Shape((None, site.out_features)),
         attributes={"transB": 1, "dtype": int(_dtype(site))},
     )  # fmt: skip
-    shaped = rows.restore(kernel.outputs[0], site.node.outputs[0], site.out_features, graph, names)
-    _replace(site, [*rows.nodes, kernel, *shaped], kernel, names, pass_name)
+    shaped = rows.restore(kernel.outputs[0], site.node.outputs[0], site.out_features, graph, rw)
+    _replace(site, [*rows.nodes, kernel, *shaped], kernel, rw)
 
 
-def _single(scale: ir.Value | None, name: str, graph: ir.Graph, names: Names) -> ir.Value:
+def _single(scale: ir.Value | None, name: str, graph: ir.Graph, rw: Rewriter) -> ir.Value:
     assert scale is not None
-    return add_constant(graph, names.fresh(name), array(scale).astype(np.float32).reshape(()))
+    return rw.constant(name, array(scale).astype(np.float32).reshape(()), graph)
 
 
-def _replace(site: Linear, new: list[ir.Node], kernel: ir.Node, names: Names, pass_name: str) -> None:
+def _replace(site: Linear, new: list[ir.Node], kernel: ir.Node, rw: Rewriter) -> None:
     """Put nodes, the last of which gives the product, in the place of the layer; `kernel` gets its name."""
     product, weight = site.node.outputs[0], site.weight
     if site.bias is not None and site.bias_node is None:  # Gemm's own bias
-        name = names.fresh(f"{site.name}.bias_added")
+        name = rw.fresh(f"{site.name}.bias_added")
         new.append(new_node("Add", [new[-1].outputs[0], site.bias], name, dtype=_dtype(site)))
     new[-1].outputs[0].shape = product.shape
-    inherit(new, site.node, pass_name)
-    insert_before(site.node, new)
+    rw.insert_before(site.node, new)
     replace_output(site.node, new[-1].outputs[0])
     remove_unused_constant(weight)
     kernel.name = site.name

@@ -27,16 +27,12 @@ import onnx_ir as ir
 from pydantic.dataclasses import dataclass as options
 
 from qcompiler.graph.edit import (
-    Names,
-    add_constant,
     array,
     constant,
-    inherit,
-    insert_before,
-    new_node,
     node_graph,
     remove_node_if_unused,
 )
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.lowering.integer_weights import (
     EIGHT_BITS,
     FLOAT_INPUT,
@@ -61,8 +57,8 @@ class LowerInt8(Pass):
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
         changes = Changes()
-        names = Names(model.graph)
-        activations, weights = _Activations(names, self.name), IntegerWeights(model, names, self.name)
+        rw = Rewriter(model, self.name)
+        activations, weights = _Activations(rw), IntegerWeights(rw)
         model.graph.opset_imports.setdefault("com.microsoft", 1)
         for site in self.selected(find_sites(model).linears):
             pair = _activation_pair(site)
@@ -73,7 +69,7 @@ class LowerInt8(Pass):
                 codes, scale, middle = activations.of(pair[0])
                 weight = weights.codes(site)
                 inputs = [codes, weight, scale, weights.scales(site), middle, weights.zero_point(site, weight)]
-                put_kernel(site, KERNEL, inputs, names, self.name, with_bias=True)
+                put_kernel(site, KERNEL, inputs, rw, with_bias=True)
                 changes.changed.append(Changed(site.name, kernel=KERNEL))
                 continue
             if is_blocked(site):
@@ -114,8 +110,8 @@ def _read_float(site: Linear, pair: tuple[ir.Node, ir.Node]) -> None:
 class _Activations:
     """Quantized activations as the kernel takes them, made once for all layers that read them."""
 
-    def __init__(self, names: Names, pass_name: str) -> None:
-        self.names, self.pass_name = names, pass_name
+    def __init__(self, rw: Rewriter) -> None:
+        self._rw = rw
         self._made: dict[ir.Node, tuple[ir.Value, ir.Value, ir.Value]] = {}
 
     def of(self, quantize: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -128,16 +124,15 @@ class _Activations:
             if scale.dtype == ir.DataType.FLOAT and array(scale).ndim == 0:
                 float_scale = scale
             else:
-                float_scale = add_constant(graph, self.names.fresh(f"{scale.name}.float"), single)
+                float_scale = self._rw.constant(f"{scale.name}.float", single, graph)
             middle = unsigned(zero_point(quantize).reshape(()))
-            unsigned_middle = add_constant(graph, self.names.fresh(f"{base}.zero_point"), middle)
+            unsigned_middle = self._rw.constant(f"{base}.zero_point", middle, graph)
             if codes.dtype == ir.DataType.INT8:
-                again = new_node(
+                again = self._rw.node(
                     "QuantizeLinear", [quantize.inputs[0], scale, unsigned_middle],
-                    self.names.fresh(f"{base}.unsigned"), dtype=ir.DataType.UINT8, shape=codes.shape,
+                    f"{base}.unsigned", dtype=ir.DataType.UINT8, shape=codes.shape,
                 )  # fmt: skip
-                inherit([again], quantize, self.pass_name)
-                insert_before(quantize, [again])
+                self._rw.insert_before(quantize, [again])
                 codes = again.outputs[0]
             self._made[quantize] = codes, float_scale, unsigned_middle
         return self._made[quantize]

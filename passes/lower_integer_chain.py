@@ -31,19 +31,15 @@ from qcompiler.functions.binary import channel_scales, is_binary, unpacked_signs
 from qcompiler.functions.library import remove_unused_functions
 from qcompiler.functions.per_token import QUANTIZE, SMALLEST_SCALE, is_token_function
 from qcompiler.graph.edit import (
-    Names,
-    add_constant,
     array,
     constant,
-    inherit,
-    insert_before,
-    new_node,
     node_graph,
     remove_node_if_unused,
     replace_output,
 )
 from qcompiler.graph.flatten import Rows, rows_of
 from qcompiler.graph.lazy import read
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.lowering.integer_weights import (
     EIGHT_BITS,
     FLOAT_INPUT,
@@ -96,9 +92,9 @@ class LowerIntegerChain(Pass):
     """Find the largest of a row by ReduceMax, which needs cuDNN when it runs; false: by TopK, which does not."""
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
-        changes, names = Changes(), Names(model.graph)
-        activations = _Activations(names, self.name, self.cudnn)
-        weights = IntegerWeights(model, names, self.name, signed=True)
+        changes, rw = Changes(), Rewriter(model, self.name)
+        activations = _Activations(rw, self.cudnn)
+        weights = IntegerWeights(rw, signed=True)
         for site in self.selected(find_sites(model).linears):
             pair = _activation(site)
             if site.dequantize is None or pair is None or (isinstance(pair, DynamicPair) and is_blocked(site)):
@@ -106,7 +102,7 @@ class LowerIntegerChain(Pass):
             obstacle = _activation_obstacle(pair) or weight_obstacle(site) or _zero_point_obstacle(site)
             if obstacle is None:
                 chain = activations.chain(site.node, site.name)
-                _lower(site, activations.of(pair, site.in_features), weights.codes(site), chain, self.name)
+                _lower(site, activations.of(pair, site.in_features), weights.codes(site), chain)
                 changes.changed.append(Changed(site.name, kernel=KERNEL, detail=_padding(site)))
                 continue
             if is_blocked(site) and isinstance(pair, StaticPair):
@@ -182,8 +178,8 @@ def _padding(site: Linear) -> str:
 class Chain:
     """Nodes in the order in which they are made, named after a value or a layer."""
 
-    def __init__(self, graph: ir.Graph, base: str, names: Names, numbers: dict[tuple[str, float], ir.Value]) -> None:
-        self.graph, self.base, self.names, self._numbers = graph, base, names, numbers
+    def __init__(self, graph: ir.Graph, base: str, rw: Rewriter, numbers: dict[tuple[str, float], ir.Value]) -> None:
+        self.graph, self.base, self.rw, self._numbers = graph, base, rw, numbers
         self.nodes: list[ir.Node] = []
 
     def add(
@@ -191,8 +187,8 @@ class Chain:
         shape: ir.Shape | None = None, **attributes: object,
     ) -> ir.Value:  # fmt: skip
         """The output of a new node that is called after the base and `name`."""
-        made = new_node(op_type, inputs, self.names.fresh(f"{self.base}.{name}"), dtype=dtype, shape=shape,
-                        attributes=attributes)  # fmt: skip
+        made = self.rw.node(op_type, inputs, f"{self.base}.{name}", dtype=dtype, shape=shape,
+                            attributes=attributes)  # fmt: skip
         self.nodes.append(made)
         return made.outputs[0]
 
@@ -200,32 +196,32 @@ class Chain:
         return self.add("Cast", [value], name, to, value.shape, to=int(to))
 
     def rows(self, value: ir.Value, features: int) -> Rows:
-        rows = rows_of(value, features, self.graph, self.names)
+        rows = rows_of(value, features, self.graph, self.rw)
         self.nodes.extend(rows.nodes)
         return rows
 
     def constant(self, data: np.ndarray, name: str) -> ir.Value:
-        return add_constant(self.graph, self.names.fresh(f"{self.base}.{name}"), data)
+        return self.rw.constant(f"{self.base}.{name}", data, self.graph)
 
     def number(self, value: float, dtype: type, shape: tuple[int, ...] = ()) -> ir.Value:
         """A constant number, which all chains share."""
         data: np.ndarray = np.full(shape, value, dtype)
         key = f"{data.dtype}{shape}", float(value)
         if key not in self._numbers:
-            self._numbers[key] = add_constant(self.graph, self.names.fresh(f"chain.{data.dtype}.{value:g}"), data)
+            self._numbers[key] = self.rw.constant(f"chain.{data.dtype}.{value:g}", data, self.graph)
         return self._numbers[key]
 
 
 class _Activations:
     """Quantized activations as the product takes them, made once for all layers that read them."""
 
-    def __init__(self, names: Names, pass_name: str, cudnn: bool) -> None:
-        self._names, self._pass_name, self._cudnn = names, pass_name, cudnn
+    def __init__(self, rw: Rewriter, cudnn: bool) -> None:
+        self._rw, self._cudnn = rw, cudnn
         self._numbers: dict[tuple[str, float], ir.Value] = {}
         self._made: dict[ir.Node, Codes] = {}
 
     def chain(self, like: ir.Node, base: str) -> Chain:
-        return Chain(node_graph(like), base, self._names, self._numbers)
+        return Chain(node_graph(like), base, self._rw, self._numbers)
 
     def of(self, pair: ActivationPair, features: int) -> Codes:
         """The codes of a pair; made right before the node that makes them in the portable graph."""
@@ -238,8 +234,7 @@ class _Activations:
                 codes = _per_token(pair, features, chain, self._cudnn)
             else:
                 codes = _per_tensor(pair, features, chain, self._cudnn)
-            inherit(chain.nodes, quantize, self._pass_name)
-            insert_before(quantize, chain.nodes)
+            self._rw.insert_before(quantize, chain.nodes)
             self._made[quantize] = codes
         return self._made[quantize]
 
@@ -299,8 +294,8 @@ def _end_of_rows(x: ir.Value, name: str, chain: Chain, cudnn: bool, upper: bool 
     if cudnn:
         return chain.add("ReduceMax" if upper else "ReduceMin", [x, chain.number(-1, np.int64, (1,))], name, FLOAT,
                          shape, keepdims=1)  # fmt: skip
-    name = chain.names.fresh(f"{chain.base}.{name}")
-    index = ir.Value(name=chain.names.fresh(f"{name}.index"), type=ir.TensorType(INT64), shape=shape)
+    name = chain.rw.fresh(f"{chain.base}.{name}")
+    index = ir.Value(name=chain.rw.fresh(f"{name}.index"), type=ir.TensorType(INT64), shape=shape)
     found = ir.Value(name=name, type=ir.TensorType(FLOAT), shape=shape)
     attributes = [ir.AttrInt64("axis", -1), ir.AttrInt64("largest", int(upper))]
     inputs = [x, chain.number(1, np.int64, (1,))]
@@ -323,7 +318,7 @@ def _end_of_all(x: ir.Value, upper: bool, chain: Chain, cudnn: bool) -> ir.Value
 # ------------------------------------------------------------------------------------------------- in a layer's place
 
 
-def _lower(site: Linear, activation: Codes, weight: ir.Value, chain: Chain, pass_name: str) -> None:
+def _lower(site: Linear, activation: Codes, weight: ir.Value, chain: Chain) -> None:
     node, product = site.dequantize, site.node.outputs[0]
     assert node is not None
     size = ir.Shape((None, site.out_features))
@@ -344,13 +339,12 @@ def _lower(site: Linear, activation: Codes, weight: ir.Value, chain: Chain, pass
     dtype = node.outputs[0].dtype
     if dtype is not None and dtype != FLOAT:
         value = chain.cast(value, dtype, "cast")
-    chain.nodes += activation.rows.restore(value, product, site.out_features, chain.graph, chain.names)
+    chain.nodes += activation.rows.restore(value, product, site.out_features, chain.graph, chain.rw)
     value = chain.nodes[-1].outputs[0]
     if site.bias is not None and site.bias_node is None:  # Gemm's own bias
         value = chain.add("Add", [value, site.bias], "bias_added", dtype or FLOAT)
     value.shape = product.shape
-    inherit(chain.nodes, site.node, pass_name)
-    insert_before(site.node, chain.nodes)
+    chain.rw.insert_before(site.node, chain.nodes)
     replace_output(site.node, value)
     kernel.name = site.name
 

@@ -34,19 +34,17 @@ from pydantic.dataclasses import dataclass as options
 from qcompiler.errors import TargetError
 from qcompiler.functions.library import DOMAIN, remove_unused_functions
 from qcompiler.graph.edit import (
-    Names,
     add_constant,
     array,
     constant,
-    inherit,
     insert_before,
-    new_node,
     node_graph,
     remove_node_if_unused,
     replace_output,
 )
 from qcompiler.graph.lazy import derived, read
 from qcompiler.graph.metadata import BITS
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.lowering.float_constants import FloatConstants
 from qcompiler.lowering.integer_weights import zero_point
 from qcompiler.lowering.tensorrt_rules import BLOCKS, violations
@@ -69,10 +67,10 @@ class LowerTensorrt(Pass):
     kind: ClassVar[Kind] = "lowering"
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
-        changes, names = Changes(), Names(model.graph)
-        floats, weights = FloatConstants(names), _Weights(names, self.name)
+        changes, rw = Changes(), Rewriter(model, self.name)
+        floats, weights = FloatConstants(rw), _Weights(rw)
         for embedding in self.selected(find_quantized_embeddings(model)):
-            _gather_floats(embedding, floats, names, self.name)
+            _gather_floats(embedding, floats, rw)
             reason = f"TensorRT gathers no codes, so {FLOAT_AGAIN}"
             changes.skipped.append(Skipped(embedding.name, reason, undone="layer"))
         sites = find_sites(model)
@@ -272,8 +270,8 @@ def _widened(values: np.ndarray, node: ir.Node, shape: tuple[int, ...]) -> np.nd
 class _Weights:
     """Writes weights in the form that TensorRT takes, once for all layers that read one in the same direction."""
 
-    def __init__(self, names: Names, pass_name: str) -> None:
-        self._names, self._pass_name = names, pass_name
+    def __init__(self, rw: Rewriter) -> None:
+        self._rw = rw
         self._made: dict[object, ir.Value] = {}
 
     def give(self, site: Layer, form: _Form) -> list[ir.Node]:
@@ -301,21 +299,21 @@ class _Weights:
         assert tensor is not None
         axis = 1 if turn else site.channel_axis
         shape = tuple(int(size) for size in tensor.shape.numpy())
-        name = self._names.fresh(f"{base}.tensorrt")
+        name = self._rw.fresh(f"{base}.tensorrt")
         codes = add_constant(
             graph, name, derived(tensor, _arranged(form, old, turn), form.dtype, shape[::-1] if turn else shape, name)
         )
         scale = _in_blocks(form, site) if isinstance(site, Linear) and form.block else form.scale
         if form.block and axis == 1:
             scale = scale.T
-        stored = add_constant(graph, self._names.fresh(f"{base}.tensorrt.scale"), np.ascontiguousarray(scale))
+        stored = self._rw.constant(f"{base}.tensorrt.scale", np.ascontiguousarray(scale), graph)
         settings: dict[str, object] = {"axis": 1 - axis, "block_size": form.block} if form.block else {"axis": axis}
-        node = new_node(
-            "DequantizeLinear", [codes, stored], self._names.fresh(f"{base}.tensorrt.dequantized"),
+        node = self._rw.node(
+            "DequantizeLinear", [codes, stored], f"{base}.tensorrt.dequantized",
             dtype=old.outputs[0].dtype or stored.dtype, shape=codes.shape,
             attributes=settings if stored.const_value is not None and stored.const_value.size > 1 else {},
         )  # fmt: skip
-        inherit([node], old, self._pass_name)
+        self._rw.inherit([node], old)
         node.metadata_props.pop(BITS, None)
         insert_before(old, [node])
         return node.outputs[0]
@@ -375,7 +373,7 @@ def _read_floats(site: Layer, floats: FloatConstants) -> list[ir.Node]:
     return replaced
 
 
-def _gather_floats(site: QuantizedEmbedding, floats: FloatConstants, names: Names, pass_name: str) -> None:
+def _gather_floats(site: QuantizedEmbedding, floats: FloatConstants, rw: Rewriter) -> None:
     """A Gather of floats in the place of an embedding of codes."""
     output = site.output
     dtype = output.dtype or site.scale.dtype or ir.DataType.FLOAT
@@ -383,8 +381,7 @@ def _gather_floats(site: QuantizedEmbedding, floats: FloatConstants, names: Name
     table = floats.of(
         site.codes, site.scale, site.zero_point, site.axis, site.block_size, dtype, graph, turn=site.row_axis == 1
     )
-    gather = new_node("Gather", [table, site.ids], names.fresh(f"{site.name}.gathered"), like=output)
-    inherit([gather], site.node, pass_name)
-    insert_before(site.node, [gather])
+    gather = rw.node("Gather", [table, site.ids], f"{site.name}.gathered", like=output)
+    rw.insert_before(site.node, [gather])
     replace_output(site.node, gather.outputs[0])
     gather.name = site.name

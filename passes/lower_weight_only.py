@@ -47,11 +47,8 @@ from pydantic.dataclasses import dataclass as options
 from qcompiler.functions.binary import is_binary
 from qcompiler.functions.library import block_scales, codebook_format, remove_unused_functions
 from qcompiler.graph.edit import (
-    Names,
     add_constant,
     constant,
-    inherit,
-    insert_before,
     new_node,
     node_graph,
     remove_node_if_unused,
@@ -59,6 +56,7 @@ from qcompiler.graph.edit import (
     replace_output,
 )
 from qcompiler.graph.metadata import BITS
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.lowering import bnb4
 from qcompiler.lowering.block_gather import KERNEL as GATHER
 from qcompiler.lowering.block_gather import gather_from_packed
@@ -136,7 +134,7 @@ class LowerWeightOnly(Pass):
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
         changes = Changes()
-        names = Names(model.graph)
+        rw = Rewriter(model, self.name)
         model.graph.opset_imports.setdefault("com.microsoft", 1)
         embeddings = find_quantized_embeddings(model)
         made: dict[object, _Operator] = {}
@@ -148,9 +146,9 @@ class LowerWeightOnly(Pass):
             key = site.weight, site.transposed, *site.dequantize.inputs[1:]
             if key not in made:
                 if codebook_format(site.dequantize) is None:
-                    operator = self._blocks(site, embeddings, names, changes)
+                    operator = self._blocks(site, embeddings, rw, changes)
                 else:
-                    operator = self._codebook(site, names)
+                    operator = self._codebook(site, rw)
                 if isinstance(operator, str):
                     changes.skipped.append(Skipped(site.name, operator))
                     continue
@@ -163,7 +161,7 @@ class LowerWeightOnly(Pass):
                 _read_float(site, pair)
             left = pair is not None and not rounds
             changes.changed.append(Changed(site.name, kernel=made[key].op_type, detail=detail, float_input=left))
-            _lower(site, made[key], names, self.name)
+            _lower(site, made[key], rw)
         remove_unused_functions(model)
         return changes
 
@@ -172,7 +170,7 @@ class LowerWeightOnly(Pass):
         return operator.op_type == KERNEL and self.accuracy_level == 4
 
     def _blocks(
-        self, site: Linear, embeddings: tuple[QuantizedEmbedding, ...], names: Names, changes: Changes
+        self, site: Linear, embeddings: tuple[QuantizedEmbedding, ...], rw: Rewriter, changes: Changes
     ) -> _Operator | str:
         """MatMulNBits, and the embeddings that share its codes lowered; or why not."""
         matrix = _matrix(site)
@@ -180,21 +178,21 @@ class LowerWeightOnly(Pass):
         if isinstance(matrix, str) or isinstance(block, str):
             return str(block)
         graph, base = node_graph(site.node), str(site.weight.name)
-        name = names.fresh(f"{base}.blocks")
+        name = rw.fresh(f"{base}.blocks")
         codes = add_constant(graph, name, matrix.packed(block, name))
         scale = matrix.scales(block)
         if not self.half_precision:
             scale = scale.astype(np.float32, copy=False)
-        inputs = [codes, add_constant(graph, names.fresh(f"{base}.block_scales"), scale)]
+        inputs = [codes, rw.constant(f"{base}.block_scales", scale, graph)]
         points = matrix.zero_points(block)
         if points is not None:
             packed_points = pack(points, matrix.bits)
-            inputs.append(add_constant(graph, names.fresh(f"{base}.block_zero_points"), packed_points))
+            inputs.append(rw.constant(f"{base}.block_zero_points", packed_points, graph))
         for embedding in _tied(site, embeddings):
             if embedding.ids.shape is None:
                 changes.skipped.append(Skipped(embedding.name, "its ids have an unknown number of dimensions"))
                 continue
-            gather_from_packed(embedding, matrix, inputs[0], inputs[1], block, names, self.name)
+            gather_from_packed(embedding, matrix, inputs[0], inputs[1], block, rw)
             changes.changed.append(Changed(embedding.name, kernel=GATHER))
         attributes: dict[str, object] = {
             "K": matrix.features, "N": matrix.rows, "bits": matrix.bits, "block_size": block,
@@ -202,7 +200,7 @@ class LowerWeightOnly(Pass):
         }  # fmt: skip
         return _Operator(KERNEL, tuple(inputs), attributes, _dtype(matrix), self._detail(matrix, block))
 
-    def _codebook(self, site: Linear, names: Names) -> _Operator | str:
+    def _codebook(self, site: Linear, rw: Rewriter) -> _Operator | str:
         """MatMulBnb4, or why not."""
         node, tensor = site.dequantize, constant(site.weight)
         assert node is not None
@@ -217,14 +215,14 @@ class LowerWeightOnly(Pass):
             return obstacle
         dtype = node.outputs[0].dtype or ir.DataType.FLOAT
         graph, base = node_graph(site.node), str(site.weight.name)
-        name = names.fresh(f"{base}.pairs")
+        name = rw.fresh(f"{base}.pairs")
         codes = add_constant(graph, name, bnb4.packed(tensor, name))
         absmax = scales.astype(dtype.numpy()) if self.half_precision else scales
         attributes: dict[str, object] = {
             "K": site.in_features, "N": site.out_features, "block_size": block,
             "quant_type": bnb4.QUANT_TYPES[str(format)],
         }  # fmt: skip
-        inputs = codes, add_constant(graph, names.fresh(f"{base}.absmax"), absmax)
+        inputs = codes, rw.constant(f"{base}.absmax", absmax, graph)
         return _Operator(bnb4.KERNEL, inputs, attributes, dtype, f"blocks of {block}")
 
     def _block(self, matrix: CodeMatrix) -> int | str:
@@ -268,26 +266,25 @@ def _tied(site: Linear, embeddings: tuple[QuantizedEmbedding, ...]) -> list[Quan
     ]
 
 
-def _lower(site: Linear, operator: _Operator, names: Names, pass_name: str) -> None:
+def _lower(site: Linear, operator: _Operator, rw: Rewriter) -> None:
     """Put the operator in the place of the layer, between Casts where it computes in another type than the model."""
     product, source = site.node.outputs[0], site.node.inputs[0]  # not site.input, which may be replaced by now
     assert source is not None
     dtype, computed = product.dtype or operator.dtype, operator.inputs[1].dtype
-    kernel = new_node(
-        operator.op_type, [source, *operator.inputs], names.fresh(f"{site.name}.weight_only"),
+    kernel = rw.node(
+        operator.op_type, [source, *operator.inputs], f"{site.name}.weight_only",
         domain="com.microsoft", dtype=computed, shape=product.shape, attributes=operator.attributes,
     )  # fmt: skip
     new, result = [kernel], kernel.outputs[0]
     if computed is not None and dtype != computed:
-        before = _cast(source, computed, names.fresh(f"{site.name}.float"))
-        after = _cast(result, dtype, names.fresh(f"{site.name}.cast"))
+        before = _cast(source, computed, rw.fresh(f"{site.name}.float"))
+        after = _cast(result, dtype, rw.fresh(f"{site.name}.cast"))
         kernel.replace_input_with(0, before.outputs[0])
         new, result = [before, kernel, after], after.outputs[0]
     if site.bias is not None and site.bias_node is None:  # Gemm's own bias
-        add = new_node("Add", [result, site.bias], names.fresh(f"{site.name}.bias_added"), like=product)
+        add = rw.node("Add", [result, site.bias], f"{site.name}.bias_added", like=product)
         new, result = [*new, add], add.outputs[0]
-    inherit(new, site.node, pass_name)
-    insert_before(site.node, new)
+    rw.insert_before(site.node, new)
     weight = site.weight
     replace_output(site.node, result)
     remove_unused_constant(weight)

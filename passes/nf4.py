@@ -41,18 +41,13 @@ from qcompiler.formats.scheme import PerGroup, Scheme
 from qcompiler.formats.search import quantize_weight
 from qcompiler.functions.library import DOMAIN, add_function
 from qcompiler.graph.edit import (
-    Names,
-    add_constant,
-    add_provenance,
     constant,
-    inherit,
-    insert_before,
-    new_node,
     node_graph,
     remove_node_if_unused,
     remove_unused_constant,
 )
 from qcompiler.graph.lazy import derived, read
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
 from qcompiler.sites.find import Linear, Sites, find_sites
 from qcompiler.statistics import StatisticsStore
@@ -89,17 +84,17 @@ class Nf4(Pass):
                 by_weight.setdefault((site.weight, site.transposed), []).append(site)
             else:
                 changes.skipped.append(Skipped(site.name, obstacle))
-        names, format = Names(model.graph), FORMATS[self.table]
+        rw, format = Rewriter(model, self.name), FORMATS[self.table]
         for (weight, _), readers in by_weight.items():
             blocks = encode(readers[0], format, self.block_size, self.double_quantization)
-            dequantized = self._dequantize(readers[0], blocks, add_function(model, format), names)
+            dequantized = self._dequantize(readers[0], blocks, add_function(model, format), rw)
             turned: ir.Value | None = None
             for site in readers:
                 if site.node.attributes.get_int("transB", 0):
                     source = dequantized
                 else:
-                    source = turned = turned or self._transpose(site, dequantized, names)
-                self._connect(site, source)
+                    source = turned = turned or self._transpose(site, dequantized, rw)
+                self._connect(site, source, rw)
                 changes.changed.append(Changed(site.name, scheme=str(blocks), detail=blocks.size))
             remove_unused_constant(weight)
         return changes
@@ -110,47 +105,45 @@ class Nf4(Pass):
             s for s in sites.linears if ("head" if s.out_features in rows else "linear") in self.layers
         )
 
-    def _dequantize(self, site: Linear, blocks: Blocks, function: str, names: Names) -> ir.Value:
+    def _dequantize(self, site: Linear, blocks: Blocks, function: str, rw: Rewriter) -> ir.Value:
         """Put codes, scales and the function that reads them before the layer; the float weight [N, K]."""
         graph, dtype = node_graph(site.node), _tensor(site.weight).dtype
         # The codes of a tied weight carry the layer's name: recognisers take a layer's path from its weight's name.
         base = str(site.weight.name if site.transpose is None else site.name)
-        codes = add_constant(graph, names.fresh(f"{base}.codes"), blocks.codes)
-        scale, new = self._scale(graph, blocks, base, names)
-        node = new_node(
-            function, [codes, scale], names.fresh(f"{base}.dequantized"), domain=DOMAIN, dtype=dtype,
+        codes = rw.constant(f"{base}.codes", blocks.codes, graph)
+        scale, new = self._scale(graph, blocks, base, rw)
+        node = rw.node(
+            function, [codes, scale], f"{base}.dequantized", domain=DOMAIN, dtype=dtype,
             shape=codes.shape, attributes={"block_size": self.block_size, "output_dtype": int(dtype)},
         )  # fmt: skip
         new.append(node)
-        inherit(new, site.node, self.name)
-        insert_before(site.node, new)
+        rw.insert_before(site.node, new)
         return node.outputs[0]
 
-    def _scale(self, graph: ir.Graph, blocks: Blocks, base: str, names: Names) -> tuple[ir.Value, list[ir.Node]]:
+    def _scale(self, graph: ir.Graph, blocks: Blocks, base: str, rw: Rewriter) -> tuple[ir.Value, list[ir.Node]]:
         """The scales of the blocks, and the nodes that compute them."""
         if blocks.scale_codes is None:
-            return add_constant(graph, names.fresh(f"{base}.scale"), blocks.scale), []
-        codes = add_constant(graph, names.fresh(f"{base}.scale.codes"), blocks.scale_codes)
-        scale = add_constant(graph, names.fresh(f"{base}.scale.scale"), blocks.scale)
-        mean = add_constant(graph, names.fresh(f"{base}.scale.mean"), np.array([blocks.mean], np.float32))
+            return rw.constant(f"{base}.scale", blocks.scale, graph), []
+        codes = rw.constant(f"{base}.scale.codes", blocks.scale_codes, graph)
+        scale = rw.constant(f"{base}.scale.scale", blocks.scale, graph)
+        mean = rw.constant(f"{base}.scale.mean", np.array([blocks.mean], np.float32), graph)
         # ONNX Runtime takes a single scale for that of a whole tensor and then refuses a block size.
         blocked: dict[str, object] = {"axis": 0, "block_size": SCALES_TOGETHER} if blocks.scale.size > 1 else {}
-        centred = new_node("DequantizeLinear", [codes, scale], names.fresh(f"{base}.scale.centred"),
-                           dtype=ir.DataType.FLOAT, shape=codes.shape, attributes=blocked)  # fmt: skip
-        restored = new_node("Add", [centred.outputs[0], mean], names.fresh(f"{base}.scale"), like=centred.outputs[0])
+        centred = rw.node("DequantizeLinear", [codes, scale], f"{base}.scale.centred",
+                          dtype=ir.DataType.FLOAT, shape=codes.shape, attributes=blocked)  # fmt: skip
+        restored = rw.node("Add", [centred.outputs[0], mean], f"{base}.scale", like=centred.outputs[0])
         return restored.outputs[0], [centred, restored]
 
-    def _transpose(self, site: Linear, dequantized: ir.Value, names: Names) -> ir.Value:
+    def _transpose(self, site: Linear, dequantized: ir.Value, rw: Rewriter) -> ir.Value:
         shape = ir.Shape((site.in_features, site.out_features))
-        node = new_node("Transpose", [dequantized], names.fresh(f"{dequantized.name}.transposed"), like=dequantized,
-                        shape=shape, attributes={"perm": [1, 0]})  # fmt: skip
-        inherit([node], site.node, self.name)
-        insert_before(site.node, [node])
+        node = rw.node("Transpose", [dequantized], f"{dequantized.name}.transposed", like=dequantized,
+                       shape=shape, attributes={"perm": [1, 0]})  # fmt: skip
+        rw.insert_before(site.node, [node])
         return node.outputs[0]
 
-    def _connect(self, site: Linear, source: ir.Value) -> None:
+    def _connect(self, site: Linear, source: ir.Value, rw: Rewriter) -> None:
         site.node.replace_input_with(1, source)
-        add_provenance(site.node, self.name)
+        rw.mark(site.node)
         if site.transpose is not None and site.transpose.graph is not None:
             remove_node_if_unused(site.transpose)
 

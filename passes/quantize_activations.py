@@ -42,7 +42,7 @@ from pydantic.dataclasses import dataclass as options
 from qcompiler.errors import RecipeError, SchemeError
 from qcompiler.formats.arithmetic import scale_and_zero_point
 from qcompiler.formats.scheme import PerTensor, PerToken, Scheme
-from qcompiler.graph.edit import Names, add_constant, new_node
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.recipes.registry import users_own
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
 from qcompiler.rewriting.pairs import Build, Pairs, Quantizable, tensor_pair, token_pair
@@ -125,8 +125,8 @@ class QuantizeActivations(Pass):
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
         changes, scheme = Changes(), self.scheme()
-        names = Names(model.graph)
-        pairs = Pairs(self.name)
+        rw = Rewriter(model, self.name)
+        pairs = Pairs(rw)
         sites = self._sites(model)
         for site in sites:
             if site.dequantize is None:
@@ -136,12 +136,12 @@ class QuantizeActivations(Pass):
             if obstacle is not None:
                 changes.skipped.append(Skipped(site.name, obstacle))
                 continue
-            pairs.read(site, self._build(model, site, statistics, names))
+            pairs.read(site, self._build(model, site, statistics, rw))
             changes.changed.append(Changed(site.name, scheme=f"activations {scheme}"))
         if self.outputs and not scheme.dynamic:
             for site in sites:
                 if isinstance(site, Convolution) and site.dequantize is not None:
-                    self._quantize_output(site, pairs, self._build(model, site, statistics, names))
+                    self._quantize_output(site, pairs, self._build(model, site, statistics, rw))
         return changes
 
     def _sites(self, model: ir.Model) -> list[Quantizable]:
@@ -165,18 +165,18 @@ class QuantizeActivations(Pass):
             case path:
                 return _own_statistic(path)
 
-    def _build(self, model: ir.Model, site: Quantizable, statistics: StatisticsStore, names: Names) -> Build:
+    def _build(self, model: ir.Model, site: Quantizable, statistics: StatisticsStore, rw: Rewriter) -> Build:
         """Makes the pair of nodes for a value that the site reads or writes."""
         scheme = self.scheme()
         if not scheme.dynamic:
-            return lambda source, dtype: self._static_pair(model.graph, source, dtype, site, statistics, names)
+            return lambda source, dtype: self._static_pair(model.graph, source, dtype, site, statistics, rw)
         if isinstance(scheme.granularity, PerToken):
-            return lambda source, dtype: token_pair(model, source, dtype, names, scheme.number_format.qmax)
-        return lambda source, dtype: tensor_pair(source, dtype, names)
+            return lambda source, dtype: token_pair(source, dtype, rw, scheme.number_format.qmax)
+        return lambda source, dtype: tensor_pair(source, dtype, rw)
 
     def _static_pair(
         self, graph: ir.Graph, source: ir.Value, dtype: ir.DataType, site: Quantizable, statistics: StatisticsStore,
-        names: Names,
+        rw: Rewriter,
     ) -> list[ir.Node]:  # fmt: skip
         scheme = self.scheme()
         bounds = _bounds(statistics.get(str(source.name), self._statistic(site)))
@@ -184,12 +184,12 @@ class QuantizeActivations(Pass):
         number_format = scheme.number_format
         if zero_point is None:
             zero_point = np.zeros((), number_format.dtype)
-        s = add_constant(graph, names.fresh(f"{source.name}.scale"), np.asarray(scale))
-        z = add_constant(graph, names.fresh(f"{source.name}.zero_point"), np.asarray(zero_point, number_format.dtype))
-        quantize = new_node("QuantizeLinear", [source, s, z], names.fresh(f"{source.name}.quantized"),
-                            dtype=ir.DataType[number_format.storage], shape=source.shape)  # fmt: skip
-        dequantize = new_node("DequantizeLinear", [quantize.outputs[0], s, z],
-                              names.fresh(f"{source.name}.dequantized"), dtype=dtype, shape=source.shape)  # fmt: skip
+        s = rw.constant(f"{source.name}.scale", np.asarray(scale), graph)
+        z = rw.constant(f"{source.name}.zero_point", np.asarray(zero_point, number_format.dtype), graph)
+        quantize = rw.node("QuantizeLinear", [source, s, z], f"{source.name}.quantized",
+                           dtype=ir.DataType[number_format.storage], shape=source.shape)  # fmt: skip
+        dequantize = rw.node("DequantizeLinear", [quantize.outputs[0], s, z],
+                             f"{source.name}.dequantized", dtype=dtype, shape=source.shape)  # fmt: skip
         return [quantize, dequantize]
 
     def _quantize_output(self, site: Convolution, pairs: Pairs, build: Build) -> None:

@@ -46,7 +46,8 @@ from pydantic.dataclasses import dataclass as options
 from qcompiler.errors import SchemeError
 from qcompiler.formats.arithmetic import Array
 from qcompiler.formats.scheme import Scheme
-from qcompiler.graph.edit import Names, add_constant, add_provenance, inherit, insert_after, insert_before, new_node
+from qcompiler.graph.edit import insert_after, insert_before, new_node
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting import fused_cache
 from qcompiler.rewriting.attention_past import join_outside
 from qcompiler.rewriting.cache_storage import Coder, Storage
@@ -105,7 +106,7 @@ class QuantizeKvCache(Pass):
         ]
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
-        changes, names = Changes(), Names(model.graph)
+        changes, rw = Changes(), Rewriter(model, self.name)
         for found in find_caches(model):
             if isinstance(found, Unsupported) and self.selects(found):
                 changes.skipped.append(Skipped(found.name, found.reason))
@@ -115,17 +116,17 @@ class QuantizeKvCache(Pass):
         chosen = {name for name, reason in obstacles.items() if reason is None}
         for node in dict.fromkeys(cache.node for cache in selected if cache.name in chosen):
             if node.op_type == "Attention":
-                join_outside(node, names, self.name)
+                join_outside(node, rw)
         fused: dict[ir.Node, dict[str, Cache]] = {}
         for cache in self._selected(model):
             if cache.name in chosen and cache.node.op_type in JOINED:
-                self._quantize(model, cache, statistics, names, changes)
+                self._quantize(cache, statistics, rw, changes)
             elif cache.name in chosen:
                 fused.setdefault(cache.node, {})[cache.role] = cache
         for node, caches in fused.items():
             key, value = ((cache, self._storage(cache), self._range(cache, statistics)) for cache in _pair(caches))
-            fused_cache.store(key, value, names)
-            add_provenance(node, self.name)
+            fused_cache.store(key, value, rw)
+            rw.mark(node)
             changes.changed += [_changed(cache, self._storage(cache)) for cache in _pair(caches)]
         return changes
 
@@ -191,12 +192,10 @@ class QuantizeKvCache(Pass):
     def _range(self, cache: Cache, statistics: StatisticsStore) -> tuple[Array, Array]:
         return statistics.get(str(cache.present.name), self._statistic(cache)).result()
 
-    def _quantize(
-        self, model: ir.Model, cache: Cache, statistics: StatisticsStore, names: Names, changes: Changes
-    ) -> None:
+    def _quantize(self, cache: Cache, statistics: StatisticsStore, rw: Rewriter, changes: Changes) -> None:
         storage = self._storage(cache)
-        coder = Coder(model, cache, storage, names, self._range(cache, statistics) if storage.needs_range else None)
-        dequantized = _quantize_joined(model, cache, storage, coder, names, self.name)
+        coder = Coder(rw, cache, storage, self._range(cache, statistics) if storage.needs_range else None)
+        dequantized = _quantize_joined(cache, storage, coder, rw)
         changes.changed.append(_changed(cache, storage))
         changes.moved[str(cache.present.name)] = str(dequantized.name)
 
@@ -214,18 +213,18 @@ def _changed(cache: Cache, storage: Storage) -> Changed:
 
 
 def _quantize_joined(
-    model: ir.Model, cache: Cache, storage: Storage, coder: Coder, names: Names, pass_name: str
+    cache: Cache, storage: Storage, coder: Coder, rw: Rewriter
 ) -> ir.Value:  # fmt: skip
     """Let the join append codes, and the readers of the present read them dequantized, which is returned."""
     if cache.new is None:
         raise ValueError(f"{cache.name!r} is joined inside {cache.node.op_type}")
-    graph, join, float_shape = model.graph, cache.node, cache.present.shape
+    graph, join, float_shape = rw.graph, cache.node, cache.present.shape
     readers = list(cache.present.uses())
     encoded = coder.encode(cache.new)
     insert_before(join, encoded.nodes)
     join.replace_input_with(1, encoded.codes)
     if storage.packed:
-        _keep_sizes(graph, cache.past, names, pass_name)
+        _keep_sizes(graph, cache.past, rw)
     for value in (cache.past, cache.present):
         value.type, value.shape = ir.TensorType(storage.dtype), storage.shape(value.shape)
     joins, companions = [], {}
@@ -235,8 +234,8 @@ def _quantize_joined(
         companions[kind] = node.outputs[0]
     decoding = coder.decode(cache.present, companions, float_shape)
     insert_after(join, [*joins, *decoding])
-    inherit([*encoded.nodes, *joins, *decoding], join, pass_name)
-    inherit([join], join, pass_name)
+    rw.inherit([*encoded.nodes, *joins, *decoding], join)
+    rw.inherit([join], join)
     dequantized = decoding[-1].outputs[0]
     for node, index in readers:
         node.replace_input_with(index, dequantized)
@@ -259,7 +258,7 @@ def _join_companion(graph: ir.Graph, cache: Cache, storage: Storage, kind: str, 
     return node
 
 
-def _keep_sizes(graph: ir.Graph, past: ir.Value, names: Names, pass_name: str) -> None:
+def _keep_sizes(graph: ir.Graph, past: ir.Value, rw: Rewriter) -> None:
     """Let the readers of the past's shape read that of the numbers: two of them share the place of a packed one."""
     for node, _ in list(past.uses()):
         if node.op_type != "Shape":
@@ -267,14 +266,14 @@ def _keep_sizes(graph: ir.Graph, past: ir.Value, names: Names, pass_name: str) -
         axes = list(range(4))[node.attributes.get_int("start", 0) : node.attributes.get_int("end", 4)]
         if 3 not in axes:
             continue
-        factors = add_constant(graph, names.fresh(f"{node.name}.factors"),
-                               np.array([2 if axis == 3 else 1 for axis in axes], np.int64))  # fmt: skip
+        numbers = np.array([2 if axis == 3 else 1 for axis in axes], np.int64)
+        factors = rw.constant(f"{node.name}.factors", numbers, graph)
         sizes = node.outputs[0]
-        product = new_node("Mul", [sizes, factors], names.fresh(f"{node.name}.unpacked"), like=sizes)
+        product = rw.node("Mul", [sizes, factors], f"{node.name}.unpacked", like=sizes)
         public = sizes.is_graph_output()
         sizes.replace_all_uses_with(product.outputs[0], replace_graph_outputs=True)
         product.replace_input_with(0, sizes)
         if public:
             product.outputs[0].name, sizes.name = sizes.name, product.outputs[0].name
         insert_after(node, [product])
-        inherit([product], node, pass_name)
+        rw.inherit([product], node)

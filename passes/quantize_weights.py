@@ -44,8 +44,8 @@ from qcompiler.formats.scheme import Scheme
 from qcompiler.formats.search import quantize_weight
 from qcompiler.functions.binary import DEQUANTIZE, add_binary_function
 from qcompiler.functions.binary import FORMAT as BINARY
-from qcompiler.graph.edit import Names
 from qcompiler.graph.lazy import read
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import OPTIONS, Changes, Kind, Tap
 from qcompiler.rewriting.weights import Reader, WeightConstant, WeightPass
 from qcompiler.sites.find import Convolution
@@ -76,14 +76,14 @@ class QuantizeWeights(WeightPass):
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
         changes = Changes()
-        names = Names(model.graph)
+        rw = Rewriter(model, self.name)
         constants = self.constants(model, changes)
         if self.format == BINARY and constants:
             add_binary_function(model, DEQUANTIZE)
         for constant in constants:
             quantized = self._quantized(constant, statistics)
             details = _bits_a_weight(constant, quantized) if self.format == BINARY else None
-            self.install(constant, quantized, names, changes, details=details, nearest=True)
+            self.install(constant, quantized, rw, changes, details=details, nearest=True)
         return changes
 
     def _quantized(self, constant: WeightConstant, statistics: StatisticsStore) -> Quantized:

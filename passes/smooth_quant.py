@@ -29,8 +29,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
 from qcompiler.errors import SchemeError
-from qcompiler.graph.edit import Names, constant
+from qcompiler.graph.edit import constant
 from qcompiler.graph.lazy import read
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting import folding
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
 from qcompiler.rewriting.folding import COLUMNS_AT_ONCE, without_silence
@@ -65,7 +66,7 @@ class SmoothQuant(Pass):
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
         changes = Changes()
-        names = Names(model.graph)
+        rw = Rewriter(model, self.name)
         for group, obstacle in self._groups(model):
             if obstacle is not None:
                 changes.skipped.extend(Skipped(linear.name, obstacle) for linear in self.selected(group.linears))
@@ -80,7 +81,7 @@ class SmoothQuant(Pass):
                 detail = "left as it is: no smoothing has the smallest expected error"
                 changes.changed.extend(Changed(linear.name, detail=detail) for linear in group.linears)
                 continue
-            folding.rescale(group, scale, names, self, changes)
+            folding.rescale(group, scale, rw, changes)
             before, after = np.max(measured.magnitude), np.max(measured.magnitude / scale)
             detail = f"alpha {alpha:.2f}, input absmax {before:.3g} → {after:.3g}, {folding.place(group)}"
             changes.changed.extend(Changed(linear.name, detail=detail) for linear in group.linears)

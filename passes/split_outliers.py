@@ -39,17 +39,12 @@ from qcompiler.errors import SchemeError
 from qcompiler.functions.library import DOMAIN
 from qcompiler.functions.outliers import add_split_function
 from qcompiler.graph.edit import (
-    Names,
     add_constant,
-    add_provenance,
     array,
-    inherit,
-    insert_before,
-    new_node,
     node_graph,
-    set_constant,
 )
 from qcompiler.graph.lazy import derived
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
 from qcompiler.rewriting.folding import is_shared, reader_of, weight_of
 from qcompiler.rewriting.products import add_product
@@ -91,13 +86,13 @@ class SplitOutliers(Pass):
         return [Tap(str(value.name), ChannelRange()) for value in groups]
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
-        changes, names = Changes(), Names(model.graph)
+        changes, rw = Changes(), Rewriter(model, self.name)
         for value, linears in self._groups(model, changes).items():
             if self.dynamic:
-                detail = self._split_at_run_time(model, value, linears, names)
+                detail = self._split_at_run_time(model, value, linears, rw)
             else:
                 lo, hi = statistics.get(str(value.name), ChannelRange()).result()
-                detail = self._split(value, linears, np.maximum(-lo, hi), names)
+                detail = self._split(value, linears, np.maximum(-lo, hi), rw)
             changes.changed.extend(Changed(linear.name, detail=detail) for linear in linears)
         return changes
 
@@ -114,7 +109,7 @@ class SplitOutliers(Pass):
 
     # --------------------------------------------------------------------------------------- columns from calibration
 
-    def _split(self, value: ir.Value, linears: Sequence[Linear], absmax: np.ndarray, names: Names) -> str:
+    def _split(self, value: ir.Value, linears: Sequence[Linear], absmax: np.ndarray, rw: Rewriter) -> str:
         """Split the layers that read a value, and say so in a line for the report."""
         columns, limit = self._choose(absmax)
         loudest = float(absmax.max())
@@ -124,16 +119,15 @@ class SplitOutliers(Pass):
         graph = node_graph(first)
         mask = np.ones(absmax.size, dtype.numpy())
         mask[columns] = 0
-        indices = add_constant(graph, names.fresh(f"{value.name}.outlier_columns"), columns)
-        kept = add_constant(graph, names.fresh(f"{value.name}.outlier_mask"), mask)
+        indices = rw.constant(f"{value.name}.outlier_columns", columns, graph)
+        kept = rw.constant(f"{value.name}.outlier_mask", mask, graph)
         shape = ir.Shape([*value.shape[:-1], columns.size]) if value.shape is not None else None
-        picked = new_node("Gather", [value, indices], names.fresh(f"{value.name}.outliers"), dtype=dtype, shape=shape,
-                          attributes={"axis": -1})  # fmt: skip
-        rest = new_node("Mul", [value, kept], names.fresh(f"{value.name}.rest"), dtype=dtype, shape=value.shape)
-        inherit([picked, rest], first, self.name)
-        insert_before(first, [picked, rest])
+        picked = rw.node("Gather", [value, indices], f"{value.name}.outliers", dtype=dtype, shape=shape,
+                         attributes={"axis": -1})  # fmt: skip
+        rest = rw.node("Mul", [value, kept], f"{value.name}.rest", dtype=dtype, shape=value.shape)
+        rw.insert_before(first, [picked, rest])
         for linear in linears:
-            self._take_rows(linear, columns, picked.outputs[0], names)
+            self._take_rows(linear, columns, picked.outputs[0], rw)
             linear.node.replace_input_with(0, rest.outputs[0])
         left = float(np.delete(absmax, columns).max(initial=0.0))
         return f"{_listed(columns, absmax.size)} in float, input absmax {loudest:.3g} → {left:.3g}{limit}"
@@ -153,7 +147,7 @@ class SplitOutliers(Pass):
     def _most(self, features: int) -> int:
         return max(1, int(self.max_share * features))
 
-    def _take_rows(self, linear: Linear, columns: Columns, picked: ir.Value, names: Names) -> None:
+    def _take_rows(self, linear: Linear, columns: Columns, picked: ir.Value, rw: Rewriter) -> None:
         """Multiply the picked columns by the rows of the weight that they met, and set these rows to 0."""
         source, by_rows = weight_of(linear), not linear.transposed
         base, shape = str(linear.weight.name), tuple(int(size) for size in source.shape.numpy())
@@ -166,56 +160,55 @@ class SplitOutliers(Pass):
             others[(columns,) if by_rows else (slice(None), columns)] = 0
             return others
 
-        name = names.fresh(f"{base}.outliers")
+        name = rw.fresh(f"{base}.outliers")
         rows = derived(source, taken, source.dtype, (columns.size, linear.out_features), name)
-        product = new_node(
+        product = rw.node(
             "MatMul", [picked, add_constant(node_graph(linear.node), name, rows)],
-            names.fresh(f"{linear.name}.outliers"), like=linear.node.outputs[0],
+            f"{linear.name}.outliers", like=linear.node.outputs[0],
         )  # fmt: skip
         if not is_shared(linear):
             reader, index = reader_of(linear)
-            set_constant(reader, index, derived(source, left, source.dtype, shape, base), names)
-        add_product(linear, [product], names, self.name)
-        add_provenance(linear.node, self.name)
+            rw.set_constant(reader, index, derived(source, left, source.dtype, shape, base))
+        add_product(linear, [product], rw)
+        rw.mark(linear.node)
 
     # ------------------------------------------------------------------------------------------- columns at run time
 
-    def _split_at_run_time(self, model: ir.Model, value: ir.Value, linears: Sequence[Linear], names: Names) -> str:
+    def _split_at_run_time(self, model: ir.Model, value: ir.Value, linears: Sequence[Linear], rw: Rewriter) -> str:
         first, dtype, features = linears[0].node, _dtype(value, linears[0]), linears[0].in_features
         most = self._most(features)
-        columns = ir.Value(name=names.fresh(f"{value.name}.outlier_columns"), type=ir.TensorType(ir.DataType.INT64))
-        rest = ir.Value(name=names.fresh(f"{value.name}.rest"), type=ir.TensorType(dtype), shape=value.shape)
+        columns = ir.Value(name=rw.fresh(f"{value.name}.outlier_columns"), type=ir.TensorType(ir.DataType.INT64))
+        rest = ir.Value(name=rw.fresh(f"{value.name}.rest"), type=ir.TensorType(dtype), shape=value.shape)
         options = {"threshold": float(self.threshold), "most": most}
         split = ir.Node(
             DOMAIN, add_split_function(model), [value], outputs=[columns, rest], name=rest.name,
             attributes=[ir.convenience.convert_attribute(key, item) for key, item in options.items()],
         )  # fmt: skip
-        picked = new_node("Gather", [value, columns], names.fresh(f"{value.name}.outliers"), dtype=dtype,
-                          attributes={"axis": -1})  # fmt: skip
-        inherit([split, picked], first, self.name)
-        insert_before(first, [split, picked])
+        picked = rw.node("Gather", [value, columns], f"{value.name}.outliers", dtype=dtype,
+                         attributes={"axis": -1})  # fmt: skip
+        rw.insert_before(first, [split, picked])
         for linear in linears:
-            self._gather_rows(linear, columns, picked.outputs[0], names)
+            self._gather_rows(linear, columns, picked.outputs[0], rw)
             linear.node.replace_input_with(0, rest)
         return f"columns that reach {self.threshold:.3g} in a batch are multiplied apart, at most {most} of {features}"
 
-    def _gather_rows(self, linear: Linear, columns: ir.Value, picked: ir.Value, names: Names) -> None:
+    def _gather_rows(self, linear: Linear, columns: ir.Value, picked: ir.Value, rw: Rewriter) -> None:
         """Multiply the picked columns by the rows that they meet, dequantized from the layer's codes."""
         dequantize = linear.dequantize
         assert dequantize is not None  # `_not_for_codes`
         base, dtype = linear.name, dequantize.outputs[0].dtype
-        codes = new_node("Gather", [linear.weight, columns], names.fresh(f"{base}.outliers.codes"),
-                         dtype=linear.weight.dtype, attributes={"axis": 1 - linear.channel_axis})  # fmt: skip
-        new = [codes, new_node("DequantizeLinear", [codes.outputs[0], *dequantize.inputs[1:]],
-                               names.fresh(f"{base}.outliers.weight"), dtype=dtype,
-                               attributes={"axis": linear.channel_axis})]  # fmt: skip
+        codes = rw.node("Gather", [linear.weight, columns], f"{base}.outliers.codes",
+                        dtype=linear.weight.dtype, attributes={"axis": 1 - linear.channel_axis})  # fmt: skip
+        new = [codes, rw.node("DequantizeLinear", [codes.outputs[0], *dequantize.inputs[1:]],
+                              f"{base}.outliers.weight", dtype=dtype,
+                              attributes={"axis": linear.channel_axis})]  # fmt: skip
         if linear.transposed:
-            new.append(new_node("Transpose", [new[-1].outputs[0]], names.fresh(f"{base}.outliers.weight.transposed"),
-                                dtype=dtype, attributes={"perm": [1, 0]}))  # fmt: skip
-        new.append(new_node("MatMul", [picked, new[-1].outputs[0]], names.fresh(f"{base}.outliers"),
-                            like=linear.node.outputs[0]))  # fmt: skip
-        add_product(linear, new, names, self.name)
-        add_provenance(linear.node, self.name)
+            new.append(rw.node("Transpose", [new[-1].outputs[0]], f"{base}.outliers.weight.transposed",
+                               dtype=dtype, attributes={"perm": [1, 0]}))  # fmt: skip
+        new.append(rw.node("MatMul", [picked, new[-1].outputs[0]], f"{base}.outliers",
+                           like=linear.node.outputs[0]))  # fmt: skip
+        add_product(linear, new, rw)
+        rw.mark(linear.node)
 
 
 def _not_for_floats(linear: Linear) -> str | None:

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from passes.awq import Awq
-from qcompiler.graph.edit import Names
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting import folding
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.canonicalize import canonicalize
@@ -83,10 +83,10 @@ def test_v_proj_takes_factors_for_o_proj(form: str) -> None:
 def rescaled_at_random(model: ir.Model, groups: list[NormGroup], tolerance: float = 5e-6) -> None:
     """Rescale by random factors in place and compare all outputs, and the values that are said to be divided."""
     rng = np.random.default_rng(0)
-    before, changes, names = model.clone(), Changes(), Names(model.graph)
+    before, changes, rw = model.clone(), Changes(), Rewriter(model, "awq")
     for group in groups:
         squares = folding.shared(group, np.exp(2 * rng.normal(size=group.linears[0].in_features)))
-        folding.rescale(group, np.sqrt(squares), names, Awq(), changes)
+        folding.rescale(group, np.sqrt(squares), rw, changes)
     tiny.check(model)
     assert changes.rescaled
     probes = [before, model.clone()]
@@ -103,7 +103,7 @@ def rescaled_at_random(model: ir.Model, groups: list[NormGroup], tolerance: floa
 def test_scales_that_differ_within_repeats_are_refused() -> None:
     model = attention(DECOMPOSED, 2)
     with pytest.raises(ValueError, match="differ"):
-        folding.rescale(group_of(model, "o_proj"), np.arange(1.0, 17.0), Names(model.graph), Awq(), Changes())
+        folding.rescale(group_of(model, "o_proj"), np.arange(1.0, 17.0), Rewriter(model, "awq"), Changes())
 
 
 def test_shared_is_the_mean_of_the_repeats() -> None:
@@ -225,7 +225,7 @@ def test_an_excluded_writer_is_not_touched_where_a_mul_is_allowed() -> None:
     assert not folding.folds(group)
     before = tiny.data(model, "U")
     changes = Changes()
-    folding.rescale(group, np.arange(1.0, 7.0), Names(model.graph), step, changes)
+    folding.rescale(group, np.arange(1.0, 7.0), Rewriter(model, step.name), changes)
     assert tiny.operators(model) == ["MatMul", "Relu", "Mul", "MatMul"]
     assert not changes.rescaled
     np.testing.assert_array_equal(tiny.data(model, "U"), before)
@@ -254,12 +254,12 @@ def test_exports(variant: str) -> None:
     for group in through:
         assert group.factor is not None
         assert group.factor.channels.tolist() == [h // 4 * 32 + d for h in range(8) for d in range(32)]
-    before, changes, names = model.clone(), Changes(), Names(model.graph)
+    before, changes, rw = model.clone(), Changes(), Rewriter(model, "awq")
     rng = np.random.default_rng(0)
     for group in groups:
         spread = 0.2 if variant == "fp16" else 1.0
         squares = folding.shared(group, np.exp(spread * rng.normal(size=group.linears[0].in_features)))
-        folding.rescale(group, np.sqrt(squares), names, Awq(), changes)
+        folding.rescale(group, np.sqrt(squares), rw, changes)
     feed = {}
     for value in model.graph.inputs:
         shape = [size if isinstance(size, int) else 3 for size in value.shape]

@@ -27,8 +27,9 @@ import onnx_ir as ir
 
 from qcompiler.formats.arithmetic import Array, slices
 from qcompiler.functions.library import DOMAIN, register
-from qcompiler.graph.edit import Names, add_constant, constant, inherit, insert_before, new_node, node_graph
+from qcompiler.graph.edit import constant, node_graph
 from qcompiler.graph.lazy import derived
+from qcompiler.graph.rewriter import Rewriter
 
 FORMAT = "binary"
 DEQUANTIZE = "DequantizeBinary"
@@ -87,26 +88,25 @@ def channel_scales(node: ir.Node) -> npt.NDArray[np.float32] | None:
     return scale.numpy().astype(np.float32, copy=False)
 
 
-def int8_codes(node: ir.Node, model: ir.Model, names: Names, pass_name: str) -> ir.Value:
+def int8_codes(node: ir.Node, rw: Rewriter) -> ir.Value:
     """-1 and +1 as int8 [K, N], unpacked by nodes that stand before the DequantizeBinary `node`.
 
     No two codes add up to more than 2, so that every integer kernel is exact on them.
     """
     rows, features = weight_shape(node)
     graph, base, whole = node_graph(node), f"{node.inputs[0].name}.signs", -(-features // 8) * 8  # type: ignore[union-attr]
-    unpack = new_node(
-        add_binary_function(model, UNPACK), [node.inputs[0]], names.fresh(base), domain=DOMAIN, dtype=ir.DataType.INT8,
+    unpack = rw.node(
+        add_binary_function(rw.model, UNPACK), [node.inputs[0]], base, domain=DOMAIN, dtype=ir.DataType.INT8,
         shape=ir.Shape((whole, rows)),
     )  # fmt: skip
     new, codes = [unpack], unpack.outputs[0]
     if features < whole:
-        start = add_constant(graph, names.fresh(f"{base}.start"), np.array([0], np.int64))
-        end = add_constant(graph, names.fresh(f"{base}.end"), np.array([features], np.int64))
+        start = rw.constant(f"{base}.start", np.array([0], np.int64), graph)
+        end = rw.constant(f"{base}.end", np.array([features], np.int64), graph)
         shape = ir.Shape((features, rows))
-        new.append(new_node("Slice", [codes, start, end], names.fresh(f"{base}.cut"), like=codes, shape=shape))
+        new.append(rw.node("Slice", [codes, start, end], f"{base}.cut", like=codes, shape=shape))
         codes = new[-1].outputs[0]
-    inherit(new, node, pass_name)
-    insert_before(node, new)
+    rw.insert_before(node, new)
     return codes
 
 

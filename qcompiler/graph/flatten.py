@@ -1,6 +1,6 @@
 """Values of any rank as matrices of rows, for operators that multiply matrices of two dimensions only.
 
-    matrix, rows = rows_of(x, K, names, base)         x [..., K] → matrix [M, K]
+    matrix, rows = rows_of(x, K, rw, base)         x [..., K] → matrix [M, K]
     y = rows.restore(product, N, …)                   product [M, N] → y [..., N]
 
 A value that is known to be a matrix stays as it is. The sizes of the others are read while the model runs.
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.graph.edit import Names, add_constant, new_node
+from qcompiler.graph.edit import new_node
+from qcompiler.graph.rewriter import Rewriter
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,24 +28,24 @@ class Rows:
     nodes: tuple[ir.Node, ...]
     """The nodes to insert, in order."""
 
-    def restore(self, product: ir.Value, like: ir.Value, features: int, graph: ir.Graph, names: Names) -> list[ir.Node]:
+    def restore(self, product: ir.Value, like: ir.Value, features: int, graph: ir.Graph, rw: Rewriter) -> list[ir.Node]:
         """The nodes that give a product [M, N] the leading sizes of the value; its shape is noted as that of `like`."""
         if self.leading is None:
             return []
-        last = add_constant(graph, names.fresh(f"{product.name}.features"), np.array([features], np.int64))
-        sizes = new_node("Concat", [self.leading, last], names.fresh(f"{product.name}.sizes"), dtype=ir.DataType.INT64,
-                         shape=ir.Shape((None,)), attributes={"axis": 0})  # fmt: skip
-        name = names.fresh(f"{product.name}.shaped")
+        last = rw.constant(f"{product.name}.features", np.array([features], np.int64), graph)
+        sizes = rw.node("Concat", [self.leading, last], f"{product.name}.sizes", dtype=ir.DataType.INT64,
+                        shape=ir.Shape((None,)), attributes={"axis": 0})  # fmt: skip
+        name = rw.fresh(f"{product.name}.shaped")
         return [sizes, new_node("Reshape", [product, sizes.outputs[0]], name, dtype=product.dtype, shape=like.shape)]
 
 
-def rows_of(value: ir.Value, features: int, graph: ir.Graph, names: Names) -> Rows:
+def rows_of(value: ir.Value, features: int, graph: ir.Graph, rw: Rewriter) -> Rows:
     """A value [..., K] as rows of K features."""
     if value.shape is not None and len(value.shape) == 2:
         return Rows(value, None, ())
-    leading = new_node("Shape", [value], names.fresh(f"{value.name}.leading"), dtype=ir.DataType.INT64,
-                       shape=ir.Shape((None,)), attributes={"end": -1})  # fmt: skip
-    shape = add_constant(graph, names.fresh(f"{value.name}.rows.shape"), np.array([-1, features], np.int64))
-    flat = new_node("Reshape", [value, shape], names.fresh(f"{value.name}.rows"), dtype=value.dtype,
-                    shape=ir.Shape((None, features)))  # fmt: skip
+    leading = rw.node("Shape", [value], f"{value.name}.leading", dtype=ir.DataType.INT64,
+                      shape=ir.Shape((None,)), attributes={"end": -1})  # fmt: skip
+    shape = rw.constant(f"{value.name}.rows.shape", np.array([-1, features], np.int64), graph)
+    flat = rw.node("Reshape", [value, shape], f"{value.name}.rows", dtype=value.dtype,
+                   shape=ir.Shape((None, features)))  # fmt: skip
     return Rows(flat.outputs[0], leading.outputs[0], (leading, flat))

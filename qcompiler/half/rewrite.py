@@ -9,17 +9,14 @@ import onnx_ir as ir
 
 from qcompiler.functions.library import DOMAIN
 from qcompiler.graph.edit import (
-    Names,
     add_constant,
     constant,
-    inherit,
-    insert_after,
     insert_before,
-    new_node,
     remove_node_if_unused,
     remove_unused_constant,
 )
 from qcompiler.graph.metadata import PART_OF
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.half.constants import mask_value, rounded
 from qcompiler.half.plan import HalfPlan
 from qcompiler.half.types import DECODERS, FLOAT
@@ -34,20 +31,20 @@ def convert(model: ir.Model, plan: HalfPlan, stays: Callable[[str], bool], pass_
     Returns by how many bytes constants shrank that no pass quantized: scales, and columns that were split off, are left
     out.
     """
-    rewriter = _Rewriter(model, plan, pass_name)
-    rewriter.inputs(stays)
+    conversion = _Conversion(model, plan, pass_name)
+    conversion.inputs(stays)
     for node in list(model.graph):
         if node in plan.modes:
-            rewriter.node(node)
-    rewriter.outputs(stays)
-    rewriter.clean_up()
-    return rewriter.narrowed()
+            conversion.node(node)
+    conversion.outputs(stays)
+    conversion.clean_up()
+    return conversion.narrowed()
 
 
-class _Rewriter:
+class _Conversion:
     def __init__(self, model: ir.Model, plan: HalfPlan, pass_name: str) -> None:
-        self.graph, self.plan, self.pass_name = model.graph, plan, pass_name
-        self.names, self.half = Names(model.graph), plan.dtype
+        self.graph, self.plan, self.half = model.graph, plan, plan.dtype
+        self._rw = Rewriter(model, pass_name)
         self.floats = set(plan.kinds)
         """Values that were float32."""
         self._made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
@@ -74,7 +71,7 @@ class _Rewriter:
             if given.is_graph_output():  # one value under two names
                 given = self._after(value, [self._cast(given, wanted, f"{name}.copy")])
             self.graph.outputs[index] = given
-            value.name = self.names.fresh(f"{name}.{value.dtype.name.lower()}" if value.dtype is not None else name)
+            value.name = self._rw.fresh(f"{name}.{value.dtype.name.lower()}" if value.dtype is not None else name)
             given.name = name
             self._copies = [pair for pair in self._copies if pair[1] is not given.producer()]
 
@@ -99,7 +96,7 @@ class _Rewriter:
             if value in self.floats and (form is None or value.index() in form.outputs):
                 value.type = ir.TensorType(self.half)
         self._state_type(node)
-        inherit([node], node, self.pass_name)
+        self._rw.inherit([node], node)
 
     def _was_float(self, value: ir.Value) -> bool:
         return value in self.floats or (constant(value) is not None and value.dtype == FLOAT)
@@ -144,7 +141,7 @@ class _Rewriter:
         name = f"{value.name}.{dtype.name.lower()}"
         tensor, producer = constant(value), value.producer()
         if tensor is not None:
-            name = self.names.fresh(name)
+            name = self._rw.fresh(name)
             new = add_constant(self.graph, name, rounded(tensor, dtype, name))
             self._constants.append((value, new))
             return new
@@ -152,7 +149,7 @@ class _Rewriter:
             return self._copy(producer, value)
         wide = self.plan.bounds.get(value, np.inf) > mask_value(self.half)
         if dtype == self.half and self.plan.kinds[value] == "table" and wide:
-            clip = new_node("Clip", [value, *self._limits()], self.names.fresh(f"{value.name}.clipped"), like=value)
+            clip = self._rw.node("Clip", [value, *self._limits()], f"{value.name}.clipped", like=value)
             return self._after(value, [clip, self._cast(clip.outputs[0], dtype, name)])
         return self._after(value, [self._cast(value, dtype, name)])
 
@@ -165,38 +162,36 @@ class _Rewriter:
         ]
         suffix = self.half.name.lower()
         outputs = [
-            ir.Value(name=self.names.fresh(f"{item.name}.{suffix}"), type=ir.TensorType(self.half), shape=item.shape)
+            ir.Value(name=self._rw.fresh(f"{item.name}.{suffix}"), type=ir.TensorType(self.half), shape=item.shape)
             for item in node.outputs
         ]
         copy = ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), outputs=outputs,
-                       name=self.names.fresh(f"{node.name}.{suffix}"))  # fmt: skip
+                       name=self._rw.fresh(f"{node.name}.{suffix}"))  # fmt: skip
         self._state_type(copy)
-        inherit([copy], node, self.pass_name)
-        insert_after(node, [copy])
+        self._rw.insert_after(node, [copy])
         self._copies.append((node, copy))
         for old, new in zip(node.outputs, outputs, strict=True):
             self._made[old, self.half] = new
         return outputs[value.index() or 0]
 
     def _cast(self, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
-        return new_node("Cast", [value], self.names.fresh(name), dtype=dtype, shape=value.shape,
-                        attributes={"to": int(dtype)})  # fmt: skip
+        return self._rw.node("Cast", [value], name, dtype=dtype, shape=value.shape,
+                             attributes={"to": int(dtype)})  # fmt: skip
 
     def _after(self, value: ir.Value, nodes: Sequence[ir.Node]) -> ir.Value:
         producer = value.producer()
         if producer is not None:
-            inherit(nodes, producer, self.pass_name)
-            insert_after(producer, nodes)
+            self._rw.insert_after(producer, nodes)
         else:
-            inherit(nodes, nodes[0], self.pass_name)
+            self._rw.inherit(nodes, nodes[0])
             insert_before(self.graph[0], nodes)
         return nodes[-1].outputs[0]
 
     def _limits(self) -> tuple[ir.Value, ir.Value]:
         if self._mask is None:
             limit = np.float32(mask_value(self.half))
-            low = add_constant(self.graph, self.names.fresh(f"{self.half.name.lower()}.least"), np.asarray(-limit))
-            high = add_constant(self.graph, self.names.fresh(f"{self.half.name.lower()}.most"), np.asarray(limit))
+            low = self._rw.constant(f"{self.half.name.lower()}.least", np.asarray(-limit))
+            high = self._rw.constant(f"{self.half.name.lower()}.most", np.asarray(limit))
             self._mask = low, high
         return self._mask
 

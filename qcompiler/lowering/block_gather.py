@@ -11,16 +11,14 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph.edit import (
-    Names,
     add_constant,
-    inherit,
     insert_before,
-    new_node,
     node_graph,
     remove_unused_constant,
     replace_output,
 )
 from qcompiler.graph.metadata import BITS
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.lowering.packed import CodeMatrix, code_matrix, pack
 from qcompiler.sites.embeddings import QuantizedEmbedding
 
@@ -39,8 +37,7 @@ def rows_of(site: QuantizedEmbedding) -> CodeMatrix | str:
 
 
 def gather_from_packed(
-    site: QuantizedEmbedding, matrix: CodeMatrix, codes: ir.Value, scales: ir.Value, block: int, names: Names,
-    pass_name: str,
+    site: QuantizedEmbedding, matrix: CodeMatrix, codes: ir.Value, scales: ir.Value, block: int, rw: Rewriter,
 ) -> None:  # fmt: skip
     """Let an embedding read MatMulNBits' arrays: codes [rows, blocks, bytes] and scales [rows, blocks].
 
@@ -48,17 +45,17 @@ def gather_from_packed(
     Runtime folds when the session is made; the file keeps one copy of everything but the zero points.
     """
     graph, base = node_graph(site.node), site.name
-    column = add_constant(graph, names.fresh(f"{base}.column"), np.array([-1], np.int64))
-    unsqueeze = new_node("Unsqueeze", [scales, column], names.fresh(f"{base}.scales"), dtype=scales.dtype)
+    column = rw.constant(f"{base}.column", np.array([-1], np.int64), graph)
+    unsqueeze = rw.node("Unsqueeze", [scales, column], f"{base}.scales", dtype=scales.dtype)
     points = matrix.zero_points(block)
-    zero_points = None if points is None else add_constant(graph, names.fresh(f"{base}.zero_points"), points[..., None])
+    zero_points = None if points is None else rw.constant(f"{base}.zero_points", points[..., None], graph)
     settings: dict[str, object] = {"bits": matrix.bits, "block_size": block, "quantize_axis": 2}
-    gather = _operator(site, [codes, site.ids, unsqueeze.outputs[0], zero_points], settings, names)
+    gather = _operator(site, [codes, site.ids, unsqueeze.outputs[0], zero_points], settings, rw)
     rank = len(site.ids.shape)  # type: ignore[arg-type]  # lower-weight-only has looked
-    flat = add_constant(graph, names.fresh(f"{base}.flat"), np.array([0] * rank + [-1], np.int64))
-    whole = new_node("Reshape", [gather.outputs[0], flat], names.fresh(f"{base}.rows"), dtype=scales.dtype)
+    flat = rw.constant(f"{base}.flat", np.array([0] * rank + [-1], np.int64), graph)
+    whole = rw.node("Reshape", [gather.outputs[0], flat], f"{base}.rows", dtype=scales.dtype)
     width = int(np.prod(codes.shape.numpy()[1:])) * 8 // matrix.bits  # type: ignore[union-attr]
-    _install(site, [unsqueeze, gather, whole], width, matrix.features, names, pass_name)
+    _install(site, [unsqueeze, gather, whole], width, matrix.features, rw)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,33 +74,33 @@ class Table:
         return self.codes.const_value is not self.matrix.tensor
 
 
-def store_table(site: QuantizedEmbedding, matrix: CodeMatrix, block: int, names: Names) -> Table:
+def store_table(site: QuantizedEmbedding, matrix: CodeMatrix, block: int, rw: Rewriter) -> Table:
     """The codes where they lie if the operator takes them, else packed into bytes; scales and zero points by block."""
     graph, base = node_graph(site.node), str(site.codes.name)
     in_place, codes = reads_in_place(matrix), site.codes
     if not in_place:
-        name = names.fresh(f"{base}.table")
+        name = rw.fresh(f"{base}.table")
         codes = add_constant(graph, name, matrix.table(name))
     scale = matrix.scales(block)
     if ir.DataType.from_numpy(scale.dtype) not in SCALES:
         scale = scale.astype(np.float32)
-    scales = add_constant(graph, names.fresh(f"{base}.block_scales"), scale)
+    scales = rw.constant(f"{base}.block_scales", scale, graph)
     points = _stored_points(matrix, block) if in_place else _packed_points(matrix, block)
     zero_points = None
     if points is not None:
-        zero_points = add_constant(graph, names.fresh(f"{base}.block_zero_points"), points)
+        zero_points = rw.constant(f"{base}.block_zero_points", points, graph)
     return Table(matrix, codes, scales, zero_points, block)
 
 
-def gather_from_table(site: QuantizedEmbedding, table: Table, names: Names, pass_name: str) -> None:
+def gather_from_table(site: QuantizedEmbedding, table: Table, rw: Rewriter) -> None:
     """Let an embedding read a table of its own."""
     matrix, codes = table.matrix, table.codes
     settings: dict[str, object] = {"block_size": table.block, "quantize_axis": 1}
     if codes.dtype == ir.DataType.UINT8:
         settings["bits"] = matrix.bits
-    gather = _operator(site, [codes, site.ids, table.scales, table.zero_points], settings, names)
+    gather = _operator(site, [codes, site.ids, table.scales, table.zero_points], settings, rw)
     width = int(codes.shape[1]) * 8 // matrix.bits if table.packed else matrix.features  # type: ignore[index, arg-type]
-    _install(site, [gather], width, matrix.features, names, pass_name)
+    _install(site, [gather], width, matrix.features, rw)
 
 
 def reads_in_place(matrix: CodeMatrix) -> bool:
@@ -134,36 +131,32 @@ def _packed_points(matrix: CodeMatrix, block: int) -> ir.TensorProtocol | None:
 
 
 def _operator(
-    site: QuantizedEmbedding, inputs: list[ir.Value | None], settings: dict[str, object], names: Names
+    site: QuantizedEmbedding, inputs: list[ir.Value | None], settings: dict[str, object], rw: Rewriter
 ) -> ir.Node:
     given = inputs if inputs[-1] is not None else inputs[:-1]
     scales = inputs[2]
-    return new_node(
-        KERNEL, given, names.fresh(f"{site.name}.gathered"), domain="com.microsoft",
+    return rw.node(
+        KERNEL, given, f"{site.name}.gathered", domain="com.microsoft",
         dtype=scales.dtype if scales is not None else None, attributes={**settings, "gather_axis": 0},
     )  # fmt: skip
 
 
-def _install(
-    site: QuantizedEmbedding, nodes: list[ir.Node], width: int, features: int, names: Names, pass_name: str
-) -> None:
+def _install(site: QuantizedEmbedding, nodes: list[ir.Node], width: int, features: int, rw: Rewriter) -> None:
     """Put the nodes in the place of the embedding; rows are cut to `features` and cast to the type that is expected."""
     graph, base, output = node_graph(site.node), site.name, site.output
     new, value = list(nodes), nodes[-1].outputs[0]
     if width > features:
         places = {"begin": 0, "end": features, "axis": -1}
-        cut = [
-            add_constant(graph, names.fresh(f"{base}.{key}"), np.array([at], np.int64)) for key, at in places.items()
-        ]
-        new.append(new_node("Slice", [value, *cut], names.fresh(f"{base}.features"), dtype=value.dtype))
+        cut = [rw.constant(f"{base}.{key}", np.array([at], np.int64), graph) for key, at in places.items()]
+        new.append(rw.node("Slice", [value, *cut], f"{base}.features", dtype=value.dtype))
         value = new[-1].outputs[0]
     dtype = output.dtype
     if dtype is not None and dtype != value.dtype:
         attributes: dict[str, object] = {"to": int(dtype)}
-        new.append(new_node("Cast", [value], names.fresh(f"{base}.cast"), dtype=dtype, attributes=attributes))
+        new.append(rw.node("Cast", [value], f"{base}.cast", dtype=dtype, attributes=attributes))
         value = new[-1].outputs[0]
     value.shape = output.shape
-    inherit(new, site.node, pass_name)
+    rw.inherit(new, site.node)
     codes = site.codes
     insert_before(site.node, new)
     replace_output(site.node, value)

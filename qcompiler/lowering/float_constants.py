@@ -6,15 +6,16 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.formats.arithmetic import dequantize
-from qcompiler.graph.edit import Names, add_constant, array, constant
+from qcompiler.graph.edit import add_constant, array, constant
 from qcompiler.graph.lazy import derived
+from qcompiler.graph.rewriter import Rewriter
 
 
 class FloatConstants:
     """Makes each constant once for all that read it, so that tied weights stay tied."""
 
-    def __init__(self, names: Names) -> None:
-        self._names = names
+    def __init__(self, rw: Rewriter) -> None:
+        self._rw = rw
         self._made: dict[object, ir.Value] = {}
 
     def of(
@@ -34,7 +35,7 @@ class FloatConstants:
                 return np.ascontiguousarray(found.T) if turn else found
 
             shape = tuple(int(size) for size in tensor.shape.numpy())
-            name = self._names.fresh(f"{codes.name}.float")
+            name = self._rw.fresh(f"{codes.name}.float")
             self._made[key] = add_constant(
                 graph, name, derived(tensor, decoded, dtype, shape[::-1] if turn else shape, name)
             )

@@ -1,7 +1,7 @@
 """Weights as ONNX Runtime's 8-bit kernels on CPUs take them, and the kernel in the place of a layer.
 
     reason = weight_obstacle(site)             why the kernels cannot take the weight; None where they can
-    weights = IntegerWeights(model, names, pass_name)
+    weights = IntegerWeights(rw)
     weights.codes(site)                        [K, N], int8 or uint8; once for all layers that share the constant
     weights.scales(site), weights.zero_point(site, codes)
 
@@ -25,17 +25,16 @@ from qcompiler.formats.saturation import is_saturation_safe
 from qcompiler.functions.binary import channel_scales, int8_codes, is_binary
 from qcompiler.functions.library import DOMAIN
 from qcompiler.graph.edit import (
-    Names,
     add_constant,
     array,
     constant,
-    inherit,
     insert_before,
     new_node,
     node_graph,
     replace_output,
 )
 from qcompiler.graph.lazy import derived, read
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.sites.find import Linear
 
 EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
@@ -80,9 +79,9 @@ def is_blocked(site: Linear) -> bool:
 class IntegerWeights:
     """Makes the codes of each constant in the kernel's layout, once for all layers that share it."""
 
-    def __init__(self, model: ir.Model, names: Names, pass_name: str, *, signed: bool = False) -> None:
+    def __init__(self, rw: Rewriter, *, signed: bool = False) -> None:
         """`signed`: codes of 8 bits are int8 in any case, for kernels that take nothing else."""
-        self._model, self._names, self._pass_name, self._signed = model, names, pass_name, signed
+        self._rw, self._signed = rw, signed
         self._codes: dict[tuple[ir.Value, bool], ir.Value] = {}
 
     def codes(self, site: Linear) -> ir.Value:
@@ -91,7 +90,7 @@ class IntegerWeights:
         if key not in self._codes:
             assert site.dequantize is not None
             if is_binary(site.dequantize):
-                self._codes[key] = int8_codes(site.dequantize, self._model, self._names, self._pass_name)
+                self._codes[key] = int8_codes(site.dequantize, self._rw)
             else:
                 self._codes[key] = self._arranged(site)
         return self._codes[key]
@@ -102,7 +101,7 @@ class IntegerWeights:
         assert node is not None
         assert node.inputs[1] is not None
         data = array(node.inputs[1]).astype(np.float32).reshape(-1)
-        return add_constant(node_graph(site.node), self._names.fresh(f"{site.name}.weight_scale"), data)
+        return self._rw.constant(f"{site.name}.weight_scale", data, node_graph(site.node))
 
     def zero_point(self, site: Linear, codes: ir.Value) -> ir.Value:
         """In the type of `codes`, as the kernel takes them: [] where all are equal, else [N]."""
@@ -114,7 +113,7 @@ class IntegerWeights:
             middle = signed(middle)
         middle = middle.astype(np.uint8 if codes.dtype == ir.DataType.UINT8 else np.int8)
         uniform = middle[:1].reshape(()) if np.all(middle == middle[0]) else middle
-        return add_constant(node_graph(site.node), self._names.fresh(f"{site.name}.weight_zero_point"), uniform)
+        return self._rw.constant(f"{site.name}.weight_zero_point", uniform, node_graph(site.node))
 
     def _arranged(self, site: Linear) -> ir.Value:
         graph, base = node_graph(site.node), str(site.weight.name)
@@ -134,28 +133,26 @@ class IntegerWeights:
 
             rows, columns = (int(size) for size in tensor.shape.numpy())
             shape = (columns, rows) if turn_now else (rows, columns)
-            name = self._names.fresh(f"{base}.{change.__name__ if shift else 'transposed'}")
+            name = self._rw.fresh(f"{base}.{change.__name__ if shift else 'transposed'}")
             dtype = kind if shift else tensor.dtype
             codes = add_constant(graph, name, derived(tensor, arrange, dtype, shape, name))
         new: list[ir.Node] = []
         if codes.dtype in CAST:  # before the Transpose, which few runtimes have for fewer than 8 bits
-            new.append(_cast(codes, ir.DataType.INT8, self._names.fresh(f"{base}.int8")))
+            new.append(_cast(codes, ir.DataType.INT8, self._rw.fresh(f"{base}.int8")))
             codes = new[-1].outputs[0]
         if site.transposed and not turn_now:
-            new.append(new_node(
-                "Transpose", [codes], self._names.fresh(f"{base}.as_k_n"), attributes={"perm": [1, 0]},
+            new.append(self._rw.node(
+                "Transpose", [codes], f"{base}.as_k_n", attributes={"perm": [1, 0]},
                 dtype=codes.dtype, shape=ir.Shape((site.in_features, site.out_features)),
             ))  # fmt: skip
             codes = new[-1].outputs[0]
         if new:
-            inherit(new, site.node, self._pass_name)
+            self._rw.inherit(new, site.node)
             insert_before(site.dequantize or site.node, new)
         return codes
 
 
-def put_kernel(
-    site: Linear, op_type: str, inputs: Sequence[ir.Value | None], names: Names, pass_name: str, *, with_bias: bool
-) -> None:
+def put_kernel(site: Linear, op_type: str, inputs: Sequence[ir.Value | None], rw: Rewriter, *, with_bias: bool) -> None:
     """Replace the layer by an operator of ONNX Runtime that gives float32; it gets the layer's name.
 
     `with_bias`: the bias is the operator's next input; else it stays an Add. In half precision a Cast comes behind.
@@ -167,21 +164,21 @@ def put_kernel(
     if absorbed:
         assert site.bias is not None
         bias = array(site.bias).astype(np.float32).reshape(-1)
-        inputs = [*inputs, add_constant(graph, names.fresh(f"{base}.bias"), bias)]
+        inputs = [*inputs, rw.constant(f"{base}.bias", bias, graph)]
     output = last.outputs[0]
     # Shape inference stops at operators of ONNX Runtime, so the output's type may be unknown; the weight's is not.
     scale = site.dequantize.inputs[1]
     dtype = site.dequantize.outputs[0].dtype or (scale.dtype if scale is not None else None)
-    kernel = new_node(op_type, inputs, names.fresh(f"{base}.int8"), domain="com.microsoft",
-                      dtype=ir.DataType.FLOAT, shape=output.shape)  # fmt: skip
+    kernel = rw.node(op_type, inputs, f"{base}.int8", domain="com.microsoft",
+                     dtype=ir.DataType.FLOAT, shape=output.shape)  # fmt: skip
     new, result = [kernel], kernel.outputs[0]
     if dtype is not None and dtype != ir.DataType.FLOAT:
-        new.append(_cast(result, dtype, names.fresh(f"{base}.cast")))
+        new.append(_cast(result, dtype, rw.fresh(f"{base}.cast")))
         result = new[-1].outputs[0]
     if site.bias is not None and site.bias_node is None and not absorbed:  # Gemm's own bias
-        new.append(new_node("Add", [result, site.bias], names.fresh(f"{base}.bias_added"), like=output))
+        new.append(rw.node("Add", [result, site.bias], f"{base}.bias_added", like=output))
         result = new[-1].outputs[0]
-    inherit(new, site.node, pass_name)
+    rw.inherit(new, site.node)
     insert_before(last, new)
     replace_output(last, result)
     kernel.name = site.name

@@ -13,15 +13,16 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.graph.edit import Names, add_constant, inherit, insert_after, insert_before, new_node, node_graph
+from qcompiler.graph.edit import add_constant, insert_after, insert_before, new_node, node_graph
+from qcompiler.graph.rewriter import Rewriter
 
 QUERY, KEY, VALUE, MASK, PAST_KEY, PAST_VALUE = range(6)
 
 
-def join_outside(attention: ir.Node, names: Names, pass_name: str) -> None:
+def join_outside(attention: ir.Node, rw: Rewriter) -> None:
     """Rewrite a node that has past_key, past_value and both presents."""
     graph = node_graph(attention)
-    before = _Nodes(graph, names, attention)
+    before = _Nodes(graph, rw, attention)
     flat = "q_num_heads" in attention.attributes
     if flat:
         heads = {QUERY: attention.attributes.pop("q_num_heads").as_int()}
@@ -35,7 +36,7 @@ def join_outside(attention: ir.Node, names: Names, pass_name: str) -> None:
         name, old.name = old.name, None
         joined = before.add("Concat", [attention.inputs[past], attention.inputs[index]], str(name), like=old,
                             attributes={"axis": 2})  # fmt: skip
-        before.nodes[-1].name = names.fresh(f"{attention.name}.{name}")
+        before.nodes[-1].name = rw.fresh(f"{attention.name}.{name}")
         old.replace_all_uses_with(joined, replace_graph_outputs=True)
         attention.replace_input_with(index, joined)
     if attention.attributes.get_int("is_causal", 0):
@@ -43,19 +44,19 @@ def join_outside(attention: ir.Node, names: Names, pass_name: str) -> None:
         mask = attention.inputs[MASK]
         attention.replace_input_with(MASK, before.causal(queries, past_key, mask))
     insert_before(attention, before.nodes)
-    inherit(before.nodes, attention, pass_name)
+    rw.inherit(before.nodes, attention)
     attention.resize_inputs(VALUE + 1 if attention.inputs[MASK] is None else MASK + 1)
     if len(attention.outputs) == 3:
         attention.resize_outputs(1)
     if flat:
-        _flatten(attention, names, pass_name)
+        _flatten(attention, rw)
 
 
 class _Nodes:
     """Nodes to stand before another one, in order."""
 
-    def __init__(self, graph: ir.Graph, names: Names, anchor: ir.Node) -> None:
-        self._graph, self._names, self._base = graph, names, anchor.name or "attention"
+    def __init__(self, graph: ir.Graph, rw: Rewriter, anchor: ir.Node) -> None:
+        self._graph, self._rw, self._base = graph, rw, anchor.name or "attention"
         self.nodes: list[ir.Node] = []
 
     def add(
@@ -113,20 +114,20 @@ class _Nodes:
         return add_constant(self._graph, self._fresh(f"{self._base}.int"), np.array(number, np.int64))
 
     def _fresh(self, name: str) -> str:
-        return self._names.fresh(name)
+        return self._rw.fresh(name)
 
 
-def _flatten(attention: ir.Node, names: Names, pass_name: str) -> None:
+def _flatten(attention: ir.Node, rw: Rewriter) -> None:
     """The result [batch, heads, positions, channels] → [batch, positions, heads · channels], under its old name."""
     result = attention.outputs[0]
     name, shape = result.name, result.shape
-    result.name, result.shape = names.fresh(f"{name}.by_head"), None
-    ints = add_constant(node_graph(attention), names.fresh(f"{name}.flat"), np.array([0, 0, -1], np.int64))
-    turned = new_node("Transpose", [result], names.fresh(f"{name}.turned"), dtype=result.dtype,
-                      attributes={"perm": [0, 2, 1, 3]})  # fmt: skip
+    result.name, result.shape = rw.fresh(f"{name}.by_head"), None
+    ints = rw.constant(f"{name}.flat", np.array([0, 0, -1], np.int64), node_graph(attention))
+    turned = rw.node("Transpose", [result], f"{name}.turned", dtype=result.dtype,
+                     attributes={"perm": [0, 2, 1, 3]})  # fmt: skip
     flat = new_node("Reshape", [turned.outputs[0], ints], str(name), dtype=result.dtype, shape=shape)
-    flat.name = names.fresh(f"{name}.flattened")
+    flat.name = rw.fresh(f"{name}.flattened")
     result.replace_all_uses_with(flat.outputs[0], replace_graph_outputs=True)
     turned.replace_input_with(0, result)
     insert_after(attention, [turned, flat])
-    inherit([turned, flat], attention, pass_name)
+    rw.inherit([turned, flat], attention)

@@ -20,8 +20,8 @@ from qcompiler.formats.arithmetic import Array, scale_and_zero_point
 from qcompiler.formats.scheme import PerTensor, PerToken, Scheme
 from qcompiler.functions import cache as functions
 from qcompiler.functions.library import DOMAIN
-from qcompiler.graph.edit import Names, add_constant, new_node
 from qcompiler.graph.metadata import CACHE_SOURCE
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.sites.caches import Cache
 
 SCALE, OFFSET = "scale", "offset"
@@ -101,11 +101,9 @@ def static_scale(cache: Cache, scheme: Scheme, lo: Array, hi: Array, dtype: ir.D
 class Coder:
     """Makes the nodes for one cache of a model, with constants that encoding and decoding share."""
 
-    def __init__(
-        self, model: ir.Model, cache: Cache, storage: Storage, names: Names, range: tuple[Array, Array] | None
-    ) -> None:
+    def __init__(self, rw: Rewriter, cache: Cache, storage: Storage, range: tuple[Array, Array] | None) -> None:
         """`range` is the calibrated one, (lo, hi) [heads, channels], where `storage.needs_range`."""
-        self._model, self._cache, self._storage, self._names = model, cache, storage, names
+        self._rw, self._cache, self._storage = rw, cache, storage
         self._base = str(cache.present.name)
         self._scale: ir.Value | None = None
         self._center: ir.Value | None = None
@@ -126,8 +124,8 @@ class Coder:
         nodes: list[ir.Node] = []
         source = str(x.name)
         if self._center is not None and self._reach is not None:
-            nodes.append(new_node("Sub", [x, self._center], self._fresh("centered"), like=x))
-            nodes.append(new_node("Div", [nodes[-1].outputs[0], self._reach], self._fresh("normalized"), like=x))
+            nodes.append(self._node("Sub", [x, self._center], "centered", like=x))
+            nodes.append(self._node("Div", [nodes[-1].outputs[0], self._reach], "normalized", like=x))
             x = nodes[-1].outputs[0]
         companions = {
             kind: ir.Value(
@@ -139,9 +137,9 @@ class Coder:
         nodes.append(self._quantize(x, codes, list(companions.values())))
         nodes[-1].metadata_props[CACHE_SOURCE] = source
         if self._storage.packed:
-            functions.add_cache_function(self._model, functions.PACK)
-            nodes.append(new_node(functions.PACK, [codes], self._fresh("new_packed"), domain=DOMAIN,
-                                  dtype=ir.DataType.UINT8, shape=self._storage.shape(x.shape)))  # fmt: skip
+            functions.add_cache_function(self._rw.model, functions.PACK)
+            nodes.append(self._node(functions.PACK, [codes], "new_packed", domain=DOMAIN,
+                                    dtype=ir.DataType.UINT8, shape=self._storage.shape(x.shape)))  # fmt: skip
             codes = nodes[-1].outputs[0]
         return Encoded(nodes, codes, companions)
 
@@ -150,23 +148,23 @@ class Coder:
         nodes: list[ir.Node] = []
         dtype = self._cache.dtype
         if self._storage.packed:
-            functions.add_cache_function(self._model, functions.UNPACK)
-            nodes.append(new_node(functions.UNPACK, [codes], self._fresh("unpacked"), domain=DOMAIN, dtype=dtype,
-                                  shape=shape, attributes={"output_dtype": int(dtype)}))  # fmt: skip
+            functions.add_cache_function(self._rw.model, functions.UNPACK)
+            nodes.append(self._node(functions.UNPACK, [codes], "unpacked", domain=DOMAIN, dtype=dtype,
+                                    shape=shape, attributes={"output_dtype": int(dtype)}))  # fmt: skip
             codes = nodes[-1].outputs[0]
         scale = companions.get(SCALE, self._scale)
         offset = companions.get(OFFSET)
         name = functions.DEQUANTIZE if offset is None else functions.DEQUANTIZE_OFFSET
-        functions.add_cache_function(self._model, name)
+        functions.add_cache_function(self._rw.model, name)
         inputs = [codes, scale] if offset is None else [codes, scale, offset]
         normalized = self._center is not None and self._reach is not None
-        nodes.append(new_node(name, inputs, self._fresh("normalized" if normalized else "dequantized"), domain=DOMAIN,
-                              dtype=dtype, shape=shape, attributes={"output_dtype": int(dtype)}))  # fmt: skip
+        nodes.append(self._node(name, inputs, "normalized" if normalized else "dequantized", domain=DOMAIN,
+                                dtype=dtype, shape=shape, attributes={"output_dtype": int(dtype)}))  # fmt: skip
         if normalized:
-            nodes.append(new_node("Mul", [nodes[-1].outputs[0], self._reach], self._fresh("centered"), dtype=dtype,
-                                  shape=shape))  # fmt: skip
-            nodes.append(new_node("Add", [nodes[-1].outputs[0], self._center], self._fresh("dequantized"), dtype=dtype,
-                                  shape=shape))  # fmt: skip
+            nodes.append(self._node("Mul", [nodes[-1].outputs[0], self._reach], "centered", dtype=dtype,
+                                    shape=shape))  # fmt: skip
+            nodes.append(self._node("Add", [nodes[-1].outputs[0], self._center], "dequantized", dtype=dtype,
+                                    shape=shape))  # fmt: skip
         return nodes
 
     def _quantize(self, x: ir.Value, codes: ir.Value, companions: Sequence[ir.Value]) -> ir.Node:
@@ -184,7 +182,7 @@ class Coder:
             name = functions.DYNAMIC_OFFSET
         if companions:
             attributes["scale_dtype"] = int(self._storage.scale_dtype)
-        functions.add_cache_function(self._model, name)
+        functions.add_cache_function(self._rw.model, name)
         attrs = [ir.convenience.convert_attribute(key, item) for key, item in attributes.items()]
         return ir.Node(DOMAIN, name, inputs, attrs, outputs=[codes, *companions], name=codes.name)
 
@@ -193,10 +191,20 @@ class Coder:
         if numbers.ndim == 2:
             numbers = numbers[:, None] if self._cache.heads_axis == 1 else numbers[None]
         data = numbers.astype(self._cache.dtype.numpy())
-        return add_constant(self._model.graph, self._fresh(kind), np.asarray(data))
+        return self._rw.constant(f"{self._base}.{kind}", np.asarray(data))
 
     def _fresh(self, kind: str) -> str:
-        return self._names.fresh(f"{self._base}.{kind}")
+        return self._rw.fresh(f"{self._base}.{kind}")
+
+    def _node(
+        self, op_type: str, inputs: Sequence[ir.Value | None], kind: str, *, like: ir.Value | None = None,
+        domain: str = "", dtype: ir.DataType | None = None, shape: ir.Shape | None = None,
+        attributes: dict[str, object] | None = None,
+    ) -> ir.Node:  # fmt: skip
+        base = f"{self._base}.{kind}"
+        return self._rw.node(
+            op_type, inputs, base, like=like, domain=domain, dtype=dtype, shape=shape, attributes=attributes
+        )
 
 
 def _row(shape: ir.Shape | None) -> ir.Shape | None:

@@ -8,7 +8,7 @@ An exact pass chooses s > 0, one number for each channel of the value, equal whe
 
     rescalable(model, step, insert_mul=False)     the groups of layers, each with the reason why not, or None
     fits(group, scale)                            whether the float types of the constants have room for it
-    rescale(group, scale, names, step, changes)   do it
+    rescale(group, scale, rw, step, changes)   do it
 """
 
 from __future__ import annotations
@@ -21,17 +21,11 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph.edit import (
-    Names,
-    add_constant,
-    add_provenance,
     array,
     constant,
-    inherit,
-    insert_before,
-    new_node,
-    set_constant,
 )
 from qcompiler.graph.lazy import derived, read
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import Changes, Pass
 from qcompiler.sites.find import Linear, NormGroup, find_linear_groups
 from qcompiler.sites.kinds import Factor
@@ -139,25 +133,25 @@ def fits(group: NormGroup, scale: np.ndarray) -> bool:
     return all(_weight_fits(linear, 1 - linear.channel_axis, scale) for linear in group.linears)
 
 
-def rescale(group: NormGroup, scale: np.ndarray, names: Names, step: Pass, changes: Changes) -> None:
+def rescale(group: NormGroup, scale: np.ndarray, rw: Rewriter, changes: Changes) -> None:
     """Divide the value by `scale` [K], and multiply the weights that read it.
 
     Says in `changes` what is now divided along its last axis: the value, and the output of the layer that took the
     division. What stands between these two is divided, too; nothing measures it.
     """
     for node, index in group.gains:
-        _divide_vector(node, index, scale, names, step.name)
+        _divide_vector(node, index, scale, rw)
     if group.factor is not None:
         columns = _columns(group.factor, scale)
-        _divide_layer(group.factor.linear, columns, names, step.name)
+        _divide_layer(group.factor.linear, columns, rw)
         value = str(group.factor.linear.output.name)
         changes.rescaled[value] = columns * changes.rescaled.get(value, 1.0)
     if folds(group):
         changes.rescaled[str(group.output.name)] = scale
     else:
-        _insert_mul(group, scale, names, step.name)
+        _insert_mul(group, scale, rw)
     for linear in group.linears:
-        _scale_weight(linear, 1 - linear.channel_axis, scale, names, step.name)
+        _scale_weight(linear, 1 - linear.channel_axis, scale, rw)
 
 
 def is_shared(linear: Linear) -> bool:
@@ -210,39 +204,38 @@ def _keeps_precision(parts: Iterable[np.ndarray], dtype: np.dtype) -> bool:
     return lost <= float(ml_dtypes.finfo(dtype).eps) ** 2 * energy
 
 
-def _divide_layer(linear: Linear, columns: np.ndarray, names: Names, pass_name: str) -> None:
+def _divide_layer(linear: Linear, columns: np.ndarray, rw: Rewriter) -> None:
     """Divide the output channels of a linear layer: the columns of its weight, and its bias."""
-    _scale_weight(linear, linear.channel_axis, 1 / columns, names, pass_name)
+    _scale_weight(linear, linear.channel_axis, 1 / columns, rw)
     if linear.bias is not None:
         node = linear.bias_node or linear.node
-        _divide_vector(node, list(node.inputs).index(linear.bias), columns, names, pass_name)
+        _divide_vector(node, list(node.inputs).index(linear.bias), columns, rw)
 
 
-def _divide_vector(node: ir.Node, index: int, scale: np.ndarray, names: Names, pass_name: str) -> None:
+def _divide_vector(node: ir.Node, index: int, scale: np.ndarray, rw: Rewriter) -> None:
     """Divide a constant of K numbers; inputs that the node leaves out stay out."""
     value = node.inputs[index]
     if value is None:
         return
     vector = array(value)
     divided = (vector.astype(np.float64) / scale.reshape((1,) * (vector.ndim - 1) + (-1,))).astype(vector.dtype)
-    set_constant(node, index, divided, names)
-    add_provenance(node, pass_name)
+    rw.set_constant(node, index, divided)
+    rw.mark(node)
 
 
-def _insert_mul(group: NormGroup, scale: np.ndarray, names: Names, pass_name: str) -> None:
+def _insert_mul(group: NormGroup, scale: np.ndarray, rw: Rewriter) -> None:
     source, first = group.output, group.linears[0].node
     graph = first.graph
     assert isinstance(graph, ir.Graph)
     dtype = source.dtype or group.linears[0].weight.dtype or ir.DataType.FLOAT
-    reciprocal = add_constant(graph, names.fresh(f"{source.name}.smoothing"), (1 / scale).astype(dtype.numpy()))
-    mul = new_node("Mul", [source, reciprocal], names.fresh(f"{source.name}.smoothed"), like=source)
-    inherit([mul], first, pass_name)
-    insert_before(first, [mul])
+    reciprocal = rw.constant(f"{source.name}.smoothing", (1 / scale).astype(dtype.numpy()), graph)
+    mul = rw.node("Mul", [source, reciprocal], f"{source.name}.smoothed", like=source)
+    rw.insert_before(first, [mul])
     for linear in group.linears:
         linear.node.replace_input_with(0, mul.outputs[0])
 
 
-def _scale_weight(linear: Linear, axis: int, factors: np.ndarray, names: Names, pass_name: str) -> None:
+def _scale_weight(linear: Linear, axis: int, factors: np.ndarray, rw: Rewriter) -> None:
     """Multiply the constant along an axis, lazily: the scaled matrix exists only while somebody reads it."""
     reader, index = reader_of(linear)
     source = weight_of(linear)
@@ -252,8 +245,8 @@ def _scale_weight(linear: Linear, axis: int, factors: np.ndarray, names: Names, 
         return (data.astype(np.float32) * column).astype(data.dtype)
 
     shape = tuple(int(size) for size in source.shape.numpy())
-    set_constant(reader, index, derived(source, compute, source.dtype, shape, str(linear.weight.name)), names)
-    add_provenance(linear.node, pass_name)
+    rw.set_constant(reader, index, derived(source, compute, source.dtype, shape, str(linear.weight.name)))
+    rw.mark(linear.node)
 
 
 def reader_of(linear: Linear) -> tuple[ir.Node, int]:

@@ -16,7 +16,8 @@ import onnx_ir as ir
 
 from qcompiler.formats.arithmetic import Array
 from qcompiler.formats.scheme import PerTensor, PerToken
-from qcompiler.graph.edit import Names, add_constant, node_graph
+from qcompiler.graph.edit import add_constant, node_graph
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.cache_storage import Storage, static_scale
 from qcompiler.sites.caches import Cache
 
@@ -47,7 +48,7 @@ def refusal(key: tuple[Cache, Storage], value: tuple[Cache, Storage]) -> str:
     return ""
 
 
-def store(key: Pair, value: Pair, names: Names) -> None:
+def store(key: Pair, value: Pair, rw: Rewriter) -> None:
     """Rewrite the node of both caches, and the types of their pasts and presents, as `refusal` allows."""
     node = key[0].node
     graph = node_graph(node)
@@ -55,7 +56,7 @@ def store(key: Pair, value: Pair, names: Names) -> None:
     for (cache, storage, (lo, hi)), index, letter in ((key, K_SCALE, "k"), (value, V_SCALE, "v")):
         scale = np.asarray(static_scale(cache, storage.scheme, lo, hi, ir.DataType.FLOAT))
         shape = (1,) if isinstance(storage.scheme.granularity, PerTensor) else (cache.heads, 1, cache.head_size)
-        name = names.fresh(f"{cache.present.name}.scale")
+        name = rw.fresh(f"{cache.present.name}.scale")
         node.replace_input_with(index, add_constant(graph, name, scale.reshape(shape).astype(np.float32)))
         kind = "PER_TENSOR" if shape == (1,) else "PER_CHANNEL"
         node.attributes.add(ir.AttrString(f"{letter}_quant_type", kind))

@@ -8,8 +8,8 @@
 
 DynamicQuantizeLinear takes and gives float32 alone, so where x is of half precision a Cast stands on either side.
 
-    pairs = Pairs(pass_name)
-    pairs.read(site, lambda source, dtype: token_pair(model, source, dtype, names))     one pair for each value
+    pairs = Pairs(rw)
+    pairs.read(site, lambda source, dtype: token_pair(source, dtype, rw))     one pair for each value
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from qcompiler.functions.per_token import (
     QUANTIZE_FLOAT8_TENSOR,
     add_token_function,
 )
-from qcompiler.graph.edit import Names, inherit, insert_after, insert_before, new_node
+from qcompiler.graph.edit import insert_after, insert_before, new_node
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.sites.find import Convolution, Linear
 
 Quantizable = Linear | Convolution
@@ -37,8 +38,8 @@ Build = Callable[[ir.Value, ir.DataType], Sequence[ir.Node]]
 class Pairs:
     """Inserts pairs, one for each value, and lets layers read them."""
 
-    def __init__(self, pass_name: str) -> None:
-        self._pass_name = pass_name
+    def __init__(self, rw: Rewriter) -> None:
+        self._rw = rw
         self._dequantized: dict[ir.Value, ir.Value] = {}
 
     def __contains__(self, source: ir.Value) -> bool:
@@ -48,7 +49,7 @@ class Pairs:
         """The dequantized value of `source`; made where there is none, right behind the producer of `source`."""
         if source not in self._dequantized:
             nodes = build(source, _dtype(source, site))
-            inherit(nodes, site.node, self._pass_name)
+            self._rw.inherit(nodes, site.node)
             producer = source.producer()
             if producer is not None:
                 insert_after(producer, nodes)
@@ -71,14 +72,14 @@ def _dtype(source: ir.Value, site: Quantizable) -> ir.DataType:
 # ------------------------------------------------------------------------------------------------------- dynamic pairs
 
 
-def tensor_pair(source: ir.Value, dtype: ir.DataType, names: Names) -> list[ir.Node]:
+def tensor_pair(source: ir.Value, dtype: ir.DataType, rw: Rewriter) -> list[ir.Node]:
     """Codes uint8 with one scale and zero point for the whole value, found each time that the model runs."""
     nodes, value = [], source
     if dtype != ir.DataType.FLOAT:
-        nodes.append(_cast(value, ir.DataType.FLOAT, names.fresh(f"{source.name}.float")))
+        nodes.append(_cast(value, ir.DataType.FLOAT, rw.fresh(f"{source.name}.float")))
         value = nodes[-1].outputs[0]
     codes, scale, zero_point = (
-        ir.Value(name=names.fresh(f"{source.name}.{kind}"), type=ir.TensorType(type), shape=shape)
+        ir.Value(name=rw.fresh(f"{source.name}.{kind}"), type=ir.TensorType(type), shape=shape)
         for kind, type, shape in (
             ("quantized", ir.DataType.UINT8, source.shape),
             ("scale", ir.DataType.FLOAT, ir.Shape([])),
@@ -86,60 +87,56 @@ def tensor_pair(source: ir.Value, dtype: ir.DataType, names: Names) -> list[ir.N
         )
     )
     nodes.append(ir.Node("", "DynamicQuantizeLinear", [value], outputs=[codes, scale, zero_point], name=codes.name))
-    name = names.fresh(f"{source.name}.dequantized")
+    name = rw.fresh(f"{source.name}.dequantized")
     nodes.append(new_node("DequantizeLinear", [codes, scale, zero_point], name,
                           dtype=ir.DataType.FLOAT, shape=source.shape))  # fmt: skip
     if dtype != ir.DataType.FLOAT:
-        nodes.append(_cast(nodes[-1].outputs[0], dtype, names.fresh(f"{name}.{dtype.name.lower()}")))
+        nodes.append(_cast(nodes[-1].outputs[0], dtype, rw.fresh(f"{name}.{dtype.name.lower()}")))
     return nodes
 
 
-def token_pair(
-    model: ir.Model, source: ir.Value, dtype: ir.DataType, names: Names, qmax: float = 127.0
-) -> list[ir.Node]:
+def token_pair(source: ir.Value, dtype: ir.DataType, rw: Rewriter, qmax: float = 127.0) -> list[ir.Node]:
     """Codes int8 in -qmax … qmax with one scale for each row."""
-    return _row_pair(model, source, dtype, names, QUANTIZE, ir.DataType.INT8, {"qmax": float(qmax)})
+    return _row_pair(source, dtype, rw, QUANTIZE, ir.DataType.INT8, {"qmax": float(qmax)})
 
 
 def float8_token_pair(
-    model: ir.Model, source: ir.Value, dtype: ir.DataType, names: Names, to: ir.DataType, qmax: float, cap: float
+    source: ir.Value, dtype: ir.DataType, rw: Rewriter, to: ir.DataType, qmax: float, cap: float
 ) -> list[ir.Node]:
     """Codes in float8 with one scale for each row; `cap` bounds the magnitude that the scale is made for."""
     attributes: dict[str, object] = {"qmax": float(qmax), "cap": float(cap), "to": int(to)}
-    return _row_pair(model, source, dtype, names, QUANTIZE_FLOAT8, to, attributes)
+    return _row_pair(source, dtype, rw, QUANTIZE_FLOAT8, to, attributes)
 
 
 def float8_tensor_pair(
-    model: ir.Model, source: ir.Value, dtype: ir.DataType, names: Names, to: ir.DataType, qmax: float, cap: float
+    source: ir.Value, dtype: ir.DataType, rw: Rewriter, to: ir.DataType, qmax: float, cap: float
 ) -> list[ir.Node]:  # fmt: skip
     """Codes in float8 with one float32 scale for the whole value; `cap` as in `float8_token_pair`."""
-    add_token_function(model, QUANTIZE_FLOAT8_TENSOR)
-    codes = ir.Value(name=names.fresh(f"{source.name}.quantized"), type=ir.TensorType(to), shape=source.shape)
-    scale = ir.Value(
-        name=names.fresh(f"{source.name}.scale"), type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([])
-    )
+    add_token_function(rw.model, QUANTIZE_FLOAT8_TENSOR)
+    codes = ir.Value(name=rw.fresh(f"{source.name}.quantized"), type=ir.TensorType(to), shape=source.shape)
+    scale = ir.Value(name=rw.fresh(f"{source.name}.scale"), type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]))
     attributes = [ir.AttrFloat32("qmax", qmax), ir.AttrFloat32("cap", cap), ir.AttrInt64("to", int(to))]
     quantize = ir.Node(DOMAIN, QUANTIZE_FLOAT8_TENSOR, [source], attributes, outputs=[codes, scale], name=codes.name)
-    name = names.fresh(f"{source.name}.dequantized")
+    name = rw.fresh(f"{source.name}.dequantized")
     nodes = [quantize, new_node("DequantizeLinear", [codes, scale], name, dtype=scale.dtype, shape=source.shape)]
     if dtype != ir.DataType.FLOAT:
-        nodes.append(_cast(nodes[-1].outputs[0], dtype, names.fresh(f"{name}.{dtype.name.lower()}")))
+        nodes.append(_cast(nodes[-1].outputs[0], dtype, rw.fresh(f"{name}.{dtype.name.lower()}")))
     return nodes
 
 
 def _row_pair(
-    model: ir.Model, source: ir.Value, dtype: ir.DataType, names: Names, function: str, stored: ir.DataType,
+    source: ir.Value, dtype: ir.DataType, rw: Rewriter, function: str, stored: ir.DataType,
     attributes: dict[str, object],
 ) -> list[ir.Node]:  # fmt: skip
-    add_token_function(model, function)
-    add_token_function(model, DEQUANTIZE)
+    add_token_function(rw.model, function)
+    add_token_function(rw.model, DEQUANTIZE)
     rows = ir.Shape([*source.shape[:-1], 1]) if source.shape is not None else None
-    codes = ir.Value(name=names.fresh(f"{source.name}.quantized"), type=ir.TensorType(stored), shape=source.shape)
-    scale = ir.Value(name=names.fresh(f"{source.name}.scale"), type=ir.TensorType(ir.DataType.FLOAT), shape=rows)
+    codes = ir.Value(name=rw.fresh(f"{source.name}.quantized"), type=ir.TensorType(stored), shape=source.shape)
+    scale = ir.Value(name=rw.fresh(f"{source.name}.scale"), type=ir.TensorType(ir.DataType.FLOAT), shape=rows)
     attrs = [ir.convenience.convert_attribute(key, item) for key, item in attributes.items()]
     quantize = ir.Node(DOMAIN, function, [source], attrs, outputs=[codes, scale], name=codes.name)
-    dequantize = new_node(DEQUANTIZE, [codes, scale], names.fresh(f"{source.name}.dequantized"), domain=DOMAIN,
-                          dtype=dtype, shape=source.shape, attributes={"output_dtype": int(dtype)})  # fmt: skip
+    dequantize = rw.node(DEQUANTIZE, [codes, scale], f"{source.name}.dequantized", domain=DOMAIN,
+                         dtype=dtype, shape=source.shape, attributes={"output_dtype": int(dtype)})  # fmt: skip
     return [quantize, dequantize]
 
 

@@ -6,24 +6,25 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from qcompiler.graph.edit import Names, inherit, insert_after, new_node
+from qcompiler.graph.edit import insert_after
 from qcompiler.graph.metadata import PART_OF
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.sites.find import Linear
 
 
-def add_product(linear: Linear, product: Sequence[ir.Node], names: Names, pass_name: str) -> None:
+def add_product(linear: Linear, product: Sequence[ir.Node], rw: Rewriter) -> None:
     """Add to a layer's output the result of the last of some nodes; the sum takes the output's place and name.
 
     The nodes must not be in the graph yet. They become a part of the layer, which no pass takes for a layer of its own.
     """
     last = linear.bias_node or linear.node
     output, name = linear.output, linear.output.name
-    total = new_node("Add", [None, product[-1].outputs[0]], names.fresh(f"{linear.name}.sum"), like=output)
+    total = rw.node("Add", [None, product[-1].outputs[0]], f"{linear.name}.sum", like=output)
     output.replace_all_uses_with(total.outputs[0], replace_graph_outputs=True)
     total.replace_input_with(0, output)
-    output.name = names.fresh(f"{name}.rest")
+    output.name = rw.fresh(f"{name}.rest")
     total.outputs[0].name = name
-    inherit([*product, total], linear.node, pass_name)
+    rw.inherit([*product, total], linear.node)
     for node in product:
         node.metadata_props[PART_OF] = linear.name
     insert_after(last, [*product, total])

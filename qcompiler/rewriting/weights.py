@@ -2,7 +2,7 @@
 
 for constant in self.constants(model, changes):         each once, however many layers read it
     quantized = …                                       the pass's own arithmetic
-    self.install(constant, quantized, names, changes)   codes, scales and one DequantizeLinear
+    self.install(constant, quantized, rw, changes)   codes, scales and one DequantizeLinear
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from qcompiler.errors import SchemeError
 from qcompiler.formats.arithmetic import Quantized
 from qcompiler.formats.scheme import PerChannel, Scheme, find_format
 from qcompiler.functions.binary import FORMAT as BINARY
-from qcompiler.graph.edit import Names, constant, node_graph, remove_unused_constant
+from qcompiler.graph.edit import constant, node_graph, remove_unused_constant
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Pass, Skipped
 from qcompiler.rewriting.write_codes import BinaryCodes, Codes, lazy_codes, packed_codes, storage
 from qcompiler.sites.find import Convolution, Embedding, Linear, Sites, find_sites
@@ -145,7 +146,7 @@ class WeightPass(Pass):
         return scheme
 
     def install(
-        self, constant: WeightConstant, quantized: Quantized, names: Names, changes: Changes, *,
+        self, constant: WeightConstant, quantized: Quantized, rw: Rewriter, changes: Changes, *,
         details: dict[str, str] | None = None, nearest: bool = False,
     ) -> None:  # fmt: skip
         """Let the readers of a constant read `quantized`, and note them as changed (`details`: a line for each site).
@@ -153,9 +154,9 @@ class WeightPass(Pass):
         `nearest` says that the codes are the nearest ones, so that they can be computed again when they are written.
         """
         if quantized.format == BINARY:
-            _install_signs(constant, quantized, names, self.name)
+            _install_signs(constant, quantized, rw)
         else:
-            _install_codes(constant, quantized, names, self.name, nearest)
+            _install_codes(constant, quantized, rw, nearest)
         for site in constant.readers:
             detail = (details or {}).get(site.name, "")
             changes.changed.append(Changed(site.name, scheme=str(constant.scheme), detail=detail))
@@ -179,24 +180,24 @@ class WeightPass(Pass):
         return None
 
 
-def _install_signs(constant: WeightConstant, quantized: Quantized, names: Names, pass_name: str) -> None:
-    codes = BinaryCodes(constant.linears[0], quantized, names)  # other sites have an obstacle
+def _install_signs(constant: WeightConstant, quantized: Quantized, rw: Rewriter) -> None:
+    codes = BinaryCodes(constant.linears[0], quantized, rw)  # other sites have an obstacle
     for site in constant.linears:
-        codes.dequantize_for(site, names, pass_name)
+        codes.dequantize_for(site, rw)
 
 
 def _install_codes(
-    constant: WeightConstant, quantized: Quantized, names: Names, pass_name: str, nearest: bool
+    constant: WeightConstant, quantized: Quantized, rw: Rewriter, nearest: bool
 ) -> None:  # fmt: skip
     graph, name = node_graph(constant.readers[0].node), f"{constant.value.name}.codes"
     stored = storage(quantized.format, graph.opset_imports.get("") or 0)
     tensor = lazy_codes(constant.tensor, quantized, stored, name) if nearest else packed_codes(quantized, stored, name)
-    codes = Codes(constant.value, tensor, quantized, graph, names)
+    codes = Codes(constant.value, tensor, quantized, graph, rw)
     for site in constant.readers:
         if isinstance(site, Embedding):
-            codes.gather_for(site, names, pass_name)
+            codes.gather_for(site, rw)
         else:
-            codes.dequantize_for(site, names, pass_name)
+            codes.dequantize_for(site, rw)
 
 
 def with_bits(scheme: Scheme, bits: int) -> Scheme:
