@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
+from paths import ROOT, TESTS
 
-ROOT = Path(__file__).resolve().parent.parent
-# The checkout under test comes before an installed copy; `models` holds scripts, not a package.
-for folder in (ROOT / "models", ROOT):
+# The checkout under test comes before an installed copy; `models` holds scripts, not a package. The folders of tests,
+# one for each room, are here so that a test finds the layers of another.
+for folder in (*sorted({path.parent for path in TESTS.rglob("test_*.py")}), ROOT / "models", ROOT):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 

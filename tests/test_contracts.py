@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from conftest import ROOT
+from paths import GOLDEN, ROOT, TESTS
 
 from passes import PASSES
 from qcompiler.recipes.registry import options_of, pass_class
@@ -93,7 +93,7 @@ def test_files_are_short(path: Path) -> None:
 
 def test_no_folder_of_tests_is_a_package() -> None:
     """A tests/passes/__init__.py would shadow the pass library."""
-    assert not list((ROOT / "tests").rglob("__init__.py"))
+    assert not list(TESTS.rglob("__init__.py"))
 
 
 def test_every_pass_is_a_file_of_its_own() -> None:
@@ -140,7 +140,7 @@ def test_options_are_frozen_documented_and_checked(key: str) -> None:
 
 @pytest.mark.parametrize("key", PASSES)
 def test_a_pass_has_golden_cases(key: str) -> None:
-    assert len(list((ROOT / "tests" / "golden" / key).glob("*.txt"))) >= 3
+    assert len(list((GOLDEN / key).glob("*.txt"))) >= 3
 
 
 # ---------------------------------------------------------------------- what onnxruntime runs, for each exporter

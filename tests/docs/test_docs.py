@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import test_golden
 import typer
+from paths import ROOT
 from typer.testing import CliRunner
 
 from qcompiler.cli.app import app
@@ -21,7 +22,6 @@ from qcompiler.recipes import Recipe, recipe_names, registry
 from qcompiler.recipes.registry import options_of, pass_class
 from qcompiler.targets import target_names
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 TEXTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "passes/README.md", "models/README.md")),

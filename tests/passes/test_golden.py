@@ -9,7 +9,7 @@ A case is a file of three parts divided by lines of `---`: settings in YAML, the
     tolerance: 0.02                 how far the outputs may be from those before (in the norm), where not the default
     ids: 4                          integer inputs are below this
 
-`pytest tests/test_golden.py --update-golden` writes the graph after anew.
+`pytest tests/passes/test_golden.py --update-golden` writes the graph after anew.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import onnx_ir as ir
 import pytest
 import tiny
 import yaml
+from paths import GOLDEN
 
 from passes import PASSES
 from qcompiler.calibration.stored_past import StoredPasts
 from qcompiler.recipes.registry import pass_class
 from qcompiler.rewriting.contract import Changes, Pass
 
-GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(GOLDEN.glob("*/*.txt"))
 DIVIDER = "\n---\n"
 SHOWN = 12  # numbers of a constant
