@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
-import tiny
-from oracles import kv_cache as oracle
+
+from tests import tiny
+from tests.oracles import kv_cache as oracle
 
 HEADS, CHANNELS, WIDTH = 2, 8, 16  # of keys and values; of the residual stream
 NUMPY = {"float": np.float32, "float16": np.float16}

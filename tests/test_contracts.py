@@ -16,12 +16,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from paths import GOLDEN, ROOT, TESTS
 
 from passes import PASSES
 from qcompiler.recipes.registry import options_of, pass_class
 from qcompiler.report import Report
 from qcompiler.sites.find import Linear, find_sites
+from tests.paths import GOLDEN, ROOT, TESTS
 
 ENGINE, LIBRARY = ROOT / "qcompiler", ROOT / "passes"
 SOURCES = sorted([*ENGINE.rglob("*.py"), *LIBRARY.rglob("*.py")])
@@ -163,9 +163,9 @@ class CompiledVariant:
 @pytest.fixture(scope="module", params=VARIANTS)
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CompiledVariant:
     import onnxruntime as ort
-    from export import CHECKPOINT, model_path
 
     import qcompiler
+    from models.export import CHECKPOINT, model_path
     from qcompiler.graph.files import load
     from qcompiler.sites.canonicalize import canonicalize
 
@@ -270,8 +270,8 @@ def test_the_report_is_written(compiled: CompiledVariant) -> None:
 def test_plain_onnxruntime_computes_what_was_verified(compiled: CompiledVariant) -> None:
     """Verification runs every operator by itself; users run the optimized graph, whose fusions could be wrong."""
     import onnxruntime as ort
-    from export import CHECKPOINT
 
+    from models.export import CHECKPOINT
     from qcompiler.calibration.samples import open_samples
 
     (sample,) = open_samples(

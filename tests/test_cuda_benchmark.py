@@ -11,13 +11,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import tiny
 
 from benchmarks import cuda
 from benchmarks.cuda_measure import Entry, Shape, compare_speed, feeds, lines, measure, open_session, sqnr_db
 from qcompiler.driver import inputs
 from qcompiler.errors import TargetError
 from qcompiler.recipes import recipe_names
+from tests import tiny
 
 LATER = math.inf
 TOKENS = """g (int64[batch,sequence] input_ids, float[3072,64] E, float[64,128] W, float[128,3072] V)

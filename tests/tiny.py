@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import onnx
 import onnx_ir as ir
-from stand_ins import on_cpu
 
 from qcompiler.graph.check import check_structure
 from qcompiler.rewriting.contract import Changes, Pass
 from qcompiler.sites.canonicalize import canonicalize
 from qcompiler.statistics import StatisticsStore
+from tests.stand_ins import on_cpu
 
 Feeds = Mapping[str, np.ndarray]
 # Of symbolic dimensions; P positions of a past and one token make L, an empty past of N and S tokens make T.

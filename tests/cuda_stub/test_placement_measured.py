@@ -13,11 +13,9 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-import tiny
-from export import CHECKPOINT, model_path
-from test_placement import CONSTANTS, FOLLOWED, INPUTS, QUANTIZED, SHAPES
 
 import qcompiler
+from models.export import CHECKPOINT, model_path
 from qcompiler.errors import TargetError
 from qcompiler.graph import files as model_io
 from qcompiler.placement import PlacedNode, Placement, compare, measure, predict
@@ -25,6 +23,8 @@ from qcompiler.recipes import Recipe, recipe_names
 from qcompiler.targets import FOLDER, Target
 from qcompiler.targets.host_memory import host_memory
 from qcompiler.targets.kernels import installed_kernels, read
+from tests import tiny
+from tests.placement.test_placement import CONSTANTS, FOLLOWED, INPUTS, QUANTIZED, SHAPES
 
 CUDA = Target.load("ort-cuda")
 VARIANTS = ["dynamo", "dynamo-past", "opset23", "optimum", "fp16", pytest.param("genai", marks=pytest.mark.exporters)]

@@ -7,11 +7,9 @@ import json
 import sys
 from dataclasses import replace
 
-import decoders
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
 import yaml
 
 import qcompiler
@@ -24,6 +22,7 @@ from qcompiler.errors import DataError, ModelError
 from qcompiler.graph import files as model_io
 from qcompiler.recipes import Recipe
 from qcompiler.sessions import segments
+from tests import decoders, tiny
 
 WIDTH, LAYERS, DAMAGED = 32, 40, 17
 

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_golden
 import typer
-from paths import ROOT
 from typer.testing import CliRunner
 
 from qcompiler.cli.app import app
 from qcompiler.recipes import Recipe, recipe_names, registry
 from qcompiler.recipes.registry import options_of, pass_class
 from qcompiler.targets import target_names
+from tests.passes import test_golden
+from tests.paths import ROOT
 
 DOCS = ROOT / "docs"
 TEXTS = [
@@ -184,7 +184,8 @@ def test_the_examples_golden_case(example: Path, request: pytest.FixtureRequest)
 
 def test_the_example_measures_and_skips(example: Path) -> None:
     import numpy as np
-    import tiny
+
+    from tests import tiny
 
     model = tiny.build(
         "g (float[5,8] x, float[8] g, float[8,4] W) => (float[5,4] y)"

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
 
 import qcompiler
 from qcompiler.driver.checkpoint import Journal
@@ -16,6 +15,7 @@ from qcompiler.formats.arithmetic import Quantized
 from qcompiler.recipes import Recipe
 from qcompiler.rewriting.gptq import solve
 from qcompiler.statistics import Solved
+from tests import tiny
 
 BLOCKS = 3
 RECIPE = {

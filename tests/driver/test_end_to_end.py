@@ -8,7 +8,6 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
 from pydantic.dataclasses import dataclass as options
 
 import qcompiler
@@ -18,6 +17,7 @@ from qcompiler.recipes import Recipe, Step
 from qcompiler.recipes.registry import pass_class
 from qcompiler.rewriting.contract import OPTIONS, Changes, Kind, Pass
 from qcompiler.statistics import StatisticsStore
+from tests import tiny
 
 RECIPES, TARGETS = ("int8-static", "smoothquant", "int8-weights"), ("ort-cpu", "portable")
 

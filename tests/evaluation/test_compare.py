@@ -5,13 +5,13 @@ import math
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
 
 import qcompiler
 from qcompiler.calibration.samples import from_python
 from qcompiler.errors import ModelError, PassError
 from qcompiler.evaluation.compare import VALUE_ELEMENTS, check_structure, compare
 from qcompiler.evaluation.likelihood import Difference, Divergence, Likelihood
+from tests import tiny
 
 
 def language_model(noise: float = 0.0, vocabulary: int = 11, hidden: int = 8) -> ir.Model:

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from oracles import arithmetic as oracle
 
 from qcompiler.errors import DataError, SchemeError
 from qcompiler.formats.arithmetic import dequantize, quantize, scale_and_zero_point
 from qcompiler.formats.codebooks import NF4_TABLE
 from qcompiler.formats.scheme import FORMATS, Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Scheme
 from qcompiler.formats.search import quantize_weight
+from tests.oracles import arithmetic as oracle
 
 ONNX_INTEGERS = ["int8", "uint8", "int16", "uint16", "int4", "uint4", "int2", "uint2"]
 FP8 = ["fp8_e4m3", "fp8_e5m2"]

@@ -8,10 +8,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import binary as oracle
 
 from passes.quantize_weights import QuantizeWeights
 from qcompiler.errors import QCompilerError, SchemeError
@@ -23,6 +21,8 @@ from qcompiler.rewriting.contract import Changes
 from qcompiler.sessions import segments
 from qcompiler.sites.canonicalize import canonicalize
 from qcompiler.sites.find import find_sites
+from tests import tiny
+from tests.oracles import binary as oracle
 
 MATMUL = "g (float[B,S,{K}] x, float[{K},{N}] W) => (float[B,S,{N}] y) {{ [fc] y = MatMul(x, W) }}"
 GEMM = """g (float[M,{K}] x, float[{N},{K}] W, float[{N}] b) => (float[M,{N}] y) {{

@@ -11,9 +11,9 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from export import CHECKPOINT
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from models.export import CHECKPOINT
 from qcompiler import generate
 from qcompiler.cli import app as cli
 from qcompiler.generation.sampling import Sampling

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from export import CHECKPOINT, MissingEnvironmentError, genai_python, model_path
 
 import qcompiler
+from models.export import CHECKPOINT, MissingEnvironmentError, genai_python, model_path
 from qcompiler.errors import DataError, ModelError
 from qcompiler.generation.write import Generation, generate
 from qcompiler.graph.model_inputs import Signature

@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
 
 import qcompiler
 from qcompiler.cli import app as cli
@@ -17,6 +16,7 @@ from qcompiler.graph import files as model_io
 from qcompiler.inspection import inspect
 from qcompiler.inspection.weights import statistics_of
 from qcompiler.sites.stored import float_weight
+from tests import tiny
 
 GRAPH = """g (int64[B,S] ids, float[50,32] table, float[32,64] w0, float[64] b0, float[64,32] w1, float[64,64] wx)
     => (float[B,S,32] y, float[B,S,64] z) {

@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 from functools import cache
 
-import decoders
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
 
 import qcompiler
 from qcompiler.calibration.samples import from_python
 from qcompiler.driver.compiled import Compiled
 from qcompiler.model_diff import LayerStory, diff
 from qcompiler.recipes import recipe_names
+from tests import decoders, tiny
 
 BLOCK = """
   p{n} = Pow(x{n}, two)  m{n} = ReduceMean<keepdims=1>(p{n}, last)  e{n} = Add(m{n}, tiny)  r{n} = Sqrt(e{n})

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
-from browser import WIDTHS, Opened, assert_fits_and_can_be_read, launched, visit
 
 from qcompiler.compiler import compile
 from qcompiler.model_diff import Diff, diff
+from tests import tiny
+from tests.browser import WIDTHS, Opened, assert_fits_and_can_be_read, launched, visit
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from demo import EMBEDDING, HEAD, LAYERS, LINEARS, WHOLE, Reader, clause, compiled, stories, variant
 
 from qcompiler.graph.metadata import PART_OF
 from qcompiler.graph.module_path import module_path
 from qcompiler.model_diff import diff
+from tests.demo import EMBEDDING, HEAD, LAYERS, LINEARS, WHOLE, Reader, clause, compiled, stories, variant
 
 
 def test_awq_says_where_the_scales_went() -> None:

@@ -12,8 +12,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import tiny
-from demo import EMBEDDING, HEAD, LAYERS, LINEARS, SHAPES, WHOLE, Reader, clause, compiled, stories, variant, windows
 
 import qcompiler
 from models import export
@@ -21,6 +19,21 @@ from qcompiler.calibration.samples import from_python
 from qcompiler.graph import files as model_io
 from qcompiler.model_diff import diff
 from qcompiler.model_diff.terminal import common, rows_of
+from tests import tiny
+from tests.demo import (
+    EMBEDDING,
+    HEAD,
+    LAYERS,
+    LINEARS,
+    SHAPES,
+    WHOLE,
+    Reader,
+    clause,
+    compiled,
+    stories,
+    variant,
+    windows,
+)
 
 # ---------------------------------------------------------------------------------------------------- our own recipes
 

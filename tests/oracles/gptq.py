@@ -6,7 +6,8 @@ No Cholesky factor, no blocks: the inverse of the remaining Hessian is updated b
 from __future__ import annotations
 
 import numpy as np
-from oracles.quantized_linear import affine
+
+from tests.oracles.quantized_linear import affine
 
 
 def grid(part: np.ndarray, bounds: tuple[int, int], symmetric: bool) -> tuple[np.ndarray, np.ndarray]:

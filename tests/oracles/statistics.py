@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from oracles.arithmetic import asymmetric_parameters
+
+from tests.oracles.arithmetic import asymmetric_parameters
 
 
 def moving_average(batches: list[np.ndarray], momentum: float) -> tuple[float, float]:

@@ -8,8 +8,6 @@ import re
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
-from oracles import awq as oracle
 
 from passes.awq import CHANNELS, Awq
 from passes.quantize_weights import QuantizeWeights
@@ -19,6 +17,8 @@ from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.find import find_sites
 from qcompiler.statistics import SecondMoment, StatisticsStore
 from qcompiler.targets import Target
+from tests import tiny
+from tests.oracles import awq as oracle
 
 K = 64
 TWO = f"""g (float[M,{K}] x, float[{K}] g, float[{K},48] A, float[{K},96] C) => (float[M,48] a, float[M,96] c) {{

@@ -8,7 +8,6 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
 
 from passes.convert_float import ConvertFloat
 from passes.fuse_attention import FuseAttention
@@ -22,6 +21,7 @@ from qcompiler.half.emulation import emulated
 from qcompiler.recipes import Recipe
 from qcompiler.rewriting.contract import Changes
 from qcompiler.statistics import StatisticsStore
+from tests import tiny
 
 HALF, BRAIN, FLOAT = ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
-from oracles import per_token as oracle
 from rich.console import Console
 
 import qcompiler
@@ -23,6 +21,8 @@ from qcompiler.recipes import Recipe, Step
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.activations import dynamic_pair
 from qcompiler.sites.find import find_sites
+from tests import tiny
+from tests.oracles import per_token as oracle
 
 LAYER = "g (float[B,S,9] x, float[9,5] W) => (float[B,S,5] y) { [fc] y = MatMul(x, W) }"
 SIBLINGS = """g (float[B,S,8] x, float[8,6] W, float[8,4] V) => (float[B,S,6] y, float[B,S,4] z, float[B,S,8] r) {

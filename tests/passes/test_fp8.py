@@ -10,15 +10,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import tiny
-from export import CHECKPOINT, model_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
-from oracles import fp8 as oracle
 from rich.console import Console
 
 import qcompiler
+from models.export import CHECKPOINT, model_path
 from passes.fp8 import AT_AN_END, IN_ATTENTION, Fp8
 from passes.quantize_weights import QuantizeWeights
 from qcompiler.errors import RecipeError, SchemeError
@@ -28,6 +26,8 @@ from qcompiler.report import render
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.activations import dynamic_pair, is_quantized
 from qcompiler.sites.find import find_sites
+from tests import tiny
+from tests.oracles import fp8 as oracle
 
 FP8 = ["fp8_e4m3", "fp8_e5m2"]
 VARIANTS = ["dynamo", "dynamo-past", "opset23", "optimum", "fp16", pytest.param("genai", marks=pytest.mark.exporters)]

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
-from export import CHECKPOINT, model_path
 
 import qcompiler
+from models.export import CHECKPOINT, model_path
 from passes.fuse_attention import FuseAttention
 from qcompiler.driver import inputs
 from qcompiler.graph.model_inputs import Signature
@@ -18,6 +17,7 @@ from qcompiler.recipes import Recipe, Step
 from qcompiler.sites.attention import CachedAttention, find_cached_attention
 from qcompiler.sites.attention_proof import prove
 from qcompiler.statistics import StatisticsStore
+from tests import tiny
 
 VARIANTS = ("dynamo-past", "optimum")
 VOCABULARY, LAYERS, KV_HEADS, HEAD_SIZE = 3072, 4, 2, 32

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
-from export import CHECKPOINT, model_path
-from oracles.grouped_query_attention import Row, packed, rotate
 
 import qcompiler
+from models.export import CHECKPOINT, model_path
 from passes.quantize_kv_cache import QuantizeKvCache
 from qcompiler.recipes import Recipe, Step
 from qcompiler.sessions.decoder import Decoder
 from qcompiler.statistics import HeadRange, StatisticsStore
+from tests import tiny
+from tests.oracles.grouped_query_attention import Row, packed, rotate
 
 HEADS, KV_HEADS, SIZE, SCALE, LONGEST = 4, 2, 16, 0.25, 64
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import pytest
-import tiny
-from test_lower_weight_only import MATMUL, assert_same, lower, model_of
 
 from passes.lower_weight_only import fused_obstacle
+from tests import tiny
+from tests.passes.test_lower_weight_only import MATMUL, assert_same, lower, model_of
 
 
 @pytest.mark.parametrize(

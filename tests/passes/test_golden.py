@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
 import yaml
-from paths import GOLDEN
 
 from passes import PASSES
 from qcompiler.calibration.stored_past import StoredPasts
 from qcompiler.recipes.registry import pass_class
 from qcompiler.rewriting.contract import Changes, Pass
+from tests import tiny
+from tests.paths import GOLDEN
 
 CASES = sorted(GOLDEN.glob("*/*.txt"))
 DIVIDER = "\n---\n"

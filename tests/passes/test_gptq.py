@@ -9,10 +9,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracles import gptq as oracle
 
 import passes.gptq
 from passes.gptq import Gptq
@@ -24,6 +22,8 @@ from qcompiler.rewriting.contract import Changes
 from qcompiler.rewriting.gptq import Factor, factorise, solve
 from qcompiler.sites.find import find_sites
 from qcompiler.statistics import StatisticsStore
+from tests import tiny
+from tests.oracles import gptq as oracle
 
 BOUNDS = {"int2": (-2, 1), "uint2": (0, 3), "int3": (-4, 3), "uint3": (0, 7), "int4": (-8, 7), "uint4": (0, 15),
           "int8": (-128, 127), "uint8": (0, 255)}  # fmt: skip

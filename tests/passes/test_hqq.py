@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import hqq as oracle
 
 from passes.hqq import Hqq, hqq
 from qcompiler.errors import QCompilerError
@@ -17,6 +15,8 @@ from qcompiler.formats.scheme import FORMATS, PerChannel, PerGroup, Scheme
 from qcompiler.formats.search import quantize_weight
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.find import find_sites
+from tests import tiny
+from tests.oracles import hqq as oracle
 
 MATMUL = "g (float[B,S,16] x, float[16,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 GEMM = "g (float[M,16] x, float[6,16] W, float[6] b) => (float[M,6] y) { [fc] y = Gemm<transB=1>(x, W, b) }"

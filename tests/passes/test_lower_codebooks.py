@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
-from test_lower_weight_only import ADD, ALL, GEMM, MATMUL, assert_same, model_of
 
 from passes.lower_embedding import LowerEmbedding
 from passes.lower_weight_only import LowerWeightOnly
@@ -14,6 +12,8 @@ from passes.nf4 import Nf4
 from qcompiler.formats.codebooks import CODEBOOKS
 from qcompiler.lowering.bnb4 import packed
 from qcompiler.rewriting.contract import Changes
+from tests import tiny
+from tests.passes.test_lower_weight_only import ADD, ALL, GEMM, MATMUL, assert_same, model_of
 
 
 def lower(model: ir.Model, half_precision: bool = False, **options: object) -> tuple[ir.Model, ir.Model, Changes]:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
 
 from passes.lower_dynamic_int8 import LowerDynamicInt8
 from passes.lower_weight_only import LowerWeightOnly
@@ -19,6 +18,7 @@ from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.find import find_sites
+from tests import tiny
 
 MATMUL = "g (float[B,S,8] x, float[8,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 ADD_2D = "g (float[M,8] x, float[8,6] W, float[6] b) => (float[M,6] y) { [fc] p = MatMul(x, W)  y = Add(p, b) }"

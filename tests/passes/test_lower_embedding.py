@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
 
 from passes.lower_embedding import LowerEmbedding
 from passes.lower_int8 import LowerInt8
@@ -14,6 +13,7 @@ from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.embeddings import find_quantized_embeddings
+from tests import tiny
 
 EMBED = "g (int64[B,S] ids, float[12,K] E) => (float[B,S,K] x) { [embed] x = Gather(E, ids) }"
 TURNED = """g (int64[B,S] ids, float[K,12] E) => (float[B,S,K] x) {

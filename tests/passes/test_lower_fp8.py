@@ -10,8 +10,6 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
-from stand_ins import weight_of_blocks
 
 import qcompiler
 from passes.fp8 import Fp8
@@ -20,6 +18,8 @@ from passes.quantize_weights import QuantizeWeights
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.find import find_sites
 from qcompiler.targets.kernels import missing_on_cpu
+from tests import tiny
+from tests.stand_ins import weight_of_blocks
 
 MATMUL = "g (float16[B,S,32] x, float16[32,16] W) => (float16[B,S,16] y) { [fc] y = MatMul(x, W) }"
 ADD = """g (float16[B,S,32] x, float16[32,16] W, float16[16] b) => (float16[B,S,16] y) {

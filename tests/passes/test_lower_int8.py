@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
-from oracles import quantized_linear as oracle
 
 from passes.lower_int8 import LowerInt8
 from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.find import find_sites
+from tests import tiny
+from tests.oracles import quantized_linear as oracle
 
 MATMUL = "g (float[B,S,8] x, float[8,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 ADD_2D = "g (float[M,8] x, float[8,6] W, float[6] b) => (float[M,6] y) { [fc] p = MatMul(x, W)  y = Add(p, b) }"

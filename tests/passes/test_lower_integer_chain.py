@@ -9,14 +9,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
-from oracles import quantized_linear as oracle
 
 from passes.lower_integer_chain import LowerIntegerChain
 from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.find import find_sites
+from tests import tiny
+from tests.oracles import quantized_linear as oracle
 
 MATMUL = "g (float[B,S,8] x, float[8,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 FOUR = "g (float[B,2,S,8] x, float[8,6] W) => (float[B,2,S,6] y) { [fc] y = MatMul(x, W) }"

@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import tiny
 
 from passes.gptq import Gptq
 from passes.lower_tensorrt import LowerTensorrt
@@ -24,6 +23,7 @@ from qcompiler.sessions import runtime
 from qcompiler.sites.canonicalize import canonicalize
 from qcompiler.sites.find import find_sites
 from qcompiler.targets import Target
+from tests import tiny
 
 MATMUL = "g (float[B,S,256] x, float[256,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 GEMM = "g (float[M,256] x, float[256,6] W, float[6] b) => (float[M,6] y) { [fc] y = Gemm(x, W, b) }"

@@ -7,8 +7,6 @@ from itertools import product
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
-from oracles import quantized_linear as oracle
 
 from passes.lower_weight_only import LowerWeightOnly
 from passes.quantize_activations import QuantizeActivations
@@ -16,6 +14,8 @@ from passes.quantize_weights import QuantizeWeights
 from qcompiler.errors import PassError
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.find import find_sites
+from tests import tiny
+from tests.oracles import quantized_linear as oracle
 
 MATMUL = "g (float[B,S,K] x, float[K,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 ADD = "g (float[M,K] x, float[K,6] W, float[6] b) => (float[M,6] y) { [fc] p = MatMul(x, W)  y = Add(p, b) }"

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 
 from passes.gptq import Gptq
 from passes.mixed_precision import MixedPrecision, assign
 from passes.quantize_weights import QuantizeWeights
 from qcompiler.errors import SchemeError
+from tests import tiny
 
 SCHEME: dict[str, Any] = {"format": "uint4", "group_size": 16, "symmetric": False}
 THREE = """

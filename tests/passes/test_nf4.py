@@ -6,10 +6,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracles import nf4 as oracle
 
 from passes.nf4 import Nf4, quantize_scales, restore_scales
 from qcompiler.errors import QCompilerError
@@ -20,6 +18,8 @@ from qcompiler.rewriting.contract import Changes
 from qcompiler.sessions import segments
 from qcompiler.sites.canonicalize import canonicalize
 from qcompiler.sites.find import find_sites
+from tests import tiny
+from tests.oracles import nf4 as oracle
 
 MATMUL = "g (float[B,S,{K}] x, float[{K},{N}] W) => (float[B,S,{N}] y) {{ [fc] y = MatMul(x, W) }}"
 GEMM = "g (float[M,{K}] x, float[{N},{K}] W) => (float[M,{N}] y) {{ [fc] y = Gemm<transB=1>(x, W) }}"

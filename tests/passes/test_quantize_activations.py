@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
-from oracles import quantized_linear as oracle
 
 from passes.quantize_activations import RANGES, QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
 from qcompiler.errors import QCompilerError
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.find import find_sites
+from tests import tiny
+from tests.oracles import quantized_linear as oracle
 
 MATMUL = "g (float[B,S,8] x, float[8,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 SIBLINGS = """g (float[B,S,8] x, float[8,6] W, float[8,4] V) => (float[B,S,6] y, float[B,S,4] z, float[B,S,8] r) {

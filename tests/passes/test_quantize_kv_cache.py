@@ -5,12 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import decoders
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
-from oracles import kv_cache as oracle
 
 import qcompiler
 from passes.quantize_kv_cache import QuantizeKvCache
@@ -23,6 +20,8 @@ from qcompiler.report import Report
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.caches import Cache, find_caches
 from qcompiler.statistics import HeadRange, StatisticsStore
+from tests import decoders, tiny
+from tests.oracles import kv_cache as oracle
 
 FORMS = ("concat", "attention", "attention-past")
 SCHEMES = {

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracles import quantized_linear as oracle
 
 from passes.quantize_weights import QuantizeWeights
 from qcompiler.errors import QCompilerError
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.find import find_sites
+from tests import tiny
+from tests.oracles import quantized_linear as oracle
 
 MATMUL = "g (float[B,S,8] x, float[8,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 GEMM = "g (float[M,8] x, float[6,8] W, float[6] b) => (float[M,6] y) { [fc] y = Gemm<transB=1>(x, W, b) }"

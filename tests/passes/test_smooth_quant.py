@@ -7,14 +7,14 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
-from oracles import smooth_quant as oracle
 
 from passes.smooth_quant import GRID, SmoothQuant, _Measured, _Weight
 from qcompiler.errors import QCompilerError
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.find import find_sites
 from qcompiler.statistics import ChannelMoments, ChannelRange, StatisticsStore
+from tests import tiny
+from tests.oracles import smooth_quant as oracle
 
 RMS = """g (float[B,S,8] x, float[8] g, float[8,6] Wq, float[8,4] Wk) => (float[B,S,6] q, float[B,S,4] k) {
     n = RMSNormalization<axis=-1>(x, g)  [q_proj] q = MatMul(n, Wq)  [k_proj] k = MatMul(n, Wk) }"""

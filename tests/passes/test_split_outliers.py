@@ -5,13 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
-from export import CHECKPOINT, model_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import llm_int8 as oracle
 
 import qcompiler
+from models.export import CHECKPOINT, model_path
 from passes.lower_dynamic_int8 import LowerDynamicInt8
 from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
@@ -22,6 +20,8 @@ from qcompiler.graph.metadata import PART_OF
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sessions import segments
 from qcompiler.sites.find import find_sites
+from tests import tiny
+from tests.oracles import llm_int8 as oracle
 
 PLAIN = """g (float[SHAPE8] x, float[8,6] W, float[8,4] V, float[6] b) => (float[SHAPE6] y, float[SHAPE4] z) {
     [q_proj] h = MatMul(x, W)  y = Add(h, b)  [k_proj] z = MatMul(x, V) }"""

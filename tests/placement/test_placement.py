@@ -12,7 +12,6 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
 from typer.testing import CliRunner
 
 import qcompiler
@@ -25,6 +24,7 @@ from qcompiler.placement import Copy, PlacedNode, Placement, compare, measure, p
 from qcompiler.placement.rules import path_of
 from qcompiler.report import Report, Sizes
 from qcompiler.targets import Target
+from tests import tiny
 
 CUDA, CPU = Target.load("ort-cuda"), Target.load("ort-cpu")
 SHAPES = """g (float[B,S,8] x) => (float[B,S,8] y, float[N,8] z) {

@@ -8,11 +8,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import tiny
-from export import CHECKPOINT, model_path
-from test_binary import GEMM, MATMUL, TURNED, model_of, quantize
 
 import qcompiler
+from models.export import CHECKPOINT, model_path
 from passes.lower_dynamic_int8 import LowerDynamicInt8
 from passes.lower_int8 import LowerInt8
 from passes.lower_weight_only import LowerWeightOnly
@@ -26,6 +24,8 @@ from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.canonicalize import canonicalize
 from qcompiler.sites.find import find_sites
 from qcompiler.statistics import StatisticsStore
+from tests import tiny
+from tests.functions.test_binary import GEMM, MATMUL, TURNED, model_of, quantize
 
 
 @pytest.mark.parametrize("size", [None, 16, 64])

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from export import CHECKPOINT, model_path
 
 import qcompiler
+from models.export import CHECKPOINT, model_path
 from qcompiler.evaluation.evaluate import evaluate
 from qcompiler.graph import files as model_io
 from qcompiler.sites.canonicalize import canonicalize

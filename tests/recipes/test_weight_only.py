@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from export import CHECKPOINT, model_path
 
 import qcompiler
+from models.export import CHECKPOINT, model_path
 from passes.lower_embedding import LowerEmbedding
 from passes.lower_weight_only import LowerWeightOnly
 from qcompiler.calibration.samples import Samples, open_samples

@@ -7,7 +7,6 @@ import json
 import math
 
 import pytest
-import tiny
 from rich.console import Console
 
 import qcompiler
@@ -15,6 +14,7 @@ from qcompiler.report import Gate, PassReport, PassSkip, Report, SiteReport, Siz
 from qcompiler.report.build import SiteFacts, sizes
 from qcompiler.report.table import size
 from qcompiler.rewriting.contract import CacheChange
+from tests import tiny
 
 
 def example(layers: int = 3, **changes: object) -> Report:

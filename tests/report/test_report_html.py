@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import tiny
-from browser import WIDTHS, Opened, assert_fits_and_can_be_read, launched, visit
 
 from qcompiler.compiler import compile
 from qcompiler.report import Gate, Report, SiteReport
 from qcompiler.report.html import card, page
 from qcompiler.report.report import CacheSizes
 from qcompiler.rewriting.contract import CacheChange
+from tests import tiny
+from tests.browser import WIDTHS, Opened, assert_fits_and_can_be_read, launched, visit
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
 
 from passes.awq import Awq
 from qcompiler.graph.rewriter import Rewriter
@@ -15,6 +14,7 @@ from qcompiler.rewriting import folding
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.canonicalize import canonicalize
 from qcompiler.sites.find import NormGroup, find_linear_groups
+from tests import tiny
 
 # Attention over [B, S, 8] with heads of 4: four of queries, and as many of keys and values as HEADS says.
 ATTENTION = """g (float[B,S,8] x, float[8,16] Wq, float[8,KV] Wk, float[8,KV] Wv, float[KV] bv, float[16,8] Wo,

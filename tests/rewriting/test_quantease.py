@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracles import coordinate_descent as oracle
 
 from passes.gptq import Gptq
 from qcompiler.errors import SchemeError
@@ -17,6 +16,7 @@ from qcompiler.formats.scheme import PerChannel, PerGroup, PerTensor, Scheme
 from qcompiler.formats.search import quantize_weight
 from qcompiler.rewriting.gptq import factorise, solve
 from qcompiler.rewriting.quantease import refine
+from tests.oracles import coordinate_descent as oracle
 
 BOUNDS = {"int3": (-4, 3), "int4": (-8, 7), "uint4": (0, 15), "int8": (-128, 127)}
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 import pytest
-from test_segments import LAYERS, tokens, transformer
 
 from qcompiler.graph.edit import Names, set_constant
 from qcompiler.sessions import segments
 from qcompiler.sessions.stages import plan_stages, run_stages
+from tests.sessions.test_segments import LAYERS, tokens, transformer
 
 WANTED = [{f"n_{i}", f"om_{i}"} for i in range(LAYERS)] + [{"last"}]
 

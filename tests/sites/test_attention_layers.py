@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tiny
 
 from qcompiler.graph.metadata import PART_OF
 from qcompiler.sites.attention_layers import find_attention_projections
 from qcompiler.sites.find import find_sites
+from tests import tiny
 
 
 def projections(text: str, **constants: object) -> set[str]:

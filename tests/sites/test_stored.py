@@ -7,7 +7,6 @@ import tracemalloc
 import numpy as np
 import onnx_ir as ir
 import pytest
-import tiny
 
 import qcompiler
 from passes.quantize_weights import QuantizeWeights
@@ -17,6 +16,7 @@ from qcompiler.model_diff.weights import phrase
 from qcompiler.sites.embeddings import find_quantized_embeddings
 from qcompiler.sites.stored import StoredWeight, float_weight, quantized_weight, scheme, table_weight
 from qcompiler.sites.stored import layout as layouts
+from tests import tiny
 
 RNG = np.random.default_rng(0)
 SCHEMES = {

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import statistics as oracle
 
 import qcompiler.statistics as package
 from qcompiler.errors import DataError, OutputError, SchemeError
@@ -31,6 +30,7 @@ from qcompiler.statistics import (
     StatisticsStore,
     finite,
 )
+from tests.oracles import statistics as oracle
 
 ALL: list[Statistic] = [
     MinMax(), MovingAverageMinMax(), Percentile(), Percentile(percent=99.0), Entropy(), MSE(),
