@@ -166,7 +166,8 @@ class Simulation:
         """The stream behind the last layer for a whole text, and its keys and values (0.key, 0.value, …) as floats."""
         positions = whole(x) if positions is None else positions
         bias = causal(np.arange(x.shape[1])) if bias is None else bias
-        stream, floats = x.astype(np.float64), {}
+        stream = x.astype(np.float64)
+        floats: dict[str, np.ndarray] = {}
         for layer in range(self.layers):
             q, k, v = (self._heads(stream, letter, layer) for letter in "qkv")
             q, k = oracle.rotate(q, positions), oracle.rotate(k, positions)

@@ -51,14 +51,16 @@ def _gemm(node: ir.Node, graph: ir.Graph, names: Names) -> None:
     _replace(node, graph, names, a, scale_a, W.T, ir.DataType(node.attributes["dtype"].value))
 
 
-def _replace(node: ir.Node, graph: ir.Graph, names: Names, a, scale, W: np.ndarray, dtype: ir.DataType) -> None:
+def _replace(
+    node: ir.Node, graph: ir.Graph, names: Names, a: ir.Value, scale: ir.Value | None, W: np.ndarray, dtype: ir.DataType
+) -> None:
     value, single = a, ir.DataType.FLOAT
     weight = add_constant(graph, names.fresh("stand_in.weight"), W.astype(np.float32))
     for op_type, others, to in (("Cast", [], single), ("Mul", [scale], single), ("MatMul", [weight], single),
                                 ("Cast", [], dtype)):  # fmt: skip
         if others == [None]:
             continue
-        attributes = {"to": int(to)} if op_type == "Cast" else {}
+        attributes: dict[str, object] = {"to": int(to)} if op_type == "Cast" else {}
         name = names.fresh(f"stand_in.{op_type}")
         step = new_node(op_type, [value, *others], name, dtype=to, attributes=attributes)
         insert_before(node, [step])

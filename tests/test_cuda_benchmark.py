@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -34,7 +36,7 @@ CASES = (
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("cuda")
     (folder / "demo-source").mkdir()
     onnx.save(ir.to_proto(tiny.build(TOKENS, E="normal", W="normal", V="normal")), folder / "demo-source/model.onnx")
@@ -48,12 +50,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return found
 
 
-def rows(report: dict, subject: str = "block") -> dict[str, dict]:
+def rows(report: dict[str, Any], subject: str = "block") -> dict[str, Any]:
     return {row["case"]: row for row in report["rows"] if row["subject"] == subject}
 
 
 @pytest.mark.parametrize("case", ["rtn-w4", "int8-dynamic", "kv-int8", "rtn-w4 (tensorrt)"])
-def test_a_case_is_compared_and_timed(report: dict, case: str) -> None:
+def test_a_case_is_compared_and_timed(report: dict[str, Any], case: str) -> None:
     row = rows(report)[case]
     assert "error" not in row
     assert set(row["speed"]) == {"prefill", "decode, batch 1", "decode, batch 16"}
@@ -65,14 +67,14 @@ def test_a_case_is_compared_and_timed(report: dict, case: str) -> None:
     assert sum(row["nodes"].values()) > 0
 
 
-def test_a_case_that_cannot_run_says_why_and_the_others_go_on(report: dict) -> None:
+def test_a_case_that_cannot_run_says_why_and_the_others_go_on(report: dict[str, Any]) -> None:
     assert "GemmFloat8" in rows(report)["GemmFloat8"]["error"]
     assert "QOrderedMatMul" in rows(report, "product")["QOrderedMatMul"]["error"]
     assert "no int8 kernel" in rows(report)["int8-static"]["error"]
     assert "speed" in rows(report, "demo")["rtn-w4"]
 
 
-def test_the_report_says_where_and_when(report: dict) -> None:
+def test_the_report_says_where_and_when(report: dict[str, Any]) -> None:
     assert all(report[key] for key in ("date", "device", "versions"))
     assert report["baseline"] == "float32 on the same CPU"
     assert report["tiny"] is True
@@ -121,7 +123,7 @@ def test_a_provider_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 
 def test_feeds_of_a_decoder() -> None:
-    declared = [
+    declared: list[tuple[str, str, list[Any]]] = [
         ("x", "tensor(float16)", ["batch", "sequence", 8]), ("seqlens_k", "tensor(int32)", ["batch"]),
         ("total_sequence_length", "tensor(int32)", []),
         ("past_key_values.0.key", "tensor(int8)", ["batch", 2, "past", 4]),
@@ -145,7 +147,7 @@ def test_speed_is_that_of_the_baseline_over_that_of_the_model(monkeypatch: pytes
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
-    def bound(session: float, shape: Shape, device: str):
+    def bound(session: float, shape: Shape, device: str) -> Callable[[int], None]:
         def run(count: int) -> None:
             clock[0] += count * session
 

@@ -62,7 +62,7 @@ def batch(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     return ids, mask
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def expected(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
     """The torch model's logits [batch, sequence, vocabulary], and key, value, key … of the layers."""
     output = torch_model()(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), use_cache=True)
@@ -142,7 +142,7 @@ def test_planted_gains_are_in_the_graph(variant: str) -> None:
         assert any(found), name
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def test_planted_outliers_change_the_activations_and_not_the_function() -> None:
     ids = torch.from_numpy(text_ids()[None, :128])
     loudness: dict[tuple[bool, str], Any] = {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +22,7 @@ Feeds = Mapping[str, np.ndarray]
 SIZES = {"B": 2, "S": 5, "M": 7, "P": 3, "L": 4, "N": 0, "T": 5}
 
 
-def build(graph: str, *, opset: int = 21, **constants: object) -> ir.Model:
+def build(graph: str, *, opset: int | Any = 21, **constants: Any) -> ir.Model:
     """A canonicalized model from the text of a graph whose inputs named in `constants` become initializers.
 
     A constant is an array, or the name of a recipe (see `weight`), which takes shape and type from the text. The nodes
@@ -44,7 +46,7 @@ def build(graph: str, *, opset: int = 21, **constants: object) -> ir.Model:
 def weight(value: ir.Value, recipe: str) -> np.ndarray:
     """Numbers by the name alone: `normal`, `gain` (near 1), `outliers` (a gain with channels × 30), `zeros`."""
     rng = np.random.default_rng(zlib.crc32(str(value.name).encode()))
-    shape = tuple(int(size) for size in value.shape)
+    shape = tuple(value.shape.numpy())
     numbers = rng.normal(size=shape)
     if recipe == "gain":
         numbers = 1 + 0.1 * numbers
@@ -58,6 +60,11 @@ def weight(value: ir.Value, recipe: str) -> np.ndarray:
     return numbers.astype(value.dtype.numpy())
 
 
+def sizes(value: ir.Value) -> list[int]:
+    """The shape, with `SIZES` for symbolic dimensions."""
+    return [SIZES[size.value] if isinstance(size, ir.SymbolicDim) else size for size in value.shape]
+
+
 def feeds(model: ir.Model, count: int = 3, ids: int = 4, seed: int = 0) -> list[dict[str, np.ndarray]]:
     """Deterministic samples: normal numbers, and ids below `ids`."""
     rng = np.random.default_rng(seed)
@@ -65,7 +72,7 @@ def feeds(model: ir.Model, count: int = 3, ids: int = 4, seed: int = 0) -> list[
     for _ in range(count):
         sample = {}
         for value in model.graph.inputs:
-            shape = [SIZES[size.value] if isinstance(size, ir.SymbolicDim) else int(size) for size in value.shape]
+            shape = sizes(value)
             integer = not value.dtype.is_floating_point()
             numbers = rng.integers(0, ids, shape) if integer else rng.normal(size=shape)
             if value.name == "attention_mask":
@@ -82,7 +89,7 @@ def run(
     return session(model, optimized=optimized).run(outputs, dict(feed))
 
 
-def session(model: ir.Model, *, optimized: bool = False):
+def session(model: ir.Model, *, optimized: bool = False) -> Any:
     import onnxruntime as ort
 
     settings = ort.SessionOptions()
@@ -94,7 +101,7 @@ def session(model: ir.Model, *, optimized: bool = False):
     return ort.InferenceSession(proto.SerializeToString(), settings, providers=["CPUExecutionProvider"])
 
 
-def optimized_nodes(model: ir.Model, path) -> list[onnx.NodeProto]:
+def optimized_nodes(model: ir.Model, path: Path) -> list[onnx.NodeProto]:
     """The nodes of the graph that ONNX Runtime makes of a model; `path` is a file to write it to."""
     import onnxruntime as ort
 

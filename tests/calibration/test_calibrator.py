@@ -1,13 +1,16 @@
 """Statistics at taps, hooks, and the file that keeps what was measured."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from qcompiler.calibration.calibrator import Calibrator, Hook, load_statistics, model_hash, save_statistics
-from qcompiler.calibration.samples import from_python
+from qcompiler.calibration.samples import Samples, from_python
 from qcompiler.errors import DataError, ModelError, RecipeError
 from qcompiler.rewriting.contract import Tap
 from qcompiler.sessions import segments
@@ -36,7 +39,7 @@ def linear_model() -> ir.Model:
 BATCHES = [np.array([[1, 1]], np.float32), np.array([[2, -0.5], [0, 4]], np.float32)]
 
 
-def calibrator(batches=BATCHES, **options) -> Calibrator:
+def calibrator(batches: list[np.ndarray] = BATCHES, **options: Any) -> Calibrator:
     return Calibrator(from_python([{"x": batch} for batch in batches], model=linear_model()), **options)
 
 
@@ -47,18 +50,19 @@ class RowCount(Statistic):
     at_least: int = 0
     rows: int = field(default=0, init=False)
 
-    def update(self, batch):
+    def update(self, batch: np.ndarray) -> None:
         self.rows += batch.shape[0]
 
-    def merge(self, other):
+    def merge(self, other: Statistic) -> None:
+        assert isinstance(other, RowCount)
         self.rows += other.rows
 
-    def result(self):
+    def result(self) -> int:
         return max(self.rows, self.at_least)
 
 
 @pytest.mark.parametrize("memory_limit", [None, 1])
-def test_taps_are_measured_on_all_samples(memory_limit):
+def test_taps_are_measured_on_all_samples(memory_limit: int | None) -> None:
     store = StatisticsStore()
     taps = [Tap("x", MinMax()), Tap("block.0/h", ChannelAbsMax()), Tap("block.0/h", RowCount()), Tap("x", RowCount(9))]
     calibrator(memory_limit=memory_limit).collect(linear_model(), taps, store)
@@ -69,11 +73,15 @@ def test_taps_are_measured_on_all_samples(memory_limit):
     assert store.get("x", RowCount(9)).result() == 9
 
 
-def test_prototypes_stay_empty_and_only_what_is_missing_is_measured(monkeypatch):
+def test_prototypes_stay_empty_and_only_what_is_missing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     store, prototype, sweeps = StatisticsStore(), RowCount(), []
     original = segments.run
-    monkeypatch.setattr(segments, "run", lambda model, samples, wanted, *a, **o: sweeps.append(set(wanted)) or original(
-        model, samples, wanted, *a, **o))  # fmt: skip
+
+    def run(model: ir.Model, samples: Samples, wanted: Collection[str], *a: Any, **o: Any) -> None:
+        sweeps.append(set(wanted))
+        original(model, samples, wanted, *a, **o)
+
+    monkeypatch.setattr(segments, "run", run)
     measuring = calibrator()
     measuring.collect(linear_model(), [Tap("x", prototype), Tap("block.0/h", MinMax())], store)
     assert prototype.rows == 0
@@ -83,7 +91,7 @@ def test_prototypes_stay_empty_and_only_what_is_missing_is_measured(monkeypatch)
     assert store.get("x", RowCount()).result() == 3
 
 
-def test_values_that_are_not_finite_are_named_and_the_store_stays_as_it_was():
+def test_values_that_are_not_finite_are_named_and_the_store_stays_as_it_was() -> None:
     store = StatisticsStore()
     taps = [Tap("x", RowCount()), Tap("block.0/root", RowCount())]
     message = (
@@ -95,16 +103,16 @@ def test_values_that_are_not_finite_are_named_and_the_store_stays_as_it_was():
     assert len(store) == 0
 
 
-def test_what_a_statistic_refuses_is_placed():
+def test_what_a_statistic_refuses_is_placed() -> None:
     class Picky(RowCount):
-        def update(self, batch):
+        def update(self, batch: np.ndarray) -> None:
             raise DataError("this is no good")
 
     with pytest.raises(DataError, match="the input 'x' on sample 0: this is no good"):
         calibrator().collect(linear_model(), [Tap("x", Picky())], StatisticsStore())
 
 
-def test_a_tap_on_nothing():
+def test_a_tap_on_nothing() -> None:
     with pytest.raises(ModelError, match="has no value 'z'"):
         calibrator().collect(linear_model(), [Tap("z", MinMax())], StatisticsStore())
 
@@ -113,7 +121,7 @@ def test_a_tap_on_nothing():
     ("pattern", "names"),
     [("y", {"y"}), ("block.*", {"block.0/h", "block.0/root"}), (r"re:/h$|^x", {"block.0/h", "x"})],
 )
-def test_hooks_receive_every_batch(pattern, names):
+def test_hooks_receive_every_batch(pattern: str, names: set[str]) -> None:
     seen = []
     hook = Hook(pattern, lambda name, batch: seen.append((name, batch.shape)))
     measuring = calibrator(hooks=[hook])
@@ -127,13 +135,13 @@ def test_hooks_receive_every_batch(pattern, names):
     assert len(seen) == 2 * len(names), "hooks see the first model only"
 
 
-def test_hooks_run_without_taps_and_see_what_is_not_finite():
+def test_hooks_run_without_taps_and_see_what_is_not_finite() -> None:
     seen = []
     calibrator(hooks=[Hook("block.0/root", lambda _, batch: seen.append(batch.copy()))]).run_hooks(linear_model())
     assert np.isnan(seen[1]).any()
 
 
-def test_hook_patterns_that_match_nothing():
+def test_hook_patterns_that_match_nothing() -> None:
     for pattern, message in (
         ("block.0/g", "'block.0/g' matches no value; did you mean 'block.0/h'"),
         ("re:(", "is no regular expression"),
@@ -142,7 +150,7 @@ def test_hook_patterns_that_match_nothing():
             calibrator(hooks=[Hook(pattern, print)]).run_hooks(linear_model())
 
 
-def test_statistics_file(tmp_path):
+def test_statistics_file(tmp_path: Path) -> None:
     store, path = StatisticsStore(), tmp_path / "s.safetensors"
     calibrator().collect(linear_model(), [Tap("x", MinMax()), Tap("block.0/h", ChannelAbsMax())], store)
     save_statistics(path, store, model_hash(linear_model()), "data")
@@ -154,19 +162,19 @@ def test_statistics_file(tmp_path):
         load_statistics(tmp_path / "absent", "")
 
 
-def test_model_hash_sees_every_change(tmp_path):
-    def other_weight(model):
+def test_model_hash_sees_every_change(tmp_path: Path) -> None:
+    def other_weight(model: ir.Model) -> None:
         array = WEIGHT.copy()
         array[1, 2] = np.nextafter(array[1, 2], 4)
         model.graph.initializers["weight"].const_value = ir.tensor(array, name="weight")
 
-    def other_node(model):
+    def other_node(model: ir.Model) -> None:
         list(model.graph)[2].op_type = "Abs"
 
-    def other_name(model):
+    def other_name(model: ir.Model) -> None:
         model.graph.inputs[0].name = "input"
 
-    def other_opset(model):
+    def other_opset(model: ir.Model) -> None:
         model.opset_imports[""] = 20
 
     hashes = {model_hash(linear_model())}
@@ -179,7 +187,7 @@ def test_model_hash_sees_every_change(tmp_path):
     assert len(hashes) == 5
 
 
-def test_model_hash_is_that_of_the_bytes_wherever_they_lie(tmp_path):
+def test_model_hash_is_that_of_the_bytes_wherever_they_lie(tmp_path: Path) -> None:
     ir.save(linear_model(), tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
     stored = ir.load(tmp_path / "m.onnx")
     assert isinstance(stored.graph.initializers["weight"].const_value, ir.ExternalTensor)
@@ -197,10 +205,10 @@ def test_hooks_name_modules_too() -> None:
 
 @dataclass(eq=False)
 class Failing(RowCount):
-    def update(self, batch):
+    def update(self, batch: np.ndarray) -> None:
         raise ValueError("boom")
 
 
-def test_a_users_statistic_that_fails_is_named_with_the_place():
+def test_a_users_statistic_that_fails_is_named_with_the_place() -> None:
     with pytest.raises(DataError, match=r"'block\.0/h'.*sample 0.*Failing.*ValueError: boom"):
         calibrator().collect(linear_model(), [Tap("block.0/h", Failing())], StatisticsStore())

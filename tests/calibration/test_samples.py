@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -38,12 +39,12 @@ def vision_model() -> ir.Model:
     )
 
 
-def read(spec: str | Path, model: ir.Model | None = None, **options) -> list[dict[str, np.ndarray]]:
+def read(spec: str | Path, model: ir.Model | None = None, **options: Any) -> list[dict[str, np.ndarray]]:
     return list(open_samples(str(spec), model=model or language_model(), **options))
 
 
 @pytest.fixture
-def tokenizer(tmp_path) -> Path:
+def tokenizer(tmp_path: Path) -> Path:
     words = {"[s]": 0, **{f"w{index}": index for index in range(1, VOCABULARY)}, "alien": VOCABULARY + 5}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[s]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -53,7 +54,7 @@ def tokenizer(tmp_path) -> Path:
     return tmp_path / "tokenizer.json"
 
 
-def test_missing_inputs_are_filled_in_with_the_one_right_value():
+def test_missing_inputs_are_filled_in_with_the_one_right_value() -> None:
     (sample,) = from_python([{"input_ids": [[3, 4, 5]]}], model=language_model())
     assert sample["input_ids"].dtype == np.int64
     assert sample["attention_mask"].tolist() == [[1, 1, 1]]
@@ -62,7 +63,7 @@ def test_missing_inputs_are_filled_in_with_the_one_right_value():
     assert sample["past_key_values.0.key"].dtype == np.float16
 
 
-def test_a_cache_of_any_name_may_be_empty():
+def test_a_cache_of_any_name_may_be_empty() -> None:
     model = ir.from_onnx_text(
         """<ir_version: 10, opset_import: ["" : 21]>
         lm (int64[b, s] input_ids, float[b, 2, s, 4] new, float[b, 2, p, 4] old) => (float[b, 2, t, 4] y) {
@@ -76,21 +77,21 @@ def test_a_cache_of_any_name_may_be_empty():
         from_python([{"input_ids": [[3]], "new": new[:, :, :0], "old": new}], model=model)
 
 
-def test_more_tokens_than_the_model_has_positions():
+def test_more_tokens_than_the_model_has_positions() -> None:
     model = language_model()
     model.graph.append(ir.node("Gather", [model.graph.initializers["table"], model.graph.inputs[2]]))
     with pytest.raises(DataError, match=r"holds the position 20, and the model has 20; give shorter samples"):
         from_python([{"input_ids": [[1] * 21]}], model=model)
 
 
-def test_mask_and_positions_continue_after_a_past_that_is_given():
+def test_mask_and_positions_continue_after_a_past_that_is_given() -> None:
     past = np.zeros((1, 2, 5, 4), np.float32)
     (sample,) = from_python([{"input_ids": [[3, 4]], "past_key_values.0.key": past}], model=language_model())
     assert sample["attention_mask"].shape == (1, 7)
     assert sample["position_ids"].tolist() == [[5, 6]]
 
 
-def test_ragged_samples_and_reading_twice(tmp_path):
+def test_ragged_samples_and_reading_twice(tmp_path: Path) -> None:
     lines = [{"input_ids": [1, 2, 3]}, {"input_ids": [[4, 5]]}, {"input_ids": list(range(9))}]
     (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
     samples = open_samples(str(tmp_path / "a.jsonl"), model=language_model(), sequence_length=8)
@@ -101,7 +102,7 @@ def test_ragged_samples_and_reading_twice(tmp_path):
     assert len(samples.part(1, 3)) == 2
 
 
-def test_npz_keeps_a_batch_axis_and_loses_it_where_the_model_has_none(tmp_path):
+def test_npz_keeps_a_batch_axis_and_loses_it_where_the_model_has_none(tmp_path: Path) -> None:
     images, means = np.random.default_rng(0).random((4, 3, 2, 2)), np.ones((4, 3))
     np.savez(tmp_path / "a.npz", image=images, mean=means, size=np.arange(4))
     samples = read(tmp_path / "a.npz", vision_model(), limit=3)
@@ -115,13 +116,13 @@ def test_npz_keeps_a_batch_axis_and_loses_it_where_the_model_has_none(tmp_path):
     np.testing.assert_array_equal(samples[2]["image"][0], images[2].astype(np.float32))
 
 
-def test_folder_of_npz_in_order_of_names(tmp_path):
+def test_folder_of_npz_in_order_of_names(tmp_path: Path) -> None:
     for name, value in (("b", 2), ("a", 1)):
         np.savez(tmp_path / f"{name}.npz", input_ids=np.full((2, value + 1), value))
     assert [s["input_ids"].tolist() for s in read(tmp_path)] == [[[1, 1]], [[1, 1]], [[2, 2, 2]], [[2, 2, 2]]]
 
 
-def test_text_windows_are_spread_over_the_text(tmp_path, tokenizer):
+def test_text_windows_are_spread_over_the_text(tmp_path: Path, tokenizer: Path) -> None:
     words = [f"w{1 + index % 19}" for index in range(99)]
     (tmp_path / "t.txt").write_text(" ".join(words))
     windows = read(tmp_path / "t.txt", tokenizer=tokenizer, sequence_length=10, limit=4)
@@ -133,7 +134,7 @@ def test_text_windows_are_spread_over_the_text(tmp_path, tokenizer):
     assert short["input_ids"].shape == (1, 100)
 
 
-def test_of_a_very_long_text_only_the_places_of_the_windows_are_read(tmp_path, tokenizer):
+def test_of_a_very_long_text_only_the_places_of_the_windows_are_read(tmp_path: Path, tokenizer: Path) -> None:
     (tmp_path / "t.txt").write_text("w1 " * 1500 + "w2 " * 2500)
     windows = read(tmp_path / "t.txt", tokenizer=tokenizer, sequence_length=4, limit=2)
     assert [w["input_ids"].tolist() for w in windows] == [[[0, 1, 1, 1]], [[0, 2, 2, 2]]]
@@ -143,13 +144,13 @@ def test_of_a_very_long_text_only_the_places_of_the_windows_are_read(tmp_path, t
     ] == [(1, 4)] * 7
 
 
-def test_json_text_and_numbers(tmp_path, tokenizer):
+def test_json_text_and_numbers(tmp_path: Path, tokenizer: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "w3 w4", "url": "x"}\n{"input_ids": [7]}\n')
     samples = read(tmp_path / "a.jsonl", tokenizer=tokenizer)
     assert [s["input_ids"].tolist() for s in samples] == [[[0, 3, 4]], [[7]]]
 
 
-def test_onnx_test_data(tmp_path):
+def test_onnx_test_data(tmp_path: Path) -> None:
     for index in (10, 2):
         folder = tmp_path / f"test_data_set_{index}"
         folder.mkdir()
@@ -161,7 +162,7 @@ def test_onnx_test_data(tmp_path):
     assert len(read(f"pb:{tmp_path / 'test_data_set_2'}")) == 1
 
 
-def test_python_function_generator_and_reader(tmp_path, monkeypatch):
+def test_python_function_generator_and_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_data.py").write_text(
         "import numpy as np\n"
         "def batches():\n    yield {'input_ids': np.array([[1]])}\n    yield {'input_ids': np.array([[2]])}\n"
@@ -187,12 +188,12 @@ def test_python_function_generator_and_reader(tmp_path, monkeypatch):
         read("py:own_data")
 
 
-def test_iterators_that_run_dry_are_kept():
+def test_iterators_that_run_dry_are_kept() -> None:
     samples = from_python(({"input_ids": [[i]]} for i in range(5)), model=language_model(), limit=3)
     assert [len(list(samples)), len(list(samples)), len(samples)] == [3, 3, 3]
 
 
-def test_random_data_fits_and_warns():
+def test_random_data_fits_and_warns() -> None:
     with pytest.warns(UserWarning, match="says nothing about real activations"):
         samples = read("random", limit=3)
     with pytest.warns(UserWarning, match="random"):
@@ -206,7 +207,7 @@ def test_random_data_fits_and_warns():
     assert image["image"].shape == (1, 3, 32, 32)
 
 
-def test_hash_follows_the_content():
+def test_hash_follows_the_content() -> None:
     def of(*values: int) -> str:
         return from_python([{"input_ids": [[v]]} for v in values], model=language_model()).hash()
 
@@ -234,18 +235,18 @@ def test_hash_follows_the_content():
         ({"input_ids": [[1]], "past_key_values.0.key": np.zeros((1, 3, 1, 4))}, r"has shape \[1, 3, 1, 4\]"),
     ],
 )
-def test_what_is_wrong_with_a_sample_is_said(sample, message):
+def test_what_is_wrong_with_a_sample_is_said(sample: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         from_python([sample], model=language_model())
 
 
-def test_a_later_sample_is_checked_when_it_is_read():
+def test_a_later_sample_is_checked_when_it_is_read() -> None:
     samples = from_python([{"input_ids": [[1]]}, {"input_ids": [[99]]}], model=language_model())
     with pytest.raises(DataError, match="sample 1: 'input_ids' holds the token id 99"):
         list(samples)
 
 
-def test_integers_that_do_not_fit_are_refused():
+def test_integers_that_do_not_fit_are_refused() -> None:
     data = {"image": np.zeros((1, 3, 1, 1)), "mean": np.zeros(3)}
     assert next(iter(from_python([{**data, "size": [7]}], model=vision_model())))["size"].dtype == np.int32
     with pytest.raises(DataError, match="INT32: not every number fits"):
@@ -269,20 +270,20 @@ def test_integers_that_do_not_fit_are_refused():
         ("a.txt", b"w1", "is text and needs a tokenizer"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(tmp_path, name, content, message):
+def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         read(tmp_path / name)
 
 
-def test_pickles_are_refused(tmp_path):
+def test_pickles_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", input_ids=np.array([[None]], object))
     with pytest.raises(DataError, match="pickled Python objects, which are never loaded"):
         read(tmp_path / "a.npz")
 
 
-def test_npz_whose_arrays_disagree_or_are_empty(tmp_path):
+def test_npz_whose_arrays_disagree_or_are_empty(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", input_ids=np.zeros((2, 3), int), attention_mask=np.ones((3, 3), int))
     with pytest.raises(DataError, match="the arrays disagree: 'input_ids' 2, 'attention_mask' 3"):
         read(tmp_path / "a.npz")
@@ -294,7 +295,7 @@ def test_npz_whose_arrays_disagree_or_are_empty(tmp_path):
         read(tmp_path / "c.npz")
 
 
-def test_text_needs_the_right_tokenizer_and_model(tmp_path, tokenizer):
+def test_text_needs_the_right_tokenizer_and_model(tmp_path: Path, tokenizer: Path) -> None:
     (tmp_path / "a.txt").write_text("w1 alien")
     with pytest.raises(DataError, match="the token id 25, and the model's vocabulary has 20"):
         read(tmp_path / "a.txt", tokenizer=tokenizer)
@@ -307,7 +308,7 @@ def test_text_needs_the_right_tokenizer_and_model(tmp_path, tokenizer):
         read(tmp_path / "a.txt", tokenizer=tmp_path / "bad.json")
 
 
-def test_folders_that_hold_nothing(tmp_path):
+def test_folders_that_hold_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no \.npz files"):
         read(tmp_path)
     with pytest.raises(DataError, match="holds no ONNX test data"):
@@ -316,7 +317,7 @@ def test_folders_that_hold_nothing(tmp_path):
         from_python([{"input_ids": [[1]]}], model=language_model(), limit=0)
 
 
-def test_a_cache_whose_shape_is_not_known_cannot_be_filled_in():
+def test_a_cache_whose_shape_is_not_known_cannot_be_filled_in() -> None:
     model = language_model()
     model.graph.inputs[3].shape = ir.Shape(["batch", 2, "past", "width"])
     with pytest.raises(DataError, match=r"lacks the input 'past_key_values\.0\.key' \[batch, 2, past, width\]"):

@@ -6,15 +6,19 @@ import errno
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import typer
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler import errors
 from qcompiler.cli import app as cli
+from qcompiler.cli.common import parse_size
 from qcompiler.targets import Target, target_names
 
 HEAVY = (
@@ -80,14 +84,18 @@ def test_module_can_be_run() -> None:
     assert "onnx-ir " in done.stdout
 
 
-def test_every_command_of_the_contract_exists(monkeypatch, capsys) -> None:
+def test_every_command_of_the_contract_exists(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(monkeypatch, "--help")
     text = capsys.readouterr().out
     for command in ("compile", "calibrate", "eval", "generate", "diff", "passes", "explain", "recipes", "targets"):
         assert command in text
 
 
-def test_compile_without_data(monkeypatch, capsys, tmp_path) -> None:
+def test_compile_without_data(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     model = write_model(tmp_path / "in")
     out = tmp_path / "out"
     settings = ["--set", "lower-weight-only.block_size=64"]
@@ -100,7 +108,9 @@ def test_compile_without_data(monkeypatch, capsys, tmp_path) -> None:
     assert "block_size: 64" in (out / "recipe.yaml").read_text()
 
 
-def test_compile_json_prints_one_object(monkeypatch, capsys, tmp_path) -> None:
+def test_compile_json_prints_one_object(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     model = write_model(tmp_path / "in")
     arguments = ["compile", model.parent, "-r", "int8-static", "-o", tmp_path / "out", "--json", "--target", "portable"]
     arguments += ["--calibration", model.parent / "data.npz", "--samples", "8", "--set", "quantize-weights.search=mse"]
@@ -112,7 +122,9 @@ def test_compile_json_prints_one_object(monkeypatch, capsys, tmp_path) -> None:
     assert "search: mse" in (tmp_path / "out" / "recipe.yaml").read_text()
 
 
-def test_calibrate_then_compile_from_its_statistics(monkeypatch, capsys, tmp_path) -> None:
+def test_calibrate_then_compile_from_its_statistics(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     model = write_model(tmp_path / "in")
     stats, data = tmp_path / "stats.safetensors", model.parent / "data.npz"
     assert run(monkeypatch, "calibrate", model, "-r", "int8-static", "--calibration", data, "-o", stats) == 0
@@ -124,7 +136,9 @@ def test_calibrate_then_compile_from_its_statistics(monkeypatch, capsys, tmp_pat
     assert "exists already" in capsys.readouterr().err
 
 
-def test_a_failed_gate_is_exit_code_1_and_the_output_is_there(monkeypatch, capsys, tmp_path) -> None:
+def test_a_failed_gate_is_exit_code_1_and_the_output_is_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     model = write_model(tmp_path / "in")
     recipe = tmp_path / "strict.yaml"
     recipe.write_text("passes: [quantize-weights, quantize-activations]\ngates: {output_sqnr_db: 200}\n")
@@ -134,7 +148,9 @@ def test_a_failed_gate_is_exit_code_1_and_the_output_is_there(monkeypatch, capsy
     assert (tmp_path / "out" / "model.onnx").is_file()
 
 
-def test_an_existing_output_is_kept_and_nothing_is_worked_on(monkeypatch, capsys, tmp_path) -> None:
+def test_an_existing_output_is_kept_and_nothing_is_worked_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     model = write_model(tmp_path / "in")
     out = tmp_path / "out"
     out.mkdir()
@@ -169,7 +185,13 @@ def test_an_existing_output_is_kept_and_nothing_is_worked_on(monkeypatch, capsys
         (["-r", "int8-weights", "--device", "cuda"], "--device cuda"),
     ],
 )
-def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path, arguments: list[str], message: str) -> None:
+def test_bad_input_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
     model = write_model(tmp_path / "in")
     assert run(monkeypatch, "compile", model, "-o", tmp_path / "out", *arguments) == 2
     captured = capsys.readouterr()
@@ -220,7 +242,13 @@ def lower_opset(folder: Path) -> None:
         (lower_opset, "opset 8"),
     ],
 )
-def test_spoilt_input_is_one_sentence_and_leaves_nothing(monkeypatch, capsys, tmp_path, spoil, message: str) -> None:
+def test_spoilt_input_is_one_sentence_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    spoil: Callable[..., Any],
+    message: str,
+) -> None:
     folder = write_model(tmp_path / "in").parent
     spoil(folder)
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -233,7 +261,9 @@ def test_spoilt_input_is_one_sentence_and_leaves_nothing(monkeypatch, capsys, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_a_full_disk_leaves_nothing(monkeypatch, capsys, tmp_path) -> None:
+def test_a_full_disk_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     model = write_model(tmp_path / "in")
 
     def full(*_: object, **__: object) -> None:
@@ -245,7 +275,9 @@ def test_a_full_disk_leaves_nothing(monkeypatch, capsys, tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_a_disk_that_fills_while_a_large_tensor_is_written(monkeypatch, capsys, tmp_path) -> None:
+def test_a_disk_that_fills_while_a_large_tensor_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     """Numpy's tofile raises an OSError without a number."""
     model = write_model(tmp_path / "in")
 
@@ -257,7 +289,9 @@ def test_a_disk_that_fills_while_a_large_tensor_is_written(monkeypatch, capsys, 
     assert capsys.readouterr().err.startswith("error: the disk is full")
 
 
-def test_dumps_that_cannot_be_written(monkeypatch, capsys, tmp_path) -> None:
+def test_dumps_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     model = write_model(tmp_path / "in")
     (tmp_path / "file").touch()
     out = tmp_path / "out"
@@ -285,14 +319,14 @@ class Largest(Statistic):
 """
 
 
-def test_a_statistic_of_ones_own_from_the_current_folder(tmp_path) -> None:
+def test_a_statistic_of_ones_own_from_the_current_folder(tmp_path: Path) -> None:
     """In processes of their own: the console script does not have the current folder on its import path."""
     write_model(tmp_path / "in")
     (tmp_path / "own_statistic.py").write_text(OWN_STATISTIC)
     (tmp_path / "own.yaml").write_text(
         "passes: [quantize-weights, {quantize-activations: {range: 'own_statistic:Largest'}}]"
     )
-    script = Path(sys.executable).parent / "qcompiler"
+    script = str(Path(sys.executable).parent / "qcompiler")
     start = [script, "calibrate", "in", "-r", "own.yaml", "--calibration", "in/data.npz", "-o", "stats.safetensors"]
     subprocess.run(start, cwd=tmp_path, check=True, capture_output=True)
     start = [script, "compile", "in", "-r", "own.yaml", "--statistics", "stats.safetensors", "-o", "out"]
@@ -301,7 +335,9 @@ def test_a_statistic_of_ones_own_from_the_current_folder(tmp_path) -> None:
     assert {site["status"] for site in sites} == {"quantized"}
 
 
-def test_random_data_warns_in_one_line(monkeypatch, capsys, tmp_path) -> None:
+def test_random_data_warns_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     model = write_model(tmp_path / "in")
     arguments = ["compile", model, "-r", "int8-static", "--calibration", "random", "--samples", 2, "-o", tmp_path / "o"]
     assert run(monkeypatch, *arguments) == 0
@@ -319,7 +355,9 @@ def test_random_data_warns_in_one_line(monkeypatch, capsys, tmp_path) -> None:
         ["recipe"],
     ],
 )
-def test_usage_errors(monkeypatch, capsys, arguments: list[str]) -> None:
+def test_usage_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
     assert run(monkeypatch, *arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -340,13 +378,13 @@ def test_usage_errors(monkeypatch, capsys, arguments: list[str]) -> None:
     ],
 )
 def test_sizes(text: str, count: int) -> None:
-    assert cli.parse_size(text) == count
+    assert parse_size(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "4 apples", "-1GB", "GiB", "1e9"])
 def test_wrong_sizes(text: str) -> None:
-    with pytest.raises(cli.typer.BadParameter, match="is no size"):
-        cli.parse_size(text)
+    with pytest.raises(typer.BadParameter, match="is no size"):
+        parse_size(text)
 
 
 def write_language_model(folder: Path, noise: float) -> Path:
@@ -370,7 +408,7 @@ def write_language_model(folder: Path, noise: float) -> Path:
     return folder
 
 
-def test_eval(monkeypatch, capsys, tmp_path) -> None:
+def test_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     exact, noisy = (write_language_model(tmp_path / name, noise) for name, noise in (("a", 0.0), ("b", 0.1)))
     data = exact / "data.jsonl"
     assert run(monkeypatch, "eval", noisy, "--data", data, "--reference", exact, "--json") == 0
@@ -393,7 +431,7 @@ def test_eval(monkeypatch, capsys, tmp_path) -> None:
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_diff(monkeypatch, capsys, tmp_path) -> None:
+def test_diff(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     model = write_model(tmp_path / "in")
     assert run(monkeypatch, "compile", model, "-r", "int8-weights", "-o", tmp_path / "out", "--target", "portable") == 0
     capsys.readouterr()
@@ -414,7 +452,7 @@ def test_diff(monkeypatch, capsys, tmp_path) -> None:
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_passes_and_explain(monkeypatch, capsys) -> None:
+def test_passes_and_explain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "passes") == 0
     assert "smooth-quant" in capsys.readouterr().out
     assert run(monkeypatch, "explain", "smooth-quant") == 0
@@ -426,7 +464,7 @@ def test_passes_and_explain(monkeypatch, capsys) -> None:
     assert capsys.readouterr().err == "error: there is no pass 'smooth-quart'; did you mean 'smooth-quant'?\n"
 
 
-def test_a_broken_plugin_is_listed_as_such(monkeypatch, capsys) -> None:
+def test_a_broken_plugin_is_listed_as_such(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def broken(name: str) -> type:
         raise errors.RecipeError(f"the pass {name!r} cannot be imported")
 
@@ -435,7 +473,7 @@ def test_a_broken_plugin_is_listed_as_such(monkeypatch, capsys) -> None:
     assert "cannot be imported" in capsys.readouterr().out
 
 
-def test_recipes(monkeypatch, capsys, tmp_path) -> None:
+def test_recipes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run(monkeypatch, "recipes") == 0
     assert "smoothquant" in capsys.readouterr().out
     assert run(monkeypatch, "recipes", "smoothquant", "--target", "ort-cpu") == 0
@@ -445,7 +483,7 @@ def test_recipes(monkeypatch, capsys, tmp_path) -> None:
     assert "lower-int8" in capsys.readouterr().out
 
 
-def test_targets(monkeypatch, capsys) -> None:
+def test_targets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "targets") == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in ("portable", "ort-cpu", "ort-cuda"))
@@ -455,8 +493,8 @@ def test_targets(monkeypatch, capsys) -> None:
     assert "refuses static W8A8" in text
 
 
-def test_interrupt_defect_and_pass_error(monkeypatch, capsys) -> None:
-    def raising(error: BaseException):
+def test_interrupt_defect_and_pass_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def raising(error: BaseException) -> Callable[..., None]:
         def explode(*_: object) -> None:
             raise error
 
@@ -477,7 +515,7 @@ def test_interrupt_defect_and_pass_error(monkeypatch, capsys) -> None:
     assert "please report it" in text
 
 
-def test_targets_as_json(monkeypatch, capsys) -> None:
+def test_targets_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "targets", "--json") == 0
     titles = json.loads(capsys.readouterr().out)["targets"]
     assert set(titles) == set(target_names())

@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -85,7 +88,7 @@ def model() -> ir.Model:
     [("int8-static", "portable"), ("int8-static", "ort-cpu"), ("int8-dynamic", "ort-cpu"), ("rtn-w4", "portable"),
      ("rtn-w4", "ort-cpu")],
 )  # fmt: skip
-def test_the_damaged_layer_is_first_in_both_orders(model, recipe, target) -> None:
+def test_the_damaged_layer_is_first_in_both_orders(model: ir.Model, recipe: str, target: str) -> None:
     compiled = qcompiler.compile(model, recipe, calibration=data(), target=target).model
     factor = 2.0 if recipe == "rtn-w4" else 1.2
     found = debug(model, damage(compiled, scale_of(compiled, f"w{DAMAGED}"), factor), calibration=data())
@@ -98,7 +101,7 @@ def test_the_damaged_layer_is_first_in_both_orders(model, recipe, target) -> Non
     assert f"p{DAMAGED}" in found.recipe.exclude
 
 
-def test_a_damaged_range_of_activations_is_told_from_weights(model) -> None:
+def test_a_damaged_range_of_activations_is_told_from_weights(model: ir.Model) -> None:
     compiled = qcompiler.compile(model, "int8-static", calibration=data(), target="ort-cpu").model
     scale = f"s{DAMAGED - 1}.scale"
     found = debug(model, damage(compiled, scale, 0.25), calibration=data())
@@ -108,7 +111,7 @@ def test_a_damaged_range_of_activations_is_told_from_weights(model) -> None:
     assert found.alone[0].activations == "uint8 per-tensor"
 
 
-def test_alone_is_what_only_this_layer_quantized_does(model) -> None:
+def test_alone_is_what_only_this_layer_quantized_does(model: ir.Model) -> None:
     """Against a model in which the recipe leaves all layers but one in float."""
     small = chain(4)
     whole = qcompiler.compile(small, "rtn-w4", target="ort-cpu").model
@@ -148,14 +151,14 @@ def test_loud_channels_ask_for_smoothquant() -> None:
 
 
 @pytest.mark.parametrize("form", ["QDQ", "QOperator"])
-def test_models_of_onnxruntime(model, tmp_path, form) -> None:
+def test_models_of_onnxruntime(model: ir.Model, tmp_path: Path, form: str) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self._rest = iter(data())
 
-        def get_next(self):
+        def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self._rest, None)
 
     small = chain(10)
@@ -175,7 +178,7 @@ def test_models_of_onnxruntime(model, tmp_path, form) -> None:
     assert found.recipe.name == "int8-static-debugged"
 
 
-def test_renamed_values_are_found_by_module_path(model) -> None:
+def test_renamed_values_are_found_by_module_path(model: ir.Model) -> None:
     small = chain(3)
     for i, node in enumerate(node for node in small.graph if node.op_type == "MatMul"):
         node.name = f"/layers.{i}/fc/MatMul"
@@ -190,7 +193,7 @@ def test_renamed_values_are_found_by_module_path(model) -> None:
     assert all(layer.alone_db > 30 and layer.weights for layer in found.alone)
 
 
-def test_memory_limits_change_no_number(model) -> None:
+def test_memory_limits_change_no_number(model: ir.Model) -> None:
     small = chain(3)
     compiled = qcompiler.compile(small, "int8-static", calibration=data(), target="portable").model
     free = debug(small, compiled, calibration=data())
@@ -199,7 +202,7 @@ def test_memory_limits_change_no_number(model) -> None:
     assert [layer.output_db for layer in limited.alone] == pytest.approx([layer.output_db for layer in free.alone])
 
 
-def test_without_effects_the_own_error_decides(model) -> None:
+def test_without_effects_the_own_error_decides(model: ir.Model) -> None:
     small = chain(4)
     compiled = qcompiler.compile(small, "rtn-w4").model
     found = debug(small, compiled, calibration=data(), effect_samples=0)
@@ -208,7 +211,7 @@ def test_without_effects_the_own_error_decides(model) -> None:
     assert own == sorted(own)
 
 
-def test_a_model_of_another_kind_is_refused(model) -> None:
+def test_a_model_of_another_kind_is_refused(model: ir.Model) -> None:
     other = tiny.build("g (float[B,4] a, float[4,4] q) => (float[B,4] b) { b = MatMul(a, q) }", q="normal")
     with pytest.raises(ModelError, match="no layer of the float model was found"):
         debug(model, other, calibration=data())
@@ -216,7 +219,7 @@ def test_a_model_of_another_kind_is_refused(model) -> None:
         debug(model, model, calibration=[{"z": np.zeros(3)}])
 
 
-def test_models_in_the_wrong_order_or_without_quantization_are_refused(model) -> None:
+def test_models_in_the_wrong_order_or_without_quantization_are_refused(model: ir.Model) -> None:
     small = chain(4)
     compiled = qcompiler.compile(small, "rtn-w4").model
     with pytest.raises(ModelError, match="give the float model first"):
@@ -244,7 +247,7 @@ def swapped(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 # Recipe, target, the constant ({} is the layer, {-} the one before), and what happens to it: the array, and the output
 # channels, the loudest first. What a Relu swallows would harm nothing.
-DAMAGES = {
+DAMAGES: dict[str, tuple[str, str, str, Callable[..., np.ndarray]]] = {
     "a channel": ("int8-static", "ort-cpu", "p{}.weight_scale", louder),
     "a channel, dynamic": ("int8-dynamic", "ort-cpu", "p{}.weight_scale", louder),
     "a channel, portable": ("int8-static", "portable", "w{}.scale", louder),
@@ -260,7 +263,9 @@ DAMAGES = {
 
 @pytest.mark.parametrize("kind", DAMAGES)
 @pytest.mark.parametrize("place", [2, 30])
-def test_every_kind_of_damage_is_found(model, compilations, kind, place) -> None:
+def test_every_kind_of_damage_is_found(
+    model: ir.Model, compilations: Callable[[str, str], ir.Model], kind: str, place: int
+) -> None:
     """An early layer's error goes through all others, and they are not taken for its cause."""
     recipe, target, pattern, how = DAMAGES[kind]
     live = np.argsort(-inner(model, data(1)[0], f"r{place}").mean((0, 1)))
@@ -274,7 +279,7 @@ def test_every_kind_of_damage_is_found(model, compilations, kind, place) -> None
 
 
 @pytest.fixture(scope="module")
-def compilations(model):
+def compilations(model: ir.Model) -> Callable[[str, str], ir.Model]:
     return functools.cache(
         lambda recipe, target: qcompiler.compile(model, recipe, calibration=data(), target=target).model
     )
@@ -300,7 +305,7 @@ def test_what_kernels_round_inside_is_told_from_weights() -> None:
 
 
 @pytest.mark.parametrize("form", ["concat", "scatter", "attention-past", "fused"])
-def test_a_cache_alone_is_what_only_this_cache_quantized_does(form) -> None:
+def test_a_cache_alone_is_what_only_this_cache_quantized_does(form: str) -> None:
     """Against a model in which the other layers' caches stay float."""
     scatter = form == "scatter"
     model = decoders.build(form, layers=3, opset=24 if scatter else 23, room=8 if scatter else 0)
@@ -308,7 +313,7 @@ def test_a_cache_alone_is_what_only_this_cache_quantized_does(form) -> None:
     if scatter:
         samples = [sample | {"at": np.zeros(2, np.int64)} for sample in samples]
 
-    def compiled(**options: object) -> ir.Model:
+    def compiled(**options: Any) -> ir.Model:
         recipe = Recipe.from_dict({"name": "caches", "passes": [{"quantize-kv-cache": options}]})
         return qcompiler.compile(model, recipe, calibration=samples, target="portable").model
 
@@ -324,7 +329,7 @@ def test_a_cache_alone_is_what_only_this_cache_quantized_does(form) -> None:
 # ---------------------------------------------------------------------------------------------------- advice
 
 
-def layer(name: str, decibels: float, **more) -> LayerDiagnosis:
+def layer(name: str, decibels: float, **more: Any) -> LayerDiagnosis:
     plain = LayerDiagnosis(
         name=name, module_path=name, block="", op="MatMul", kernel="", weights="int4 group(128) symmetric",
         activations="", cache="", alone_db=decibels, output_db=decibels, kl=None, before_db=60.0,
@@ -341,7 +346,7 @@ def layer(name: str, decibels: float, **more) -> LayerDiagnosis:
      ("gptq-w2", "set gptq.format=int4: 4 bits instead of 2"),
      ("gptq-w4-act-order", "set gptq.granularity=group, gptq.group_size=32: groups of 32 instead of 128")],
 )  # fmt: skip
-def test_weights_ask_for_better_rounding(recipe, expected) -> None:
+def test_weights_ask_for_better_rounding(recipe: str, expected: str) -> None:
     bits = "int2" if recipe == "gptq-w2" else "int4"
     layers = [layer(f"l{i}", 30 + i % 3, weights=f"{bits} group(128) symmetric") for i in range(20)]
     proposals, proposed = advise(layers, Recipe.load(recipe), 15.0)
@@ -350,7 +355,7 @@ def test_weights_ask_for_better_rounding(recipe, expected) -> None:
 
 
 def test_inputs_ask_by_what_is_loud() -> None:
-    def named(recipe: str, **more: object) -> str:
+    def named(recipe: str, **more: Any) -> str:
         layers = [layer(f"l{i}", 30, activations="uint8 per-tensor", activation_share=0.9, **more) for i in range(20)]
         return advise(layers, Recipe.load(recipe), 15.0)[0][0].text
 
@@ -427,14 +432,16 @@ def test_outliers_of_channels_and_tokens() -> None:
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-def run(monkeypatch, *arguments: object) -> int:
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["qcompiler", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
         cli.main()
     return caught.value.code if isinstance(caught.value.code, int) else 0
 
 
-def test_the_command_writes_a_recipe_that_compiles(monkeypatch, capsys, tmp_path) -> None:
+def test_the_command_writes_a_recipe_that_compiles(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     small = chain(12)
     ir.save(small, tmp_path / "float.onnx")
     np.savez(tmp_path / "data.npz", x=np.concatenate([sample["x"] for sample in data()]))

@@ -8,11 +8,13 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+import yaml
 from typer.testing import CliRunner
 
 from qcompiler.cli.app import app
@@ -123,7 +125,7 @@ def test_recipes_in_the_guide_are_recipes() -> None:
     for text in blocks:
         named = text if text.startswith("name:") else f"name: shown\n{text}"
         for target in ("portable", "ort-cpu"):
-            Recipe.from_dict(test_golden.yaml.safe_load(named)).resolved(target)
+            Recipe.from_dict(yaml.safe_load(named)).resolved(target)
 
 
 # --- links
@@ -140,7 +142,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 @pytest.fixture
-def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The page's files in a folder, installed as pip would: on the path, with the entry point in their metadata."""
     for name, content in FILE.findall((DOCS / "writing-a-pass.md").read_text(encoding="utf-8")):
         file = tmp_path / name
@@ -193,8 +195,9 @@ def test_the_example_measures_and_skips(example: Path) -> None:
         g="outliers", W="normal",
     )  # fmt: skip
     before = np.array(tiny.data(model, "g"))
+    rounding: Any = pass_class("round-gains")
     for quiet, skipped in ((100, 0), (10, 1)):
-        (changes,) = tiny.compile(model.clone(), [pass_class("round-gains")(quiet=quiet)], tiny.feeds(model))
+        (changes,) = tiny.compile(model.clone(), [rounding(quiet=quiet)], tiny.feeds(model))
         assert len(changes.skipped) == skipped
         assert len(changes.changed) == 1 - skipped
     assert np.array_equal(before, tiny.data(model, "g"))

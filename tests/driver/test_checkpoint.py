@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -28,7 +29,8 @@ RECIPE = {
 
 def model() -> ir.Model:
     """Blocks of two linear layers around a nonlinearity, named as exporters name them."""
-    lines, weights = [], {}
+    lines: list[str] = []
+    weights: dict[str, Any] = {}
     for i in range(BLOCKS):
         lines += [
             f'["model.layers.{i}.mlp.up_proj"] u_{i} = MatMul (h_{i}, U_{i})',
@@ -48,7 +50,9 @@ def samples(seed: int = 0) -> list[dict[str, np.ndarray]]:
     return [{"x": generator.standard_normal((40, 32)).astype(np.float32) @ mixing} for _ in range(3)]
 
 
-def compiled(work: Path, *, resume: bool = False, recipe: dict | None = None, seed: int = 0) -> qcompiler.Compiled:
+def compiled(
+    work: Path, *, resume: bool = False, recipe: dict[str, Any] | None = None, seed: int = 0
+) -> qcompiler.Compiled:
     return qcompiler.compile(
         model(), Recipe.from_dict(recipe or RECIPE), calibration=samples(seed), work_dir=work, resume=resume
     )
@@ -66,7 +70,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
     """Let the solver die in its `after`-th call; returns the list that counts the calls."""
     calls: list[int] = []
 
-    def dying(*args: object, **settings: object) -> Quantized:
+    def dying(*args: object, **settings: Any) -> Quantized:
         calls.append(len(calls))
         if len(calls) == after:
             raise Killed

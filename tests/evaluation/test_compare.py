@@ -1,13 +1,16 @@
 """Broken graphs are found and named; models that differ are measured right."""
 
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 import qcompiler
-from qcompiler.calibration.samples import from_python
+from qcompiler.calibration.samples import Samples, from_python
 from qcompiler.errors import ModelError, PassError
 from qcompiler.evaluation.compare import VALUE_ELEMENTS, check_structure, compare
 from qcompiler.evaluation.likelihood import Difference, Divergence, Likelihood
@@ -41,7 +44,7 @@ def language_model(noise: float = 0.0, vocabulary: int = 11, hidden: int = 8) ->
     return model
 
 
-def samples(model: ir.Model, count: int = 3):
+def samples(model: ir.Model, count: int = 3) -> Samples:
     generator = np.random.default_rng(2)
     data = [{"input_ids": generator.integers(0, 11, (1, 4 + index))} for index in range(count)]
     data[-1]["attention_mask"] = np.array([[1] * (2 + count) + [0]])
@@ -53,7 +56,7 @@ def log_probabilities(logits: np.ndarray) -> np.ndarray:
     return np.log(p / p.sum(-1, keepdims=True))
 
 
-def outputs(model: ir.Model, data) -> list[dict[str, np.ndarray]]:
+def outputs(model: ir.Model, data: Samples) -> list[dict[str, np.ndarray]]:
     import onnxruntime as ort
 
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
@@ -61,7 +64,7 @@ def outputs(model: ir.Model, data) -> list[dict[str, np.ndarray]]:
     return [dict(zip(names, session.run(None, sample), strict=True)) for sample in data]
 
 
-def test_a_model_equals_itself():
+def test_a_model_equals_itself() -> None:
     comparison = compare(language_model(), language_model(), samples(language_model()), values={"h": "h", "y": "y"})
     assert set(comparison.outputs) == {"logits", "hidden", "size"}
     assert set(comparison.values) == {"h", "y"}
@@ -75,7 +78,7 @@ def test_a_model_equals_itself():
 
 
 @pytest.mark.parametrize("memory_limit", [None, 2000])
-def test_measures_are_those_of_the_definitions(memory_limit):
+def test_measures_are_those_of_the_definitions(memory_limit: int | None) -> None:
     reference, candidate = language_model(), language_model(0.3)
     data = samples(reference)
     comparison = compare(reference, candidate, data, values={"y": "y"}, memory_limit=memory_limit)
@@ -86,7 +89,8 @@ def test_measures_are_those_of_the_definitions(memory_limit):
     assert hidden.sqnr_db == pytest.approx(10 * np.log10((x**2).sum() / ((x - y) ** 2).sum()), rel=1e-5)
     assert hidden.cosine == pytest.approx(x @ y / np.linalg.norm(x) / np.linalg.norm(y), rel=1e-6)
     assert hidden.max_abs_error == pytest.approx(np.abs(x - y).max(), rel=1e-5)
-    kl, same, nll = [], [], [[], []]
+    kl, same = [], []
+    nll: list[list[float]] = [[], []]
     for sample, one, other in zip(data, a, b, strict=True):
         keep = sample["attention_mask"][0] == 1
         p, q = (log_probabilities(o["logits"][0][keep]) for o in (one, other))
@@ -102,7 +106,7 @@ def test_measures_are_those_of_the_definitions(memory_limit):
     assert 0 < comparison.values["y"].sqnr_db < 30
 
 
-def test_limit_and_outputs_choose():
+def test_limit_and_outputs_choose() -> None:
     data = samples(language_model())
     few = compare(language_model(), language_model(0.3), data, outputs=["hidden"], limit=1)
     assert set(few.outputs) == {"hidden"}
@@ -111,8 +115,8 @@ def test_limit_and_outputs_choose():
     )
 
 
-def test_large_values_are_thinned_alike_in_both():
-    def wide(factor):
+def test_large_values_are_thinned_alike_in_both() -> None:
+    def wide(factor: float) -> ir.Model:
         return ir.from_onnx_text(
             f"""<ir_version: 10, opset_import: ["" : 21]>
             g (float[n] x) => (float y) <float[1] f = {{{factor}}}> {{
@@ -128,7 +132,7 @@ def test_large_values_are_thinned_alike_in_both():
     assert measures.max_abs_error == pytest.approx(0.1, rel=1e-3)
 
 
-def test_what_is_not_in_both_models_is_listed():
+def test_what_is_not_in_both_models_is_listed() -> None:
     comparison = compare(language_model(), language_model(), samples(language_model()), values={"h": "gone", "y": "y"})
     assert comparison.absent == ("h",)
     assert set(comparison.values) == {"y"}
@@ -136,7 +140,7 @@ def test_what_is_not_in_both_models_is_listed():
         compare(language_model(), language_model(), samples(language_model()), outputs=["gone"])
 
 
-def test_shapes_that_differ_are_listed_and_not_measured():
+def test_shapes_that_differ_are_listed_and_not_measured() -> None:
     comparison = compare(language_model(), language_model(vocabulary=12), samples(language_model()), values={"y": "y"})
     assert comparison.reshaped == ("logits",)
     assert "logits" not in comparison.outputs
@@ -158,7 +162,7 @@ ROUTED = """block (float[N,8] x, float[8,1] R, float[8,4] W) => (float[N,4] y) {
 }"""
 
 
-def test_a_layer_whose_rows_are_routed_otherwise_after_quantization_does_not_stop_the_compilation():
+def test_a_layer_whose_rows_are_routed_otherwise_after_quantization_does_not_stop_the_compilation() -> None:
     """Scores of exactly 0 leave, once rounding makes them positive: the expert then sees another number of rows."""
     R = np.array([1, -1, 0, 0, 0, 0, 0, 0], np.float32)[:, None]
     x = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
@@ -173,8 +177,8 @@ def test_a_layer_whose_rows_are_routed_otherwise_after_quantization_does_not_sto
     assert "not compared with the float model: e, whose shape quantization changes" in report.warnings
 
 
-def test_difference_of_special_numbers():
-    def measured(a, b):
+def test_difference_of_special_numbers() -> None:
+    def measured(a: list[float], b: list[float]) -> Difference:
         difference = Difference()
         difference.update(np.array(a, np.float32), np.array(b, np.float32))
         return difference
@@ -187,7 +191,7 @@ def test_difference_of_special_numbers():
     assert (measured([0], [0]).cosine, measured([0], [1]).cosine) == (1, 0)
 
 
-def test_masked_tokens_and_impossible_ones_do_not_count():
+def test_masked_tokens_and_impossible_ones_do_not_count() -> None:
     logits = np.zeros((1, 3, 4), np.float32)
     logits[0, 2] = [9, 9, 9, 0]
     likelihood = Likelihood()
@@ -202,70 +206,70 @@ def test_masked_tokens_and_impossible_ones_do_not_count():
     assert divergence.kl == pytest.approx(math.log(1.5) / 2)
 
 
-def broken(change) -> ir.Model:
+def broken(change: Callable[..., None]) -> ir.Model:
     model = language_model()
     change(model.graph, list(model.graph))
     return model
 
 
-def later(graph, nodes):
+def later(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     graph.remove(nodes[0])
     graph.append(nodes[0])
 
 
-def removed(graph, nodes):
+def removed(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     other = ir.Node("", "Neg", [nodes[0].outputs[0]], name="other")
     nodes[1].replace_input_with(0, other.outputs[0])
     other.outputs[0].name = "other"
 
 
-def twice(graph, nodes):
+def twice(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     nodes[1].outputs[0].name = "h"
 
 
-def same_node_name(graph, nodes):
+def same_node_name(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     nodes[1].name = "n0"
 
 
-def nameless(graph, nodes):
+def nameless(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     nodes[1].replace_input_with(1, ir.Value(name="from nowhere"))
 
 
-def stale_type(graph, nodes):
+def stale_type(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     graph.initializers["weight"].const_value = ir.tensor(np.zeros((8, 8), np.int8), name="weight")
 
 
-def stale_shape(graph, nodes):
+def stale_shape(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     graph.initializers["weight"].const_value = ir.tensor(np.zeros((8, 9), np.float32), name="weight")
 
 
-def mixed_types(graph, nodes):
+def mixed_types(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     value = ir.Value(name="half", const_value=ir.tensor(np.zeros((8, 8), np.float16)), shape=ir.Shape([8, 8]))
     value.type = ir.TensorType(ir.DataType.FLOAT16)
     graph.register_initializer(value)
     nodes[1].replace_input_with(1, value)
 
 
-def refused_type(graph, nodes):
+def refused_type(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     value = ir.Value(name="flags", const_value=ir.tensor(np.zeros((8, 8), bool)), shape=ir.Shape([8, 8]))
     value.type = ir.TensorType(ir.DataType.BOOL)
     graph.register_initializer(value)
     nodes[1].replace_input_with(1, value)
 
 
-def no_such_operator(graph, nodes):
+def no_such_operator(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     nodes[1].op_type = "MatMull"
 
 
-def domain_not_imported(graph, nodes):
+def domain_not_imported(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     nodes[1].domain = "com.microsoft"
 
 
-def wrong_attribute(graph, nodes):
+def wrong_attribute(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     nodes[0].attributes.add(ir.AttrString("axis", "one"))
 
 
-def lost_output(graph, nodes):
+def lost_output(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     graph.outputs.append(ir.Value(name="lost", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1])))
 
 
@@ -287,7 +291,7 @@ def lost_output(graph, nodes):
         (lost_output, "output 'lost' is not written by any node"),
     ],
 )
-def test_broken_graphs_are_found(change, message):
+def test_broken_graphs_are_found(change: Callable[..., Any], message: str) -> None:
     model = language_model()
     check_structure(typed(model))
     change(model.graph, list(model.graph))
@@ -300,7 +304,7 @@ def typed(model: ir.Model) -> ir.Model:
     return model
 
 
-def test_checking_changes_nothing_and_reads_no_weights(tmp_path):
+def test_checking_changes_nothing_and_reads_no_weights(tmp_path: Path) -> None:
     ir.save(language_model(vocabulary=600), tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
     model = ir.load(tmp_path / "m.onnx")
     (tmp_path / "m.data").unlink()
@@ -310,7 +314,7 @@ def test_checking_changes_nothing_and_reads_no_weights(tmp_path):
     assert [value.name for value in model.graph.inputs] == ["input_ids", "attention_mask"]
 
 
-def test_bodies_are_checked_with_what_they_see():
+def test_bodies_are_checked_with_what_they_see() -> None:
     model = ir.from_onnx_text(
         """<ir_version: 10, opset_import: ["" : 21]>
         g (float[n] x, bool choose) => (float[n] z) {
@@ -328,7 +332,7 @@ def test_bodies_are_checked_with_what_they_see():
         check_structure(model)
 
 
-def test_operators_that_onnx_runtime_keeps_in_the_standard_domain():
+def test_operators_that_onnx_runtime_keeps_in_the_standard_domain() -> None:
     model = ir.from_onnx_text(
         """<ir_version: 10, opset_import: ["" : 21]>
         g (float[n] x, float[n] gain) => (float[n] y) { y = SimplifiedLayerNormalization <axis = -1> (x, gain) }"""

@@ -3,6 +3,8 @@
 import json
 import math
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,9 +19,13 @@ from qcompiler.graph.metadata import DISABLED_OPTIMIZERS, SESSION_OPTIONS
 from qcompiler.sessions.runtime import one_line, session_options_of
 
 VOCABULARY = 9
+Text = tuple[Path, np.ndarray]
 
 
-def saved(folder, noise=0.0, vocabulary=VOCABULARY, past=False, metadata=None):
+def saved(
+    folder: Path, noise: float = 0.0, vocabulary: int = VOCABULARY, past: bool = False,
+    metadata: dict[str, str] | None = None,
+) -> tuple[Path, np.ndarray]:  # fmt: skip
     """A bigram model: logits[t] depend on ids[t] alone. With `past` it also has a cache, which it hands on longer."""
     cache = ', float[b, 1, p, 2] "past_key_values.0.key"' if past else ""
     present = ', float[b, 1, total, 2] "present.0.key"' if past else ""
@@ -42,7 +48,7 @@ def saved(folder, noise=0.0, vocabulary=VOCABULARY, past=False, metadata=None):
 
 
 @pytest.fixture
-def text(tmp_path):
+def text(tmp_path: Path) -> tuple[Path, np.ndarray]:
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -51,13 +57,13 @@ def text(tmp_path):
     return tmp_path / "t.txt", ids
 
 
-def log_probabilities(table):
+def log_probabilities(table: np.ndarray) -> np.ndarray:
     p = np.exp(table.astype(np.float64))
     return np.log(p / p.sum(-1, keepdims=True))
 
 
 @pytest.mark.parametrize("past", [False, True])
-def test_perplexity_over_windows_of_the_whole_text(tmp_path, text, past):
+def test_perplexity_over_windows_of_the_whole_text(tmp_path: Path, text: Text, past: bool) -> None:
     file, ids = text
     folder, table = saved(tmp_path / "m", past=past)
     found = evaluate(folder, str(file), tokenizer=tmp_path, sequence_length=10)
@@ -70,7 +76,7 @@ def test_perplexity_over_windows_of_the_whole_text(tmp_path, text, past):
     assert evaluate(folder / "model.onnx", str(file), tokenizer=tmp_path, sequence_length=10, limit=1).tokens == 9
 
 
-def test_against_a_reference(tmp_path, text):
+def test_against_a_reference(tmp_path: Path, text: Text) -> None:
     file, ids = text
     reference, p = saved(tmp_path / "float")
     candidate, q = saved(tmp_path / "int8", noise=0.3, past=True)
@@ -89,7 +95,7 @@ def test_against_a_reference(tmp_path, text):
 SLOPE = 0.1
 
 
-def forgetful(folder, slope):
+def forgetful(folder: Path, slope: float) -> tuple[Path, np.ndarray]:
     """The bigram model with a cache that does harm: each position in it adds `slope` to the logit of token 0."""
     folder, table = saved(folder)
     model = ir.from_onnx_text(
@@ -111,7 +117,7 @@ def forgetful(folder, slope):
 
 
 @pytest.mark.parametrize(("chunk", "prefill"), [(1, None), (4, None), (3, 5), (1, 50)])
-def test_decoding_sees_what_the_cache_does(tmp_path, text, chunk, prefill):
+def test_decoding_sees_what_the_cache_does(tmp_path: Path, text: Text, chunk: int, prefill: int | None) -> None:
     file, ids = text
     harmed, table = forgetful(tmp_path / "harmed", SLOPE)
     exact, _ = forgetful(tmp_path / "exact", 0)
@@ -134,7 +140,7 @@ def test_decoding_sees_what_the_cache_does(tmp_path, text, chunk, prefill):
     assert found.reference_perplexity == pytest.approx(whole.reference_perplexity)
 
 
-def test_decoding_leaves_padding_out(tmp_path):
+def test_decoding_leaves_padding_out(tmp_path: Path) -> None:
     harmed, table = forgetful(tmp_path / "m", SLOPE)
     ids = np.random.default_rng(4).integers(0, VOCABULARY, (2, 6))
     mask = np.ones_like(ids)
@@ -151,7 +157,7 @@ def test_decoding_leaves_padding_out(tmp_path):
     assert (found.tokens, found.nll) == (6, pytest.approx(np.mean(nll), rel=1e-5))
 
 
-def test_decoding_without_a_cache_and_with_a_past_in_the_data(tmp_path, text):
+def test_decoding_without_a_cache_and_with_a_past_in_the_data(tmp_path: Path, text: Text) -> None:
     file, _ = text
     folder, _ = saved(tmp_path / "m")
     with pytest.warns(UserWarning, match="has no cache"):
@@ -166,7 +172,7 @@ def test_decoding_without_a_cache_and_with_a_past_in_the_data(tmp_path, text):
         evaluate(harmed, str(file), tokenizer=tmp_path, decode=Steps(0))
 
 
-def test_samples_that_are_opened_already_and_the_tokenizer_beside_the_model(tmp_path, text):
+def test_samples_that_are_opened_already_and_the_tokenizer_beside_the_model(tmp_path: Path, text: Text) -> None:
     file, _ = text
     folder, _ = saved(tmp_path / "m")
     (tmp_path / "tokenizer.json").rename(folder / "tokenizer.json")
@@ -182,7 +188,7 @@ def test_samples_that_are_opened_already_and_the_tokenizer_beside_the_model(tmp_
     assert evaluate(folder, samples) == found
 
 
-def test_what_cannot_be_evaluated(tmp_path, text):
+def test_what_cannot_be_evaluated(tmp_path: Path, text: Text) -> None:
     file, _ = text
     folder, _ = saved(tmp_path / "m")
     other, _ = saved(tmp_path / "wide", vocabulary=VOCABULARY + 1)
@@ -205,7 +211,7 @@ def test_what_cannot_be_evaluated(tmp_path, text):
         evaluate(folder, str(file), tokenizer=tmp_path)
 
 
-def test_a_session_takes_the_options_that_the_model_records(tmp_path):
+def test_a_session_takes_the_options_that_the_model_records(tmp_path: Path) -> None:
     metadata = {
         SESSION_OPTIONS: json.dumps({"session.qdqisint8allowed": "1"}),
         DISABLED_OPTIMIZERS: json.dumps(["MatMulNBitsFusion"]),
@@ -229,13 +235,15 @@ def test_a_session_takes_the_options_that_the_model_records(tmp_path):
         ({}, ["NoSuchProvider"], "this onnxruntime has no NoSuchProvider"),
     ],
 )
-def test_a_session_that_cannot_be_opened(tmp_path, metadata, providers, message):
+def test_a_session_that_cannot_be_opened(
+    tmp_path: Path, metadata: dict[str, Any], providers: list[str] | None, message: str
+) -> None:
     folder, _ = saved(tmp_path / "m", metadata=metadata)
     with pytest.raises(ModelError, match=message):
         load_session(folder, providers=providers)
 
 
-def test_a_model_that_onnxruntime_refuses(tmp_path):
+def test_a_model_that_onnxruntime_refuses(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path / "m")
     model = ir.load(folder / "model.onnx")
     model.graph.inputs[0].type = ir.TensorType(ir.DataType.FLOAT)
@@ -245,7 +253,7 @@ def test_a_model_that_onnxruntime_refuses(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_errors_of_onnxruntime_become_one_clause():
+def test_errors_of_onnxruntime_become_one_clause() -> None:
     raw = (
         "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running MatMul node. Name:'a/b' "
         "Status Message: /onnxruntime_src/onnxruntime/core/providers/cpu/math/matmul_helper.h:144 "

@@ -95,10 +95,10 @@ def problems(draw: st.DrawFn, format: str, dtype: Any = np.float32) -> tuple[Any
     block = None
     scale_shape: tuple[int, ...] = ()
     if layout == "channel":
-        scale_shape = (shape[axis],)  # type: ignore[index]
+        scale_shape = (shape[axis],)
     elif layout == "block":
-        block = draw(st.integers(1, shape[axis] + 1))  # type: ignore[index]
-        scale_shape = (*shape[:axis], -(-shape[axis] // block), *shape[axis + 1 :])  # type: ignore[index, operator]
+        block = draw(st.integers(1, shape[axis] + 1))
+        scale_shape = (*shape[:axis], -(-shape[axis] // block), *shape[axis + 1 :])
     if scale_shape == (1,):  # ONNX Runtime takes one scale for per-tensor, and then wants no block_size
         axis, block, scale_shape = None, None, ()
     exponents = (-14, 6) if dtype == np.float16 else draw(st.sampled_from([(-8, 4), (-126, -100), (60, 90)]))
@@ -167,10 +167,10 @@ def test_int32_dequantizes_like_onnxruntime_and_quantizes_what_float32_cannot_ho
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.checker.check_model(model)
     (expected,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"q": codes})
-    np.testing.assert_array_equal(dequantize(codes, np.float32(0.3), None), expected)
+    np.testing.assert_array_equal(dequantize(codes, np.array(0.3, np.float32), None), expected)
 
-    assert quantize(np.array([1e30, -1e30]), np.float32(1), None, "int32").tolist() == [2**31 - 1, -(2**31)]
-    assert quantize(np.array([16777217.0]), np.float32(1), None, "int32").tolist() == [16777217]
+    assert quantize(np.array([1e30, -1e30]), np.array(1, np.float32), None, "int32").tolist() == [2**31 - 1, -(2**31)]
+    assert quantize(np.array([16777217.0]), np.array(1, np.float32), None, "int32").tolist() == [16777217]
 
 
 @pytest.mark.parametrize("format", ONNX_INTEGERS + FP8)
@@ -199,7 +199,7 @@ def test_integers_against_the_oracle(format: str) -> None:
     number_format = FORMATS[format]
     x = np.random.default_rng(1).integers(-600, 600, 400).astype(np.float32) / 16  # exact in float32, ties included
     zero = int(number_format.qmax) // 2
-    codes = quantize(x, np.float32(0.125), np.array(zero, number_format.dtype), format)
+    codes = quantize(x, np.array(0.125, np.float32), np.array(zero, number_format.dtype), format)
     low, high = int(number_format.qmin), int(number_format.qmax)
     assert codes.tolist() == [oracle.quantize(float(v), 0.125, zero, low, high) for v in x]
 
@@ -216,15 +216,15 @@ def test_small_floats_against_the_oracle(format: str, values: list[float]) -> No
     middles = [(a + b) / 2 for a, b in pairwise(values)]
     random = np.random.default_rng(2).standard_normal(200) * values[-1] / 3
     x = np.array([*values, *middles, *(-m for m in middles), *random], np.float32)
-    restored = dequantize(quantize(x, np.float32(1), None, format), np.float32(1), None)
+    restored = dequantize(quantize(x, np.array(1, np.float32), None, format), np.array(1, np.float32), None)
     np.testing.assert_array_equal(restored, [oracle.nearest_float(float(v), values) for v in x])
 
 
 def test_nf4_against_the_oracle() -> None:
     x = np.random.default_rng(3).uniform(-1.2, 1.2, 500).astype(np.float32)
-    codes = quantize(x, np.float32(1), None, "nf4")
+    codes = quantize(x, np.array(1, np.float32), None, "nf4")
     assert codes.tolist() == [oracle.nearest_nf4(float(v)) for v in x]
-    np.testing.assert_array_equal(dequantize(codes, np.float32(2), None, format="nf4"), 2 * NF4_TABLE[codes])
+    np.testing.assert_array_equal(dequantize(codes, np.array(2, np.float32), None, format="nf4"), 2 * NF4_TABLE[codes])
 
 
 def test_binary_takes_the_sign_and_the_mean_magnitude() -> None:
@@ -298,7 +298,11 @@ def expected_layout(shape: tuple[int, ...], granularity: Granularity, channel_ax
         return (), None, None
     if isinstance(granularity, PerChannel):
         return (shape[channel_axis],), channel_axis, None
-    size = granularity.size if isinstance(granularity, PerGroup) else granularity.columns
+    if isinstance(granularity, PerGroup):
+        size = granularity.size
+    else:
+        assert isinstance(granularity, PerBlock)
+        size = granularity.columns
     axis = 1 - channel_axis
     return tuple(-(-n // size) if i == axis else n for i, n in enumerate(shape)), axis, size
 
@@ -360,7 +364,7 @@ def test_mse_search_finds_what_an_exhaustive_search_finds(format: str) -> None:
     scheme = Scheme(format, PerGroup(48))
     errors = {}
     for search in ("minmax", "mse"):
-        difference = quantize_weight(weight, scheme, channel_axis=0, search=search).dequantize() - weight  # type: ignore[arg-type]
+        difference = quantize_weight(weight, scheme, channel_axis=0, search=search).dequantize() - weight
         errors[search] = np.square(difference.astype(np.float64)).reshape(6, 2, 48).sum(-1)
     assert (errors["mse"] <= errors["minmax"]).all()
     assert errors["mse"].sum() < 0.95 * errors["minmax"].sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -32,7 +33,7 @@ TURNED = "g (float[M,{K}] x, float[{N},{K}] W) => (float[M,{N}] y) {{ T = Transp
 IN_COLUMNS = (MATMUL, PLAIN_GEMM)
 
 
-def model_of(text: str, K: int, N: int, W: object = "normal", **settings: object) -> ir.Model:
+def model_of(text: str, K: int, N: int, W: object = "normal", **settings: Any) -> ir.Model:
     bias = {"b": "zeros"} if text is GEMM else {}
     return tiny.build(text.format(K=K, N=N), W=W, **bias, **settings)
 
@@ -42,7 +43,7 @@ def rows_of(model: ir.Model, text: str) -> np.ndarray:
     return W.T if text in IN_COLUMNS else W
 
 
-def quantize(model: ir.Model, **options: object) -> tuple[ir.Model, Changes]:
+def quantize(model: ir.Model, **options: Any) -> tuple[ir.Model, Changes]:
     after = model.clone()
     (changes,) = tiny.compile(after, [QuantizeWeights(format="binary", **options)], tiny.feeds(model))
     return after, changes
@@ -51,7 +52,7 @@ def quantize(model: ir.Model, **options: object) -> tuple[ir.Model, Changes]:
 def effective_weight(model: ir.Model, optimized: bool = False) -> np.ndarray:
     """The matrix [N, K] that the only layer really multiplies by: its answer to the unit vectors."""
     value = model.graph.inputs[0]
-    eye = np.eye(int(value.shape[-1]), dtype=value.dtype.numpy())
+    eye = np.eye(tiny.sizes(value)[-1], dtype=value.dtype.numpy())
     x = eye if len(value.shape) == 2 else eye[None]
     return tiny.run(model, {"x": x}, optimized=optimized)[0].reshape(len(eye), -1).T
 
@@ -79,7 +80,9 @@ def test_no_other_signs_and_magnitude_are_nearer(filter: list[float]) -> None:
     seed=st.integers(0, 100),
 )
 @settings(max_examples=40, deadline=None)
-def test_any_shape(shape, size, channel_axis, weighted, zeros, magnitude, seed) -> None:
+def test_any_shape(
+    shape: tuple[int, ...], size: int, channel_axis: int, weighted: bool, zeros: bool, magnitude: float, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     rows = (magnitude * rng.normal(size=shape) * (rng.random(shape) >= zeros)).astype(np.float32)
     importance = (rng.random(shape[1]) * (rng.random(shape[1]) > 0.2)).astype(np.float32) if weighted else None

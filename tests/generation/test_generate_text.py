@@ -118,21 +118,25 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return caught.value.code if isinstance(caught.value.code, int) else 0
 
 
-def test_one_prompt_and_several(monkeypatch, capsys, folder: Path) -> None:
+def test_one_prompt_and_several(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
     assert run(monkeypatch, folder, "--prompt", "one", "--max-new-tokens", 4) == 0
     assert capsys.readouterr().out == " two three four five\n"
     assert run(monkeypatch, folder / "model.onnx", "-p", "one", "-p", "one two three", "--max-new-tokens", 2) == 0
     assert capsys.readouterr().out == "[1]  two three\n[2]  four five\n"
 
 
-def test_text_is_shown_as_it_comes(monkeypatch, folder: Path) -> None:
+def test_text_is_shown_as_it_comes(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     shown: list[str] = []
     monkeypatch.setattr("typer.echo", lambda text, nl=True: shown.append(text + "\n" * nl))
     assert run(monkeypatch, folder, "--prompt", "one", "--max-new-tokens", 3) == 0
     assert shown == [" two", " three", " four", "\n"]
 
 
-def test_json_and_where_a_text_ends(monkeypatch, capsys, folder: Path) -> None:
+def test_json_and_where_a_text_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
     assert run(monkeypatch, folder, "--prompt", "two", "--prompt", "six", "--stop", "five", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     first, second = found["results"]
@@ -151,7 +155,9 @@ def test_json_and_where_a_text_ends(monkeypatch, capsys, folder: Path) -> None:
     assert json.loads(capsys.readouterr().out)["results"][0]["ids"] == [5, 6, 7]
 
 
-def test_drawing_by_the_command(monkeypatch, capsys, folder: Path) -> None:
+def test_drawing_by_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
     arguments = [folder, "--prompt", "one", "--max-new-tokens", 12, "--temperature", 30]
     texts = []
     for seed in (1, 1, 2):
@@ -174,7 +180,13 @@ def test_drawing_by_the_command(monkeypatch, capsys, folder: Path) -> None:
         pytest.param(["--prompt", "one", "--cuda"], "has no CUDAExecutionProvider", marks=WITHOUT_CUDA),
     ],
 )
-def test_bad_input_is_one_sentence(monkeypatch, capsys, folder: Path, arguments: list[str], message: str) -> None:
+def test_bad_input_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    folder: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
     (folder / "genai_config.json").write_text(json.dumps({"model": {"context_length": 9}}))
     assert run(monkeypatch, folder, *arguments) == 2
     captured = capsys.readouterr()
@@ -184,7 +196,9 @@ def test_bad_input_is_one_sentence(monkeypatch, capsys, folder: Path, arguments:
     assert message in captured.err
 
 
-def test_no_tokenizer_and_no_model(monkeypatch, capsys, folder: Path) -> None:
+def test_no_tokenizer_and_no_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
     (folder / "tokenizer.json").unlink()
     assert run(monkeypatch, folder, "--prompt", "one") == 2
     assert "there is no tokenizer.json beside" in capsys.readouterr().err

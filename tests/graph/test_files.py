@@ -40,7 +40,7 @@ def small() -> ir.Model:
 
 
 def result(model: ir.Model) -> np.ndarray:
-    k = int(model.graph.inputs[0].shape[1])  # type: ignore[index, arg-type]
+    k = int(model.graph.inputs[0].shape[1])  # type: ignore[arg-type]
     (y,) = session(model).run(None, {"x": np.linspace(-1, 1, 2 * k, dtype=np.float32).reshape(2, k)})
     return np.asarray(y)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -37,7 +38,7 @@ def data() -> list[dict[str, np.ndarray]]:
     return [{"ids": np.random.default_rng(i).integers(0, 50, (1, 6))} for i in range(4)]
 
 
-def test_a_float_model(model) -> None:
+def test_a_float_model(model: ir.Model) -> None:
     found = inspect(model)
     layers = {layer.module_path: layer for layer in found.layers}
     assert list(layers) == ["embed", "layers.0.up", "layers.0.down", "extra"]
@@ -52,7 +53,7 @@ def test_a_float_model(model) -> None:
     assert not found.touched
 
 
-def test_statistics(model) -> None:
+def test_statistics(model: ir.Model) -> None:
     weights = np.asarray(tiny.data(model, "w1"), np.float64)
     seen = {layer.module_path: layer.statistics for layer in inspect(model).layers}["layers.0.down"]
     assert seen.absmax == pytest.approx(np.abs(weights).max())
@@ -63,7 +64,7 @@ def test_statistics(model) -> None:
 
 
 @pytest.mark.parametrize("case", ["offset", "constant", "broken", "empty"])
-def test_statistics_of_odd_weights(case) -> None:
+def test_statistics_of_odd_weights(case: str) -> None:
     rng = np.random.default_rng(0)
     array = {
         "offset": 1e4 + rng.normal(size=(300, 5000)), "constant": np.full((3, 4), 2.0),
@@ -93,7 +94,7 @@ def test_statistics_of_odd_weights(case) -> None:
         ("nf4", "ort-cpu", "MatMulBnb4", "nf4 group(64) symmetric", ""),
     ],
 )
-def test_models_of_ours(model, recipe, target, op, scheme, activations) -> None:
+def test_models_of_ours(model: ir.Model, recipe: str, target: str, op: str, scheme: str, activations: str) -> None:
     options = {"rtn-w4": ["quantize-weights.group_size=16"], "hqq-w4": ["hqq.group_size=16"]}.get(recipe, [])
     compiled = qcompiler.compile(model, recipe, calibration=data(), target=target, options=options)
     found = inspect(compiled.model)
@@ -108,7 +109,7 @@ def test_models_of_ours(model, recipe, target, op, scheme, activations) -> None:
         assert layer.statistics.std == pytest.approx(floats[layer.module_path].std, rel=0.06)
 
 
-def test_weights_in_files(model, tmp_path) -> None:
+def test_weights_in_files(model: ir.Model, tmp_path: Path) -> None:
     big = tiny.build("g (float[B,600] x, float[600,600] w) => (float[B,600] y) { y = MatMul(x, w) }", w="normal")
     model_io.save(big, tmp_path / "out")
     found = inspect(tmp_path / "out")
@@ -116,7 +117,7 @@ def test_weights_in_files(model, tmp_path) -> None:
     assert found.layers[0].statistics.std == pytest.approx(1, abs=0.01)
 
 
-def test_models_of_onnxruntime(model, tmp_path) -> None:
+def test_models_of_onnxruntime(model: ir.Model, tmp_path: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     ir.save(model, tmp_path / "float.onnx")
@@ -140,7 +141,7 @@ def test_operators_that_no_pass_handles_are_listed_with_the_reason() -> None:
     assert layer.bytes == 4 * (64 * 8 + 64 * 16)
 
 
-def test_what_a_recipe_would_touch(model) -> None:
+def test_what_a_recipe_would_touch(model: ir.Model) -> None:
     found = inspect(model, recipe="rtn-w4", exclude=["extra"]).touched
     done = {(item.pass_name, item.module_path): item.does for item in found if not item.obstacle}
     assert done["quantize-weights", "layers.0.up"] == "int4 group(128) symmetric"
@@ -152,20 +153,22 @@ def test_what_a_recipe_would_touch(model) -> None:
         inspect(model, recipe="rtn-w4", exclude=["nothing"])
 
 
-def test_what_is_touched_is_what_a_compilation_changes(model) -> None:
+def test_what_is_touched_is_what_a_compilation_changes(model: ir.Model) -> None:
     touched = {item.name for item in inspect(model, recipe="rtn-w4").touched if not item.obstacle}
     report = qcompiler.compile(model, "rtn-w4").report
     assert touched == {site.name for site in report.with_status("quantized")}
 
 
-def run(monkeypatch, *arguments: object) -> int:
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["qcompiler", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
         cli.main()
     return caught.value.code if isinstance(caught.value.code, int) else 0
 
 
-def test_the_command(monkeypatch, capsys, tmp_path, model) -> None:
+def test_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: ir.Model
+) -> None:
     ir.save(model, tmp_path / "model.onnx")
     assert run(monkeypatch, "inspect", tmp_path / "model.onnx", "--recipe", "rtn-w4") == 0
     printed = capsys.readouterr().out

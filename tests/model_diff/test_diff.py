@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import tracemalloc
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,13 +18,15 @@ from rich.console import Console
 import qcompiler
 from qcompiler.errors import ModelError
 from qcompiler.graph.metadata import PROVENANCE
-from qcompiler.model_diff import diff
+from qcompiler.model_diff import Diff, diff
 from qcompiler.model_diff.terminal import render_diff
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(4, 3) / 10
 
 
-def build(nodes: list, initializers: dict, outputs: tuple = ("y",), width: int = 4) -> ir.Model:
+def build(
+    nodes: list[Any], initializers: dict[str, Any], outputs: tuple[Any, ...] = ("y",), width: int = 4
+) -> ir.Model:
     graph = helper.make_graph(
         nodes,
         "g",
@@ -63,7 +67,7 @@ def quantized_model() -> ir.Model:
     return model
 
 
-def text_of(difference) -> str:
+def text_of(difference: Diff) -> str:
     stream = io.StringIO()
     render_diff(difference, Console(file=stream, width=160, color_system=None), details=True)
     return stream.getvalue()
@@ -193,7 +197,7 @@ def test_unrelated_models_have_nothing_fused() -> None:
     assert "fused" not in {fate.fate for fate in found.fates}
 
 
-def test_changed_bytes_are_found_in_external_files_without_reading_them_whole(tmp_path) -> None:
+def test_changed_bytes_are_found_in_external_files_without_reading_them_whole(tmp_path: Path) -> None:
     rows = 4096
     data = np.zeros((rows, 1024), np.float32)  # 16 MB
     paths = []
@@ -235,7 +239,7 @@ def test_to_dict_is_plain_data_and_the_text_groups() -> None:
     assert "3 scales 0.125 … 0.5, zero point 128" in text
 
 
-def test_a_missing_file_is_a_sentence(tmp_path) -> None:
+def test_a_missing_file_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"absent\.onnx does not exist"):
         diff(float_model(), tmp_path / "absent.onnx")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -32,7 +32,8 @@ LINEARS = [f"model.layers.{n}.mlp.{kind}_proj" for n in range(2) for kind in ("u
 @pytest.fixture(scope="module")
 def model() -> ir.Model:
     """Of two blocks, with planted outliers."""
-    blocks, inputs, constants = "", "", {}
+    blocks, inputs = "", ""
+    constants: dict[str, Any] = {}
     for n in range(2):
         blocks += BLOCK.format(n=n, next=n + 1)
         inputs += f", float[32] gain{n}, float[32,48] up{n}, float[48,32] down{n}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ def rounded(W: np.ndarray, group_size: int, bits: int = 4, symmetric: bool = Tru
     return out
 
 
-def output_error(X: np.ndarray, Ws: Sequence[np.ndarray], s: np.ndarray, group_size: int, **scheme: int) -> list[float]:
+def output_error(X: np.ndarray, Ws: Sequence[np.ndarray], s: np.ndarray, group_size: int, **scheme: Any) -> list[float]:
     """‖X W_i - (X / s) Q(s ⊙ W_i)‖² / ‖X W_i‖² of each layer, the layers really run."""
     X = X.astype(np.float64)
     errors = []

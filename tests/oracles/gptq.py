@@ -16,9 +16,9 @@ def grid(part: np.ndarray, bounds: tuple[int, int], symmetric: bool) -> tuple[np
     if symmetric:
         divisor = (qmax - qmin) / 2 if qmax - qmin < 255 else qmax - qmin >> 1
         peak = np.abs(part).max(1)
-        return np.float32(np.where(peak > 0, peak / divisor, 1.0)), np.full(len(part), (qmin + qmax + 1) // 2)
+        return np.where(peak > 0, peak / divisor, 1.0).astype(np.float32), np.full(len(part), (qmin + qmax + 1) // 2)
     found = [affine(row.min(), row.max(), qmin, qmax) for row in part]
-    return np.float32([scale for scale, _ in found]), np.array([zero for _, zero in found])
+    return np.array([scale for scale, _ in found], np.float32), np.array([zero for _, zero in found])
 
 
 def gptq(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 BETA, KAPPA, P = 1.0, 1.01, 0.7
+Function = Callable[..., Any]
 
 
 def shrink(x: np.ndarray, beta: float) -> np.ndarray:
@@ -15,7 +17,7 @@ def shrink(x: np.ndarray, beta: float) -> np.ndarray:
     return np.where(x == 0, 0.0, np.sign(x) * np.maximum(safe - safe ** (P - 1) / beta, 0))
 
 
-def minimise(w: np.ndarray, start: float, levels: Callable, restore: Callable, solve: Callable, rounds: int) -> float:
+def minimise(w: np.ndarray, start: float, levels: Function, restore: Function, solve: Function, rounds: int) -> float:
     """Alternate equations 5 and 7 or 8 until the error grows; the parameter with the least error."""
     best, least, parameter, beta = start, np.inf, start, BETA
     for _ in range(rounds):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -38,7 +40,7 @@ def two_layers(Ws: list[np.ndarray]) -> ir.Model:
     return tiny.build(TWO, g=np.ones(K, np.float32), A=Ws[0], C=Ws[1])
 
 
-def run(model: ir.Model, samples: list[tiny.Feeds], tolerance: float = 3e-6, **options: object) -> Changes:
+def run(model: ir.Model, samples: Sequence[tiny.Feeds], tolerance: float = 3e-6, **options: Any) -> Changes:
     """Apply in place, after which the model must compute what it did."""
     before = model.clone()
     (changes,) = tiny.compile(model, [Awq(**options)], samples)
@@ -279,7 +281,7 @@ def test_channels_that_are_never_active() -> None:
     "options",
     [{"format": "int5"}, {"group_size": 0}, {"group_size": -3}, {"grid": 0}, {"format": "nf4", "symmetric": False}],
 )
-def test_bad_options(options: dict[str, object]) -> None:
+def test_bad_options(options: dict[str, Any]) -> None:
     with pytest.raises((QCompilerError, ValueError)):
         Awq(**options)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -51,7 +53,7 @@ MASKED = """g (int64[B,S] attention_mask, float[B,S,4] x, float one, float low, 
 LOW = np.float32(np.finfo(np.float32).min)
 
 
-def converted(model: ir.Model, samples: list[tiny.Feeds] | None = None, **options: object) -> tuple[ir.Model, Changes]:
+def converted(model: ir.Model, samples: Sequence[tiny.Feeds] | None = None, **options: Any) -> tuple[ir.Model, Changes]:
     after = model.clone()
     (changes,) = tiny.compile(after, [ConvertFloat(**options)], samples or [])
     return after, changes
@@ -318,7 +320,7 @@ LAYERS = """g (float[B,S,64] x, float[64,64] W, float[64,64] V) => (float[B,S,64
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_lowered_layers_compute_in_16_bits(dtype: str) -> None:
+def test_lowered_layers_compute_in_16_bits(dtype: Literal["fp16", "bf16"]) -> None:
     model = tiny.build(LAYERS, W="normal", V="normal")
     samples = tiny.feeds(model)
     after = model.clone()
@@ -471,7 +473,8 @@ def test_operators_without_a_kernel_in_bfloat16_stay_in_float32() -> None:
 
 def test_weights_of_convolutions_are_decoded_in_float32_where_bfloat16_has_no_kernel() -> None:
     text = """g (float[B,8,5,5] x, float[8,8,3,3] W) => (float[B,8,3,3] y) { [conv] y = Conv (x, W) }"""
-    for dtype, kind in (("bf16", FLOAT), ("fp16", HALF)):
+    types: dict[Literal["fp16", "bf16"], ir.DataType] = {"bf16": FLOAT, "fp16": HALF}
+    for dtype, kind in types.items():
         model = tiny.build(text, opset=22, W="normal")
         tiny.compile(model, [QuantizeWeights(), ConvertFloat(dtype=dtype)], [])
         (decoder,) = (node for node in model.graph if node.op_type == "DequantizeLinear")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -32,7 +33,7 @@ CONVS = """g (float[B,3,9,9] x, float[4,3,3,3] W, float[4] b, float[5,4,3,3] V) 
     [conv1] c = Conv(x, W, b)  r = Relu(c)  [conv2] y = Conv(r, V) }"""
 
 
-def quantize(model: ir.Model, weights: dict | None = None, **options: object) -> tuple[ir.Model, Changes]:
+def quantize(model: ir.Model, weights: dict[str, Any] | None = None, **options: Any) -> tuple[ir.Model, Changes]:
     """Weights and activations rounded; no samples are given, as nothing may be measured."""
     after = model.clone()
     return after, tiny.compile(after, [QuantizeWeights(**(weights or {})), QuantizeActivations(**options)], [])[-1]
@@ -280,7 +281,7 @@ def test_a_node_that_is_part_of_a_layer_is_no_site() -> None:
         ({"format": "int9"}, "did you mean"),
     ],
 )
-def test_schemes_that_do_not_go_together(options: dict, message: str) -> None:
+def test_schemes_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SchemeError, match=message):
         QuantizeActivations(**options)
 
@@ -296,10 +297,11 @@ def test_schemes_that_do_not_go_together(options: dict, message: str) -> None:
         ({"format": "int8", "symmetric": True}, ("int8", True, False, "tensor")),
     ],
 )
-def test_what_is_open_is_written_out(target: str, options: dict, expected: tuple) -> None:
+def test_what_is_open_is_written_out(target: str, options: dict[str, Any], expected: tuple[Any, ...]) -> None:
     """The same whatever the target prefers; a recipe that was written out is read as it is."""
     recipe = Recipe(name="r", passes=(Step(name="quantize-activations", options=options),)).resolved(target)
     (built,) = recipe.build()
+    assert isinstance(built, QuantizeActivations)
     assert (built.format, built.symmetric, built.dynamic, built.granularity) == expected
     assert recipe.resolved(target).passes == recipe.passes
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -40,7 +41,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def compiled(
-    model: ir.Model, samples: list[dict[str, np.ndarray]] | None = None, **options
+    model: ir.Model, samples: list[dict[str, np.ndarray]] | None = None, **options: Any
 ) -> tuple[ir.Model, Changes]:
     after = model.clone()
     (changes,) = tiny.compile(after, [Fp8(**options)], samples or [])
@@ -63,9 +64,9 @@ def interesting(format: str) -> np.ndarray:
     return np.concatenate([halves, around, -around, tiny_, -tiny_])
 
 
-def session(op: str, to: int, x_type: int, opset: int):
+def session(op: str, to: int, x_type: int, opset: int) -> Any:
     inputs, types = ["x"], {"x": x_type}
-    attributes: dict = {"saturate": 1}
+    attributes: dict[str, Any] = {"saturate": 1}
     initializers = []
     if op == "QuantizeLinear":
         inputs, types["s"] = ["x", "s", "z"], x_type
@@ -157,7 +158,7 @@ def test_dynamic_scales_of_tensors_need_no_data(format: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"granularity": "tensor", "dynamic": True}])
 @pytest.mark.parametrize("format", FP8)
-def test_half_precision_stays_half(options: dict, format: str) -> None:
+def test_half_precision_stays_half(options: dict[str, Any], format: str) -> None:
     model = tiny.build(LAYER.replace("float[", "float16["), W="normal")
     samples = tiny.feeds(model)
     after, _ = compiled(model, samples, format=format, **options)
@@ -193,7 +194,7 @@ def test_weights_alone() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"granularity": "tensor", "dynamic": True}])
-def test_the_cap_lets_huge_numbers_saturate_and_keeps_the_others(options: dict) -> None:
+def test_the_cap_lets_huge_numbers_saturate_and_keeps_the_others(options: dict[str, Any]) -> None:
     model = tiny.build(LAYER, W="normal")
     w, x = tiny.data(model, "W"), normal(1, 1, 9)
     x[..., 3] = 1e6
@@ -283,7 +284,7 @@ def test_a_tied_table_keeps_its_float_embedding() -> None:
 @pytest.mark.parametrize("format", FP8)
 @pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"granularity": "tensor", "dynamic": True}])
 @pytest.mark.parametrize("before", ["r = Relu(n)", "r = Clip(n, low, high)", "c = Relu(n) r = Reshape(c, shape)"])
-def test_what_is_negative_before_a_relu_stays_away(format: str, options: dict, before: str) -> None:
+def test_what_is_negative_before_a_relu_stays_away(format: str, options: dict[str, Any], before: str) -> None:
     """ONNX Runtime drops a Relu before a QuantizeLinear to float8, and cannot open a model with a Clip there."""
     given = {"low": np.array(0, np.float32), "high": np.array(1, np.float32), "shape": np.array([-1, 9])}
     used = {name: array for name, array in given.items() if name in before}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -238,7 +239,7 @@ SPELLED_OUT = """layer (int64[B,S] input_ids, int64[B,A] attention_mask,
     weights = Softmax <axis = -1> (masked)
     [attention] y = MatMul (weights, all_v)
 }"""
-CONSTANTS: dict[str, object] = {
+CONSTANTS: dict[str, Any] = {
     "table": "normal", "narrow": "normal", "heads": np.array([0, 0, 4, 8]), "kv_heads": np.array([0, 0, 2, 8]),
     "last": np.array([-1]), "third": np.array([2]), "copies": np.array([1, 1, 2, 1, 1]),
     "together": np.array([0, 4, -1, 8]), "inner": np.array([1, 2]), "zeros": np.array([0]), "ones": np.array([1]),
@@ -246,7 +247,7 @@ CONSTANTS: dict[str, object] = {
 }  # fmt: skip
 
 
-def verdict(*edits: tuple[str, str], **constants: object) -> str:
+def verdict(*edits: tuple[str, str], **constants: Any) -> str:
     """What is said of the attention above after some edits of its text; empty where it is proved."""
     text = SPELLED_OUT
     for old, new in edits:
@@ -280,7 +281,7 @@ def test_the_text_above_is_proved() -> None:
                      id="keys for values"),
     ],
 )  # fmt: skip
-def test_what_is_not_causal_attention_is_refused(edits: list[tuple[str, str]], constants: dict[str, object]) -> None:
+def test_what_is_not_causal_attention_is_refused(edits: list[tuple[str, str]], constants: dict[str, Any]) -> None:
     assert verdict(*edits, **constants)
 
 

@@ -73,10 +73,10 @@ def test_against_the_oracle(format: str, granularity: str, rotary: bool) -> None
     options = {"format": format, "key_granularity": granularity, "value_granularity": granularity, "widen": False}
     model, ranges = quantized(build(rotary), options)
     bits, divisor = (8, 127.0) if format == "int8" else (4, 7.5)
-    scales = [
+    k_scale, v_scale = (
         (peak.max().reshape(1) if granularity == "tensor" else peak[:, None]).astype(np.float32) / np.float32(divisor)
         for peak in ranges
-    ]
+    )
     cos, sin = (table.astype(np.float64) for table in angles())
     session = tiny.session(model, optimized=True)
     width = SIZE // 2 if bits == 4 else SIZE
@@ -84,7 +84,7 @@ def test_against_the_oracle(format: str, granularity: str, rotary: bool) -> None
     rng = np.random.default_rng(6)
     mask = np.ones((2, 16), np.int64)
     mask[1, 5:8] = 0  # the second row is shorter: padded on the right in the prompt
-    oracle = [Row(bits, *scales, SCALE) for _ in range(2)]
+    oracle = [Row(bits, k_scale, v_scale, SCALE) for _ in range(2)]
     past = {f"past_{role}": np.zeros((2, KV_HEADS, 0, width), dtype) for role in ("key", "value")}
     start = 0
     for count in (8, 1, 1, 1, 1, 1, 1, 1, 1):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 import pytest
 
@@ -48,7 +50,7 @@ def test_a_scale_for_each_channel_goes_into_the_blocks_of_the_fused_kernel() -> 
 
 @pytest.mark.parametrize("weights", [{}, {"granularity": "group", "group_size": 32}], ids=["channel", "group"])
 @pytest.mark.parametrize("format", ["int4", "int8"])
-def test_layers_on_which_the_fused_kernel_would_fail_get_other_blocks(format: str, weights: dict) -> None:
+def test_layers_on_which_the_fused_kernel_would_fail_get_other_blocks(format: str, weights: dict[str, Any]) -> None:
     """ONNX Runtime would choose it for 96 inputs in blocks of 32, and find no tactic when it runs."""
     model = model_of(MATMUL.replace("6]", "64]"), 96, half=True)
     options = {"fused_kernel": True, "half_precision": True, "block_size": 32, "accuracy_level": 0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -165,7 +166,9 @@ def test_the_factor() -> None:
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerGroup(24)])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_layouts_and_slices(granularity, symmetric: bool, act_order: bool, monkeypatch) -> None:
+def test_layouts_and_slices(
+    granularity: PerChannel | PerGroup | PerTensor, symmetric: bool, act_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     W, factor = weights(200, 64), factor_of(hessian(correlated(256, 64)), act_order)
     scheme = Scheme("uint4", granularity, symmetric)
     rows = solve(W, factor, scheme, channel_axis=0, search="weighted")
@@ -186,7 +189,7 @@ def test_layouts_and_slices(granularity, symmetric: bool, act_order: bool, monke
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
-def test_float_types(dtype: object) -> None:
+def test_float_types(dtype: Any) -> None:
     """Scales have the type of the weight, and the codes are those for the scales as stored."""
     W, H = weights(16, 64).astype(dtype), hessian(correlated(256, 64))
     scheme = Scheme("int4", PerGroup(16))
@@ -250,8 +253,8 @@ TURNED = """g (float[M,16] x, float[6,16] W) => (float[M,6] y) {
 def inputs(model: ir.Model, count: int = 4) -> list[dict[str, np.ndarray]]:
     """Correlated rows for the graph's only input, in its shape."""
     (value,) = model.graph.inputs
-    lead = [tiny.SIZES[size.value] for size in value.shape[:-1]]
-    rows = correlated(count * int(np.prod(lead)), int(value.shape[-1])).astype(value.dtype.numpy())
+    *lead, width = tiny.sizes(value)
+    rows = correlated(count * int(np.prod(lead)), width).astype(value.dtype.numpy())
     return [{value.name: part} for part in rows.reshape(count, *lead, -1)]
 
 
@@ -262,7 +265,7 @@ def effective_weight(model: ir.Model) -> np.ndarray:
     return tiny.run(model, {"x": eye if len(model.graph.inputs[0].shape) == 2 else eye[None]})[0].reshape(len(eye), -1)
 
 
-def compiled(text: str, samples: int = 4, **options: object) -> tuple[ir.Model, ir.Model, Changes]:
+def compiled(text: str, samples: int = 4, **options: Any) -> tuple[ir.Model, ir.Model, Changes]:
     model = tiny.build(text, W="normal", **({"b": "zeros"} if text is GEMM else {}))
     after = model.clone()
     (changes,) = tiny.compile(after, [Gptq(**options)], inputs(model, samples))
@@ -273,7 +276,7 @@ def compiled(text: str, samples: int = 4, **options: object) -> tuple[ir.Model, 
 @pytest.mark.parametrize(("granularity", "size"), [("tensor", None), ("channel", None), ("group", 5)])
 @pytest.mark.parametrize("text", [MATMUL, HALF, GEMM, TURNED], ids=["matmul", "half", "gemm", "turned"])
 def test_layouts_of_a_layer(text: str, granularity: str, size: int | None, act_order: bool) -> None:
-    options = {"granularity": granularity, "group_size": size, "act_order": act_order}
+    options: dict[str, Any] = {"granularity": granularity, "group_size": size, "act_order": act_order}
     model, after, changes = compiled(text, **options)
     assert not changes.skipped
     (changed,) = changes.changed
@@ -298,10 +301,10 @@ SHARED = """g (float[M,16] x, float[16,6] W, float[16,8] V, float[8,6] U) => (fl
     [a] y = MatMul(x, W)  [b] v = MatMul(x, V)  h = Relu(v)  [c] z = MatMul(h, U) }"""
 
 
-def test_layers_that_read_one_value_share_the_factor(monkeypatch) -> None:
+def test_layers_that_read_one_value_share_the_factor(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
-    def counted(H: np.ndarray, **options: object) -> Factor | None:
+    def counted(H: np.ndarray, **options: Any) -> Factor | None:
         made.append(len(H))
         return factorise(H, **options)
 
@@ -330,7 +333,7 @@ def test_a_constant_that_meets_two_values() -> None:
     assert len(Gptq().stages(model)) == 1
 
 
-def test_a_layer_whose_hessian_has_no_factor(monkeypatch) -> None:
+def test_a_layer_whose_hessian_has_no_factor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes.gptq, "factorise", lambda H, **options: None)
     model, after, changes = compiled(MATMUL, group_size=8, search="weighted")
     assert "rounded to nearest: the Hessian is singular" in changes.changed[0].detail
@@ -387,7 +390,7 @@ FIRST = ("/model/layers.0/q/MatMul", "/model/layers.0/k/MatMul", "/model/layers.
 SECOND = ("/model/layers.1/q/MatMul",)
 
 
-def stages_of(text: str, **options: object) -> list[tuple[str, ...]]:
+def stages_of(text: str, **options: Any) -> list[tuple[str, ...]]:
     step = Gptq(group_size=8, **options)
     stages = step.stages(tiny.build(text, **{name: how for name, how in CONSTANTS.items() if f"] {name}" in text}))
     assert all(stage == replace(step, sequential=False, targets=stage.targets) for stage in stages)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -18,6 +20,8 @@ from qcompiler.sites.find import find_sites
 from tests import tiny
 from tests.oracles import hqq as oracle
 
+Search = Literal["minmax", "mse"]
+
 MATMUL = "g (float[B,S,16] x, float[16,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 GEMM = "g (float[M,16] x, float[6,16] W, float[6] b) => (float[M,6] y) { [fc] y = Gemm<transB=1>(x, W, b) }"
 TIED = """g (int64[B,S] ids, float[12,16] E, float[16,16] W) => (float[B,S,12] logits) {
@@ -25,7 +29,7 @@ TIED = """g (int64[B,S] ids, float[12,16] E, float[16,16] W) => (float[B,S,12] l
     T = Transpose<perm=[1,0]>(E)  [lm_head] logits = MatMul(h, T) }"""
 
 
-def run(model: ir.Model, **options: object) -> tuple[ir.Model, Changes]:
+def run(model: ir.Model, **options: Any) -> tuple[ir.Model, Changes]:
     after = model.clone()
     (changes,) = tiny.compile(after, [Hqq(**options)], [])
     return after, changes
@@ -46,7 +50,7 @@ def group_errors(weight: np.ndarray, quantized: Quantized, channel_axis: int, po
 @pytest.mark.parametrize("channel_axis", [0, 1])
 @pytest.mark.parametrize("format", ["uint4", "int4", "uint3", "int8"])
 @pytest.mark.parametrize("search", ["minmax", "mse"])
-def test_against_the_oracle(search: str, format: str, channel_axis: int) -> None:
+def test_against_the_oracle(search: Search, format: str, channel_axis: int) -> None:
     weight = heavy_tailed((24, 40))
     scheme = Scheme(format, PerGroup(16), symmetric=False)
     found, before, after = hqq(weight, scheme, channel_axis, search=search)
@@ -85,7 +89,16 @@ def test_it_is_worth_it() -> None:
 )
 @settings(max_examples=60, deadline=None)
 def test_no_group_gets_worse(
-    shape, size, channel_axis, format, symmetric, dtype, search, magnitude, norm, seed
+    shape: tuple[int, ...],
+    size: int,
+    channel_axis: int,
+    format: str,
+    symmetric: bool,
+    dtype: str,
+    search: Search,
+    magnitude: float,
+    norm: float,
+    seed: int,
 ) -> None:
     rng = np.random.default_rng(seed)
     weight = (magnitude * rng.standard_t(3, shape) * (rng.random(shape) > 0.2)).clip(-6e4, 6e4).astype(dtype)
@@ -148,7 +161,7 @@ def test_tied_weights_stay_float_unless_the_head_is_asked_for() -> None:
         ({"format": "nf4", "symmetric": True}, "DequantizeLinear"),
     ],
 )
-def test_options_that_do_not_go_together(options: dict, said: str) -> None:
+def test_options_that_do_not_go_together(options: dict[str, Any], said: str) -> None:
     with pytest.raises(QCompilerError, match=said):
         Hqq(**options)
 

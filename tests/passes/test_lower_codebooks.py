@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -16,7 +18,7 @@ from tests import tiny
 from tests.passes.test_lower_weight_only import ADD, ALL, GEMM, MATMUL, assert_same, model_of
 
 
-def lower(model: ir.Model, half_precision: bool = False, **options: object) -> tuple[ir.Model, ir.Model, Changes]:
+def lower(model: ir.Model, half_precision: bool = False, **options: Any) -> tuple[ir.Model, ir.Model, Changes]:
     """(portable, lowered, changes)."""
     portable = model.clone()
     tiny.compile(portable, [Nf4(**options)], [])
@@ -34,7 +36,7 @@ def test_the_operator_gives_what_the_graph_means(
 ) -> None:
     """Blocks within rows and over their ends."""
     model = model_of(layer, features)
-    options = {"table": table, "block_size": block, "double_quantization": double_quantization}
+    options: dict[str, Any] = {"table": table, "block_size": block, "double_quantization": double_quantization}
     portable, lowered, changes = lower(model, **options)
     assert [(changed.kernel, changed.site) for changed in changes.changed] == [("MatMulBnb4", "fc")]
     assert set(tiny.operators(lowered)) <= {"MatMulBnb4", "Add"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -48,7 +49,7 @@ TENSOR, TOKEN = {"dynamic": True, "granularity": "tensor"}, {"dynamic": True, "g
 KERNELS = {"MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
 
 
-def model_of(text: str, half: bool = False, opset: int = 21, **constants: object) -> ir.Model:
+def model_of(text: str, half: bool = False, opset: int = 21, **constants: Any) -> ir.Model:
     names = [name for name in ("W", "V", "E", "b") if f"] {name}," in text or f"] {name})" in text]
     if "joined" in text:
         constants["joined"] = np.array([0, 0, 8], np.int64)
@@ -70,7 +71,10 @@ def feeds(model: ir.Model) -> list[dict[str, np.ndarray]]:
 
 
 def lower(
-    model: ir.Model, activations: dict, weights: dict | None = None, samples: list | None = None
+    model: ir.Model,
+    activations: dict[str, Any],
+    weights: dict[str, Any] | None = None,
+    samples: list[Any] | None = None,
 ) -> tuple[ir.Model, ir.Model, Changes]:
     """(portable, lowered, changes): the same codes, once in the portable form and once in the kernel's."""
     portable = model.clone()
@@ -81,7 +85,7 @@ def lower(
     return portable, lowered, changes
 
 
-def assert_same(portable: ir.Model, lowered: ir.Model, samples: list, tolerance: float = 1e-5) -> None:
+def assert_same(portable: ir.Model, lowered: ir.Model, samples: list[Any], tolerance: float = 1e-5) -> None:
     """Row by row equal, with and without ONNX Runtime's optimizations, within the tolerance of each row's largest."""
     for sample in samples:
         expected = tiny.run(portable, sample)
@@ -108,7 +112,9 @@ def assert_same(portable: ir.Model, lowered: ir.Model, samples: list, tolerance:
 )
 @pytest.mark.parametrize("activations", [TENSOR, TOKEN], ids=["tensor", "token"])
 @pytest.mark.parametrize("layer", ALL)
-def test_the_kernel_gives_what_the_graph_means(layer: str, activations: dict, weights: dict) -> None:
+def test_the_kernel_gives_what_the_graph_means(
+    layer: str, activations: dict[str, Any], weights: dict[str, Any]
+) -> None:
     model = model_of(ALL[layer])
     if "embed" in ALL[layer] and weights["format"].endswith("4"):
         weights = {**weights, "layers": ("head",)}  # no Gather takes 4 bits
@@ -127,7 +133,7 @@ def test_the_kernel_gives_what_the_graph_means(layer: str, activations: dict, we
 @pytest.mark.parametrize("weights", [{"saturation_safe": True}, {"format": "uint8"}, {"format": "int4"}], ids=str)
 @pytest.mark.parametrize("activations", [TENSOR, TOKEN], ids=["tensor", "token"])
 @pytest.mark.parametrize("layer", ALL)
-def test_half_precision(layer: str, activations: dict, weights: dict) -> None:
+def test_half_precision(layer: str, activations: dict[str, Any], weights: dict[str, Any]) -> None:
     """The sums are float32 in the kernel, and the portable graph rounds the dequantized activation to float16."""
     model = model_of(ALL[layer], half=True)
     if "embed" in ALL[layer] and weights.get("format") == "int4":
@@ -141,7 +147,7 @@ def test_half_precision(layer: str, activations: dict, weights: dict) -> None:
 
 @pytest.mark.parametrize("opset", [18, 24])
 @pytest.mark.parametrize("activations", [TENSOR, TOKEN], ids=["tensor", "token"])
-def test_opsets(activations: dict, opset: int) -> None:
+def test_opsets(activations: dict[str, Any], opset: int) -> None:
     model = model_of(SIBLINGS, opset=opset)
     portable, lowered, changes = lower(model, activations)
     assert len(changes.changed) == 2
@@ -150,7 +156,7 @@ def test_opsets(activations: dict, opset: int) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1, 8), (1, 3, 8), (4, 1, 8), (0, 3, 8)], ids=str)
 @pytest.mark.parametrize("activations", [TENSOR, TOKEN], ids=["tensor", "token"])
-def test_one_session_takes_any_number_of_rows(shape: tuple[int, ...], activations: dict) -> None:
+def test_one_session_takes_any_number_of_rows(shape: tuple[int, ...], activations: dict[str, Any]) -> None:
     if shape[0] == 0 and activations is TENSOR:
         pytest.skip("no range without values")
     model = model_of(ADD_3D)
@@ -211,7 +217,7 @@ def test_a_row_that_is_not_finite_harms_no_other(bad: float) -> None:
 @pytest.mark.parametrize("code", [127, -127])
 @pytest.mark.parametrize("activations", [TENSOR, TOKEN], ids=["tensor", "token"])
 @pytest.mark.parametrize("saturation_safe", [False, True])
-def test_extreme_codes_do_not_saturate(saturation_safe: bool, activations: dict, code: int) -> None:
+def test_extreme_codes_do_not_saturate(saturation_safe: bool, activations: dict[str, Any], code: int) -> None:
     features = 512
     W = np.full((features, 32), code / 127, np.float32)
     text = f"g (float[M,{features}] x, float[{features},32] W) => (float[M,32] y) {{ [fc] y = MatMul(x, W) }}"
@@ -267,7 +273,7 @@ def test_a_value_is_quantized_once_for_all_layers_that_read_it(tmp_path: Path) -
 @pytest.mark.parametrize("format", ["int4", "uint8"])
 @pytest.mark.parametrize("activations", [TENSOR, TOKEN], ids=["tensor", "token"])
 def test_weights_are_constants_when_the_session_is_made(
-    activations: dict, format: str, layer: str, tmp_path: Path
+    activations: dict[str, Any], format: str, layer: str, tmp_path: Path
 ) -> None:
     """ONNX Runtime folds the Cast of 4-bit codes and the Transpose of tied ones, so that it packs the weight once."""
     layers = {"layers": ("head", "linear")} if format == "int4" else {}
@@ -283,7 +289,7 @@ def test_weights_are_constants_when_the_session_is_made(
 @pytest.mark.parametrize("activations", [TENSOR, TOKEN], ids=["tensor", "token"])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("layer", ["matmul", "gemm-transposed", "siblings", "rank-4"])
-def test_binary_weights(layer: str, half: bool, activations: dict, tmp_path: Path) -> None:
+def test_binary_weights(layer: str, half: bool, activations: dict[str, Any], tmp_path: Path) -> None:
     """Their bits are unpacked to -1 and +1 when the session is made."""
     model = model_of(ALL[layer], half=half)
     portable, lowered, changes = lower(model, activations, {"format": "binary", "layers": ("linear",)})
@@ -314,7 +320,7 @@ def test_a_tied_embedding_is_stored_once(text: str, format: str) -> None:
 @pytest.mark.parametrize("activations", [TENSOR, TOKEN], ids=["tensor", "token"])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("layer", ["matmul", "gemm-transposed", "siblings"])
-def test_groups_read_the_float_activation_again(layer: str, half: bool, activations: dict) -> None:
+def test_groups_read_the_float_activation_again(layer: str, half: bool, activations: dict[str, Any]) -> None:
     """MatMulNBits takes scales in blocks, and rounds the activation to 8 bits itself."""
     text = ALL[layer].replace(",8]", ",64]").replace("[8,", "[64,")
     model = model_of(text, half=half)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -11,7 +13,7 @@ from passes.lower_int8 import LowerInt8
 from passes.lower_weight_only import LowerWeightOnly
 from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
-from qcompiler.rewriting.contract import Changes
+from qcompiler.rewriting.contract import Changes, Pass
 from qcompiler.sites.embeddings import find_quantized_embeddings
 from tests import tiny
 
@@ -36,7 +38,7 @@ def model_of(text: str, features: int = 32, half: bool = False) -> ir.Model:
     return tiny.build(text.replace("float[", "float16[") if half else text, E="normal")
 
 
-def lower(model: ir.Model, *steps, **weights: object) -> tuple[ir.Model, ir.Model, list[Changes]]:
+def lower(model: ir.Model, *steps: Pass, **weights: Any) -> tuple[ir.Model, ir.Model, list[Changes]]:
     """(portable, lowered, changes of the steps)."""
     portable = model.clone()
     tiny.compile(portable, [QuantizeWeights(**weights)], [])
@@ -44,7 +46,7 @@ def lower(model: ir.Model, *steps, **weights: object) -> tuple[ir.Model, ir.Mode
     return portable, lowered, tiny.compile(lowered, list(steps), [])
 
 
-def assert_identical(portable: ir.Model, lowered: ir.Model, samples: list) -> None:
+def assert_identical(portable: ir.Model, lowered: ir.Model, samples: list[Any]) -> None:
     for sample in samples:
         for got, wanted in zip(tiny.run(lowered, sample, optimized=True), tiny.run(portable, sample), strict=True):
             np.testing.assert_array_equal(got, wanted)
@@ -161,7 +163,9 @@ def test_four_bits_tied_to_a_layer(features: int, group: int, type: str) -> None
     changes, _ = tiny.compile(lowered, [LowerWeightOnly(accuracy_level=0), LowerEmbedding()], [])
     assert {changed.site for changed in changes.changed} == {"embed", "lm_head"}
     assert "DequantizeLinear" not in tiny.operators(lowered)
-    codes = [value for value in lowered.graph.initializers.values() if len(value.shape) == 3 and value.shape[-1] > 1]
+    codes = [
+        value for value in lowered.graph.initializers.values() if len(value.shape) == 3 and value.shape.numpy()[-1] > 1
+    ]
     assert [value.const_value.nbytes for value in codes] == [
         12 * -(-features // {32: 32}.get(group, 16)) * {32: 16}.get(group, 8)
     ]
@@ -175,7 +179,7 @@ def layer_input(model: ir.Model) -> ir.Value:
     return next(value for node in model.graph for value in node.outputs if value.name == "x")
 
 
-def assert_identical_outputs(portable: ir.Model, lowered: ir.Model, samples: list, index: int) -> None:
+def assert_identical_outputs(portable: ir.Model, lowered: ir.Model, samples: list[Any], index: int) -> None:
     for sample in samples:
         np.testing.assert_array_equal(
             tiny.run(lowered, sample, optimized=True)[index], tiny.run(portable, sample)[index]
@@ -186,7 +190,7 @@ def assert_identical_outputs(portable: ir.Model, lowered: ir.Model, samples: lis
 
 
 @pytest.mark.parametrize("weights", [{"format": "uint8"}, {"format": "int8", "saturation_safe": True}])
-def test_a_table_is_not_stored_twice_beside_an_integer_kernel(weights: dict) -> None:
+def test_a_table_is_not_stored_twice_beside_an_integer_kernel(weights: dict[str, Any]) -> None:
     """The kernel reads the codes as they are: uint8 serves both, and int8 is not copied."""
     model = model_of(TIED)
     rounding = [QuantizeWeights(**weights), QuantizeActivations(format="uint8", symmetric=False)]

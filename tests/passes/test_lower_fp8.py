@@ -6,6 +6,8 @@ from the operator's definition stands beside it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +17,7 @@ import qcompiler
 from passes.fp8 import Fp8
 from passes.lower_fp8 import LowerFp8
 from passes.quantize_weights import QuantizeWeights
-from qcompiler.rewriting.contract import Changes
+from qcompiler.rewriting.contract import Changes, Pass
 from qcompiler.sites.find import find_sites
 from qcompiler.targets.kernels import missing_on_cpu
 from tests import tiny
@@ -42,7 +44,7 @@ def model_of(text: str, dtype: str = "float16") -> ir.Model:
     return tiny.build(text.replace("float16", dtype), **dict.fromkeys(names, "normal"))
 
 
-def lower(model: ir.Model, portable_pass: object, **options: object) -> tuple[ir.Model, ir.Model, Changes]:
+def lower(model: ir.Model, portable_pass: Pass, **options: Any) -> tuple[ir.Model, ir.Model, Changes]:
     portable = model.clone()
     tiny.compile(portable, [portable_pass], tiny.feeds(model))
     lowered = portable.clone()
@@ -50,7 +52,7 @@ def lower(model: ir.Model, portable_pass: object, **options: object) -> tuple[ir
     return portable, lowered, changes
 
 
-def fp8(**options: object) -> Fp8:
+def fp8(**options: Any) -> Fp8:
     return Fp8(**{**EVERYTHING, **options})
 
 

@@ -7,6 +7,7 @@ and its uint8 × int8 kernel saturates on x86 CPUs without VNNI. The float64 ora
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -36,14 +37,17 @@ LAYERS = {"matmul": MATMUL, "add-2d": ADD_2D, "add-3d": ADD_3D, "gemm": GEMM, "g
 ALL = {**LAYERS, "siblings": SIBLINGS, "tied": TIED, "tied-gemm": TIED_GEMM}
 
 
-def model_of(text: str, half: bool = False, **constants: object) -> ir.Model:
+def model_of(text: str, half: bool = False, **constants: Any) -> ir.Model:
     names = [name for name in ("W", "V", "E", "b") if f"] {name}," in text or f"] {name})" in text]
     text = text.replace("float[", "float16[") if half else text
     return tiny.build(text, **{name: constants.get(name, "normal") for name in names})
 
 
 def lower(
-    model: ir.Model, weights: dict | None = None, activations: dict | None = None, samples: list | None = None
+    model: ir.Model,
+    weights: dict[str, Any] | None = None,
+    activations: dict[str, Any] | None = None,
+    samples: list[Any] | None = None,
 ) -> tuple[ir.Model, ir.Model, Changes]:
     """(portable, lowered, changes): the same codes, once in standard operators and once in the kernel's."""
     portable = model.clone()
@@ -54,7 +58,7 @@ def lower(
     return portable, lowered, changes
 
 
-def assert_same(portable: ir.Model, lowered: ir.Model, samples: list, tolerance: float = 1e-5) -> None:
+def assert_same(portable: ir.Model, lowered: ir.Model, samples: list[Any], tolerance: float = 1e-5) -> None:
     """Equal with and without ONNX Runtime's optimizations, and within the tolerance of the largest output."""
     for sample in samples:
         expected = tiny.run(portable, sample)
@@ -76,7 +80,9 @@ def assert_same(portable: ir.Model, lowered: ir.Model, samples: list, tolerance:
     ids=["s8", "u8", "u8-asymmetric", "s8-asymmetric"],
 )
 @pytest.mark.parametrize("layer", ALL)
-def test_the_kernel_gives_what_the_graph_means(layer: str, weights: dict, activations: dict) -> None:
+def test_the_kernel_gives_what_the_graph_means(
+    layer: str, weights: dict[str, Any], activations: dict[str, Any]
+) -> None:
     model = model_of(ALL[layer])
     portable, lowered, changes = lower(model, weights, activations)
     assert not changes.skipped
@@ -119,7 +125,7 @@ def test_scales_of_a_tensor(layer: str, granularity: str) -> None:
 
 @pytest.mark.parametrize("weights", [{"format": "int8"}, {"format": "uint8"}], ids=["s8", "u8"])
 @pytest.mark.parametrize("layer", ALL)
-def test_half_precision(layer: str, weights: dict) -> None:
+def test_half_precision(layer: str, weights: dict[str, Any]) -> None:
     """The sums are float32 in the kernel; the portable graph is run by the same rule, so float16 rounds once."""
     model = model_of(ALL[layer], half=True)
     portable, lowered, changes = lower(model, weights)
@@ -255,7 +261,9 @@ def test_wide_weights_are_skipped_with_the_reason() -> None:
 
 @pytest.mark.parametrize("weights", [{"format": "int4"}, {"format": "uint4", "symmetric": False}], ids=["s4", "u4"])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_weights_of_four_bits_are_cast_when_the_session_is_made(layer: str, weights: dict, tmp_path: Path) -> None:
+def test_weights_of_four_bits_are_cast_when_the_session_is_made(
+    layer: str, weights: dict[str, Any], tmp_path: Path
+) -> None:
     model = model_of(ALL[layer])
     portable, lowered, changes = lower(model, weights)
     assert not changes.skipped

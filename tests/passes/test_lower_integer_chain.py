@@ -6,6 +6,8 @@ stands beside it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -34,7 +36,7 @@ LAYERS = {
     "matmul": MATMUL, "rank-4": FOUR, "rank-1": VECTOR, "add-2d": ADD_2D, "add-3d": ADD_3D, "gemm": GEMM,
     "gemm-transposed": GEMM_T, "fused": FUSED, "siblings": SIBLINGS, "tied": TIED,
 }  # fmt: skip
-ACTIVATIONS: dict[str, dict] = {
+ACTIVATIONS: dict[str, dict[str, Any]] = {
     "token": {"granularity": "token"},
     "token-int4": {"granularity": "token", "format": "int4"},
     "tensor": {"dynamic": True},
@@ -42,7 +44,7 @@ ACTIVATIONS: dict[str, dict] = {
     "static-s8": {"format": "int8"},
     "static-s8-symmetric": {"format": "int8", "symmetric": True},
 }
-WEIGHTS: dict[str, dict] = {
+WEIGHTS: dict[str, dict[str, Any]] = {
     "s8": {"format": "int8"}, "u8": {"format": "uint8"}, "s4": {"format": "int4"}, "u4": {"format": "uint4"},
     "s8-tensor": {"format": "int8", "granularity": "tensor", "symmetric": False},
     "u8-tensor": {"format": "uint8", "granularity": "tensor", "symmetric": False},
@@ -51,15 +53,15 @@ WEIGHTS: dict[str, dict] = {
 HALF_TOLERANCES = {"siblings": 0.02}
 
 
-def model_of(text: str, half: bool = False, **constants: object) -> ir.Model:
+def model_of(text: str, half: bool = False, **constants: Any) -> ir.Model:
     names = [name for name in ("W", "V", "E", "b") if f"] {name}," in text or f"] {name})" in text]
     text = text.replace("float[", "float16[") if half else text
     return tiny.build(text, **{name: constants.get(name, "normal") for name in names})
 
 
 def lower(
-    model: ir.Model, weights: dict | None = None, activations: dict | None = None, samples: list | None = None,
-    **options: object,
+    model: ir.Model, weights: dict[str, Any] | None = None, activations: dict[str, Any] | None = None,
+    samples: list[Any] | None = None, **options: Any,
 ) -> tuple[ir.Model, ir.Model, Changes]:  # fmt: skip
     """(portable, lowered, changes): the same codes, once in standard operators and once in the chain's."""
     portable = model.clone()
@@ -70,7 +72,7 @@ def lower(
     return portable, lowered, changes
 
 
-def assert_same(portable: ir.Model, lowered: ir.Model, samples: list, tolerance: float = 1e-5) -> None:
+def assert_same(portable: ir.Model, lowered: ir.Model, samples: list[Any], tolerance: float = 1e-5) -> None:
     """Equal with and without ONNX Runtime's optimizations, and within the tolerance of the largest output."""
     for sample in samples:
         expected = tiny.run(portable, sample)
@@ -230,7 +232,8 @@ def test_padded_operands_are_reported() -> None:
 
 
 def test_static_activations_of_blocked_weights_are_float_again() -> None:
-    model, groups = model_of(MATMUL), {"granularity": "group", "group_size": 4}
+    model = model_of(MATMUL)
+    groups: dict[str, Any] = {"granularity": "group", "group_size": 4}
     _, lowered, changes = lower(model, groups, ACTIVATIONS["static-s8"])
     assert "blocked" in tiny.reasons(changes)["fc"]
     assert tiny.operators(lowered) == ["DequantizeLinear", "MatMul"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,7 +19,7 @@ from qcompiler.driver import inputs
 from qcompiler.errors import TargetError
 from qcompiler.lowering.tensorrt_rules import BLOCKS, violations
 from qcompiler.recipes import recipe_names
-from qcompiler.rewriting.contract import Changes
+from qcompiler.rewriting.contract import Changes, Pass
 from qcompiler.sessions import runtime
 from qcompiler.sites.canonicalize import canonicalize
 from qcompiler.sites.find import find_sites
@@ -39,12 +40,12 @@ MODEL = """g (int64[B,S] ids, float[12,64] E, float[64,128] W, float[128,64] V) 
 INT8 = QuantizeActivations(format="int8", symmetric=True)
 
 
-def model_of(text: str, **constants: object) -> ir.Model:
+def model_of(text: str, **constants: Any) -> ir.Model:
     names = [name for name in ("W", "V", "E", "b") if f"] {name}," in text or f"] {name})" in text]
     return tiny.build(text, **{name: constants.get(name, "normal") for name in names})
 
 
-def lower(model: ir.Model, *steps) -> tuple[ir.Model, ir.Model, Changes]:
+def lower(model: ir.Model, *steps: Pass) -> tuple[ir.Model, ir.Model, Changes]:
     """(portable, lowered, changes)."""
     portable = model.clone()
     tiny.compile(portable, steps, tiny.feeds(model))
@@ -69,13 +70,13 @@ def weight_node(model: ir.Model) -> ir.Node:
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("weights", [{}, {"format": "uint8"}, {"granularity": "tensor"}, {"format": "int4"}])
-def test_int8_on_both_sides(layer: str, weights: dict) -> None:
+def test_int8_on_both_sides(layer: str, weights: dict[str, Any]) -> None:
     portable, lowered, changes = lower(model_of(LAYERS[layer]), QuantizeWeights(**weights), INT8)
     assert [changed.kernel for changed in changes.changed] == ["TensorRT int8"]
     node = weight_node(lowered)
     assert node.inputs[0].dtype == ir.DataType.INT8
     assert len(node.inputs) == 2
-    assert node.outputs[0].uses()[0].node.name == "fc"  # nothing stands between the pair and the layer
+    assert node.outputs[0].consumers()[0].name == "fc"  # nothing stands between the pair and the layer
     axis = node.attributes.get_int("axis", 1)
     assert node.inputs[1].const_value.size in (1, node.inputs[0].shape[axis])
     assert_same(portable, lowered)
@@ -112,7 +113,7 @@ def test_an_activation_with_a_zero_point_stays_float() -> None:
         ({"format": "uint3", "granularity": "group", "group_size": 256}, 128),
     ],
 )
-def test_four_bits_in_blocks(layer: str, weights: dict, block: int) -> None:
+def test_four_bits_in_blocks(layer: str, weights: dict[str, Any], block: int) -> None:
     portable, lowered, changes = lower(model_of(LAYERS[layer]), QuantizeWeights(**weights))
     assert [(changed.kernel, changed.detail) for changed in changes.changed] == [
         ("TensorRT int4 weights", f"blocks of {block}")
@@ -140,7 +141,7 @@ def test_a_negative_scale_changes_its_sign_with_its_codes() -> None:
 def test_a_negative_scale_of_the_least_code_is_no_symmetric_integer() -> None:
     model = model_of("""g (float[M,128] x, float[128,6] W, float[128,6] V) => (float[M,6] y, float[M,6] z) {
         [searched] y = MatMul(x, W)  [plain] z = MatMul(x, V) }""")
-    settings = {"format": "int4", "granularity": "group", "group_size": 128}
+    settings: dict[str, Any] = {"format": "int4", "granularity": "group", "group_size": 128}
     searched = QuantizeWeights(targets=("searched",), search="mse", **settings)
     portable, lowered, changes = lower(model, searched, QuantizeWeights(targets=("plain",), **settings))
     assert "positive_scales" in tiny.reasons(changes)["searched"]
@@ -149,7 +150,7 @@ def test_a_negative_scale_of_the_least_code_is_no_symmetric_integer() -> None:
 
 @pytest.mark.parametrize("search", ["minmax", "mse", "weighted"])
 @pytest.mark.parametrize("cls", [QuantizeWeights, Gptq])
-def test_positive_scales(cls, search: str) -> None:
+def test_positive_scales(cls: type[Any], search: str) -> None:
     model = model_of(MATMUL)
     step = cls(format="int4", granularity="group", group_size=128, search=search, positive_scales=True)
     _, lowered, changes = lower(model, step)
@@ -252,7 +253,7 @@ def _types_of_codes(proto: bytes, path: Path, disabled: list[str]) -> set[ir.Dat
 
 PAIR = "[q] q = QuantizeLinear(x, s, z)  [d] y = DequantizeLinear(q, s, z)"
 ONE, ZERO = np.float32(0.1), np.int8(0)
-BROKEN = {
+BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
     "zero point": (f"g (float[M,8] x, float s, int8 z) => (float[M,8] y) {{ {PAIR} }}", {"s": ONE, "z": np.int8(3)}),
     "UINT8 codes": (f"g (float[M,8] x, float s, uint8 z) => (float[M,8] y) {{ {PAIR} }}", {"s": ONE, "z": np.uint8(0)}),
     "not positive": (f"g (float[M,8] x, float s, int8 z) => (float[M,8] y) {{ {PAIR} }}", {"s": -ONE, "z": ZERO}),
@@ -303,7 +304,7 @@ def test_a_broken_rule_is_named(rule: str) -> None:
     assert any(rule in clause and "the node '" in clause for clause in found), found
 
 
-def _built(text: str, constants: dict) -> ir.Model:
+def _built(text: str, constants: dict[str, Any]) -> ir.Model:
     model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21]> {text}')
     for value in list(model.graph.inputs):
         if value.name in constants:

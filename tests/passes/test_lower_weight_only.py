@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -34,7 +36,7 @@ def model_of(text: str, features: int = 32, half: bool = False, opset: int = 21)
     return tiny.build(text, opset=opset, **dict.fromkeys(names, "normal"))
 
 
-def lower(model: ir.Model, weights: dict | None = None, **options: object) -> tuple[ir.Model, ir.Model, Changes]:
+def lower(model: ir.Model, weights: dict[str, Any] | None = None, **options: Any) -> tuple[ir.Model, ir.Model, Changes]:
     """(portable, lowered, changes)."""
     portable = model.clone()
     tiny.compile(portable, [QuantizeWeights(**(weights or {"format": "uint8"}))], [])
@@ -43,7 +45,7 @@ def lower(model: ir.Model, weights: dict | None = None, **options: object) -> tu
     return portable, lowered, changes
 
 
-def assert_same(portable: ir.Model, lowered: ir.Model, samples: list, tolerance: float) -> None:
+def assert_same(portable: ir.Model, lowered: ir.Model, samples: list[Any], tolerance: float) -> None:
     for sample in samples:
         for got, wanted in zip(tiny.run(lowered, sample, optimized=True), tiny.run(portable, sample), strict=True):
             assert got.dtype == wanted.dtype
@@ -55,7 +57,7 @@ def assert_same(portable: ir.Model, lowered: ir.Model, samples: list, tolerance:
 )
 @pytest.mark.parametrize(("features", "block"), [(32, 16), (32, 32), (40, 16), (20, 32), (130, 128)])
 @pytest.mark.parametrize("layer", ALL)
-def test_the_kernel_gives_what_the_graph_means(layer: str, features: int, block: int, weights: dict) -> None:
+def test_the_kernel_gives_what_the_graph_means(layer: str, features: int, block: int, weights: dict[str, Any]) -> None:
     model = model_of(ALL[layer], features)
     portable, lowered, changes = lower(model, weights, block_size=block, accuracy_level=0)
     assert not changes.skipped
@@ -75,7 +77,7 @@ GROUPS = [{}, {"granularity": "tensor"}, *({"granularity": "group", "group_size"
     [("int2", 25), ("uint2", 25), ("int2", 21), ("uint2", 21), ("int3", 21), ("uint3", 21), ("int4", 21),
      ("uint4", 21), ("int8", 21), ("uint8", 21)],
 )  # fmt: skip
-def test_codes_of_all_kinds(format: str, opset: int, groups: dict, symmetric: bool) -> None:
+def test_codes_of_all_kinds(format: str, opset: int, groups: dict[str, Any], symmetric: bool) -> None:
     """Groups that the operator has and has not, whole ones and a shorter last one, stored by row and by column."""
     for layer, features in product((MATMUL, GEMM), (96, 200, 520)):
         model = model_of(layer, features, opset=opset)
@@ -129,7 +131,7 @@ def test_codes_wider_than_noted_are_refused() -> None:
         tiny.compile(model, [LowerWeightOnly()], [])
 
 
-def blocked(codes: ir.Tensor, scale: np.ndarray, zero_point: ir.Tensor | None, block_size: int) -> ir.Model:
+def blocked(codes: ir.Tensor[Any], scale: np.ndarray, zero_point: ir.Tensor[Any] | None, block_size: int) -> ir.Model:
     """y = x DequantizeLinear(Q, s[, z]) in blocks along the inputs."""
     features, outputs = codes.shape.numpy()
     model = tiny.build(
@@ -140,7 +142,8 @@ def blocked(codes: ir.Tensor, scale: np.ndarray, zero_point: ir.Tensor | None, b
     values = []
     for name, tensor in (("Q", codes), ("s", ir.tensor(scale)), ("z", zero_point)):
         if tensor is not None:
-            values.append(ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor))
+            shape = ir.Shape(tensor.shape.numpy())
+            values.append(ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor))
             model.graph.register_initializer(values[-1])
     attributes = [ir.AttrInt64("axis", 0), ir.AttrInt64("block_size", block_size)]
     node = ir.Node("", "DequantizeLinear", values, attributes, name="decoded")
@@ -174,7 +177,7 @@ def test_half_precision(layer: str, level: int) -> None:
 
 @pytest.mark.parametrize("weights", [{"format": "int8"}, {"format": "uint4", "symmetric": False}])
 @pytest.mark.parametrize("layer", ALL)
-def test_half_precision_in_the_operator(layer: str, weights: dict) -> None:
+def test_half_precision_in_the_operator(layer: str, weights: dict[str, Any]) -> None:
     model = model_of(ALL[layer], half=True)
     portable, lowered, _ = lower(model, weights, accuracy_level=0, half_precision=True)
     assert "Cast" not in tiny.operators(lowered)
@@ -307,7 +310,7 @@ def test_large_codes_are_computed_when_they_are_written() -> None:
 
 @pytest.mark.parametrize("weights", [{"format": "int8"}, {"format": "uint4"}], ids=["int8", "uint4"])
 @pytest.mark.parametrize("layer", ALL)
-def test_every_layer_is_the_operator_when_it_runs(layer: str, weights: dict, tmp_path) -> None:
+def test_every_layer_is_the_operator_when_it_runs(layer: str, weights: dict[str, Any], tmp_path: Path) -> None:
     _, lowered, _ = lower(model_of(ALL[layer]), weights)
     found = [node.op_type for node in tiny.optimized_nodes(lowered, tmp_path / "optimized.onnx")]
     assert "MatMulNBits" in found
@@ -325,7 +328,7 @@ def test_every_layer_is_the_operator_when_it_runs(layer: str, weights: dict, tmp
         ({"granularity": "group", "group_size": 24}, "groups of 24 features are no multiple of 16"),
     ],
 )
-def test_skipped_with_the_reason(weights: dict, reason: str) -> None:
+def test_skipped_with_the_reason(weights: dict[str, Any], reason: str) -> None:
     portable, lowered, changes = lower(model_of(MATMUL), weights)
     assert reason in tiny.reasons(changes)["fc"]
     assert tiny.operators(lowered) == tiny.operators(portable)

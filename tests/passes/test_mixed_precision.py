@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from passes.gptq import Gptq
@@ -24,7 +25,7 @@ THREE = """
 """
 
 
-def three() -> tiny.ir.Model:
+def three() -> ir.Model:
     generator = np.random.default_rng(3)
     exact = generator.integers(0, 4, (32, 32)).astype(np.float32)  # two bits lose nothing of it
     exact[0::16], exact[1::16] = 0, 3

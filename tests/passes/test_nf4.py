@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -27,7 +30,7 @@ TURNED = "g (float[M,{K}] x, float[{N},{K}] W) => (float[M,{N}] y) {{ T = Transp
 TABLES = {"nf4": oracle.normal_float(), "fp4": oracle.FP4}
 
 
-def quantize(model: ir.Model, **options: object) -> tuple[ir.Model, Changes]:
+def quantize(model: ir.Model, **options: Any) -> tuple[ir.Model, Changes]:
     after = model.clone()
     (changes,) = tiny.compile(after, [Nf4(**options)], [])
     return after, changes
@@ -36,7 +39,7 @@ def quantize(model: ir.Model, **options: object) -> tuple[ir.Model, Changes]:
 def effective_weight(model: ir.Model, optimized: bool = False) -> np.ndarray:
     """The matrix [N, K] that the only layer really multiplies by: its answer to the unit vectors."""
     value = model.graph.inputs[0]
-    eye = np.eye(int(value.shape[-1]), dtype=value.dtype.numpy())
+    eye = np.eye(tiny.sizes(value)[-1], dtype=value.dtype.numpy())
     x = eye if len(value.shape) == 2 else eye[None]
     return tiny.run(model, {"x": x}, optimized=optimized)[0].reshape(len(eye), -1).T
 
@@ -93,7 +96,9 @@ def test_linear(text: str, N: int, K: int, block: int, table: str, double: bool)
     seed=st.integers(0, 100),
 )
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_size(shape, block, table, double, magnitude, zeros, seed) -> None:
+def test_any_size(
+    shape: tuple[int, ...], block: int, table: str, double: bool, magnitude: float, zeros: bool, seed: int
+) -> None:
     (N, K), rng = shape, np.random.default_rng(seed)
     W = (magnitude * rng.normal(size=shape) * (rng.random(shape) >= zeros)).astype(np.float32)
     after, _ = quantize(tiny.build(GEMM.format(K=K, N=N), W=W), table=table, block_size=block,
@@ -192,7 +197,7 @@ def test_a_weight_with_nan() -> None:
 
 
 @pytest.mark.parametrize("opset", [18, 21, 23, 25])
-def test_saved_loaded_and_canonicalized(tmp_path, opset: int) -> None:
+def test_saved_loaded_and_canonicalized(tmp_path: Path, opset: int) -> None:
     """The function survives the disk, and canonicalizing leaves it be: the model is the same one and still runs."""
     model = tiny.build(MATMUL.format(K=600, N=500), opset=opset, W="normal")
     after, _ = quantize(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -24,7 +26,7 @@ BITS = {"int8": (-128, 127), "uint8": (0, 255), "int16": (-32768, 32767), "uint1
 
 
 def quantize(
-    model: ir.Model, weights: dict | None = None, samples: list | None = None, **options: object
+    model: ir.Model, weights: dict[str, Any] | None = None, samples: list[Any] | None = None, **options: Any
 ) -> tuple[ir.Model, Changes]:
     after = model.clone()
     steps = [QuantizeWeights(**(weights or {})), QuantizeActivations(**options)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -30,7 +32,7 @@ BITS = {
 }
 
 
-def quantize(model: ir.Model, **options: object) -> tuple[ir.Model, Changes]:
+def quantize(model: ir.Model, **options: Any) -> tuple[ir.Model, Changes]:
     after = model.clone()
     (changes,) = tiny.compile(after, [QuantizeWeights(**options)], [])
     return after, changes

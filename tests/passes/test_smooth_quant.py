@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -39,7 +41,7 @@ SKIP_SIMPLIFIED = """g (float[B,S,8] x, float[B,S,8] r, float[8] g, float[8,6] W
 SIMPLIFIED = """g (float[B,S,8] x, float[8] g, float[8,6] W) => (float[B,S,6] y) {
     n = SimplifiedLayerNormalization<axis=-1>(x, g)  [fc] y = MatMul(n, W) }"""
 SCALARS = {"two": np.float32(2), "eps": np.float32(1e-5), "last": np.array([-1])}
-NORMS = {
+NORMS: dict[str, tuple[str, dict[str, Any], int]] = {
     "rms": (RMS, RMS_CONSTANTS, 23),
     "layer": (LAYER_NORM, {"g": "outliers", "b": "normal", "W": "normal"}, 21),
     "decomposed-rms": (DECOMPOSED_RMS, {"g": "outliers", "W": "normal", **SCALARS}, 21),
@@ -50,7 +52,7 @@ NORMS = {
 }
 
 
-def values(model: ir.Model, name: str, samples: list[tiny.Feeds]) -> np.ndarray:
+def values(model: ir.Model, name: str, samples: Sequence[tiny.Feeds]) -> np.ndarray:
     """What the value holds on all samples, as rows."""
     probe = model.clone()
     found = {value.name: value for node in probe.graph for value in node.outputs}
@@ -62,7 +64,7 @@ def values(model: ir.Model, name: str, samples: list[tiny.Feeds]) -> np.ndarray:
     return np.concatenate([array.reshape(-1, array.shape[-1]) for array in seen])
 
 
-def smooth(model: ir.Model, tolerance: float = 2e-6, **options: object) -> tuple[ir.Model, Changes]:
+def smooth(model: ir.Model, tolerance: float = 2e-6, **options: Any) -> tuple[ir.Model, Changes]:
     """The smoothed model, after a check that it computes what the original does."""
     samples = tiny.feeds(model)
     after = model.clone()
@@ -126,7 +128,8 @@ def test_statistics_follow_exactly() -> None:
         store.rescale(value, divisor)
     tiny.measure(model, [step], samples, again)
     for prototype in (ChannelRange(), ChannelMoments()):
-        expected, got = again.get("n", prototype).result(), store.get("n", prototype).result()
+        expected: Any = again.get("n", prototype).result()
+        got: Any = store.get("n", prototype).result()
         np.testing.assert_allclose(np.stack(got), np.stack(expected), rtol=1e-5)
 
 
@@ -305,7 +308,7 @@ def test_half_precision_without_room_is_left_alone(loud: float) -> None:
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan"), "best"])
-def test_alpha_out_of_range(alpha: object) -> None:
+def test_alpha_out_of_range(alpha: Any) -> None:
     with pytest.raises((QCompilerError, ValueError)):
         SmoothQuant(alpha=alpha)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -276,7 +277,7 @@ def test_a_compilation_tells_of_every_site_what_runs_it_and_names_the_node_that_
 # --------------------------------------------------------------------------------------------------------- command line
 
 
-def test_the_command_predicts_where_no_provider_starts(tmp_path) -> None:
+def test_the_command_predicts_where_no_provider_starts(tmp_path: Path) -> None:
     model = tiny.build(QUANTIZED)
     model.metadata_props["qcompiler.target"] = "ort-cuda"
     model_io.save(model, tmp_path / "out")
@@ -293,7 +294,7 @@ def test_the_command_predicts_where_no_provider_starts(tmp_path) -> None:
     assert {"name": "dql", "op": "DynamicQuantizeLinear"}.items() <= data["nodes"][1].items()
 
 
-def test_a_session_on_the_cpu_agrees_with_the_prediction(tmp_path) -> None:
+def test_a_session_on_the_cpu_agrees_with_the_prediction(tmp_path: Path) -> None:
     """The one provider that every test machine has."""
     model = shape_model()
     model_io.save(model, tmp_path / "out")
@@ -348,7 +349,7 @@ def test_bfloat16_that_the_gpu_has_no_kernel_for_runs_nowhere() -> None:
     assert placed(tiny.build(text.format(kind="float16"))).warnings == []
 
 
-def test_nodes_without_names_are_measured_under_those_of_the_prediction(tmp_path) -> None:
+def test_nodes_without_names_are_measured_under_those_of_the_prediction(tmp_path: Path) -> None:
     model = tiny.build("g (float[B,8] x) => (float[B,8] y) { a = Neg(x) b = Neg(a) y = Exp(b) }")
     for node in model.graph:
         node.name = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -128,7 +129,7 @@ def test_groups_keep_float_activations() -> None:
 @pytest.mark.parametrize("granularity", ["token", "tensor"])
 @pytest.mark.parametrize("K", [64, 37])
 @pytest.mark.parametrize("text", [MATMUL, GEMM], ids=["matmul", "gemm"])
-def test_dynamic_activations(text: str, K: int, granularity: str) -> None:
+def test_dynamic_activations(text: str, K: int, granularity: Literal["token", "tensor"]) -> None:
     model = model_of(text, K, 6)
     steps = [QuantizeWeights(format="binary"), QuantizeActivations(granularity=granularity, dynamic=True)]
     tiny.compile(model, steps, [])

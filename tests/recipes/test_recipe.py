@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from qcompiler.errors import RecipeError, SchemeError, TargetError
 from qcompiler.recipes import Recipe, Step, recipe_names
 
 
-def minimal(**more: object) -> Recipe:
+def minimal(**more: Any) -> Recipe:
     return Recipe.from_dict({"name": "mine", "passes": ["quantize-weights"], **more})
+
+
+def built(recipe: Recipe) -> list[Any]:
+    """The passes, each with the options of its own class."""
+    return list(recipe.build())
+
+
+def lowering(recipe: Recipe) -> list[Any]:
+    return list(recipe.build_lowering())
 
 
 def test_built_in_recipes_build_for_every_target_that_takes_them() -> None:
@@ -21,14 +33,14 @@ def test_built_in_recipes_build_for_every_target_that_takes_them() -> None:
             assert resolved.build_lowering() == [] if target == "portable" else resolved.build_lowering()
 
 
-def test_yaml_round_trip_of_a_resolved_recipe(tmp_path) -> None:
+def test_yaml_round_trip_of_a_resolved_recipe(tmp_path: Path) -> None:
     resolved = Recipe.load("smoothquant").with_options(["smooth-quant.alpha=0.25"]).resolved("ort-cpu")
     file = tmp_path / "recipe.yaml"
     file.write_text(resolved.to_yaml(), encoding="utf-8")
     again = Recipe.load(file)
     assert again == resolved.model_copy(update={"source": again.source})
     assert again.resolved() == again
-    assert again.build()[0].alpha == 0.25
+    assert built(again)[0].alpha == 0.25
 
 
 def test_target_preferences_fill_only_what_the_recipe_leaves_open() -> None:
@@ -44,7 +56,7 @@ def test_another_target_brings_its_own_lowering() -> None:
         "lower-int8", "lower-dynamic-int8", "lower-weight-only", "lower-embedding",
     ]  # fmt: skip
     assert resolved.resolved("portable").lowering == ()
-    cuda = resolved.resolved("ort-cuda").build_lowering()
+    cuda = lowering(resolved.resolved("ort-cuda"))
     assert [step.name for step in cuda] == ["lower-integer-chain", "lower-fp8", "lower-weight-only", "lower-embedding"]
     assert cuda[2].block_size == 32
 
@@ -53,51 +65,52 @@ def test_settings_parse_yaml_values_and_reach_the_lowering() -> None:
     recipe = Recipe.load("smoothquant").with_options(
         ["quantize-activations.ignore=[lm_head, '*.down_proj']", "smooth-quant.insert_mul=true"]
     )
-    smooth, _, activations = recipe.build()
+    smooth, _, activations = built(recipe)
     assert smooth.insert_mul is True
     assert activations.ignore == ("lm_head", "*.down_proj")
     lowered = (
         Recipe.load("int8-weights").for_target("ort-cuda").with_options(["lower-weight-only.block_size=64"]).resolved()
     )
-    assert lowered.build_lowering()[2].block_size == 64
-    assert lowered.build_lowering()[2].accuracy_level == 0, "the target's other preferences stay"
+    assert lowering(lowered)[2].block_size == 64
+    assert lowering(lowered)[2].accuracy_level == 0, "the target's other preferences stay"
     lowered = Recipe.load("int8-weights").resolved("ort-cpu").with_options(["lower-weight-only.block_size=64"])
-    assert lowered.build_lowering()[2].block_size == 64
+    assert lowering(lowered)[2].block_size == 64
 
 
 def test_settings_need_to_make_sense_only_together() -> None:
     settings = ["quantize-weights.group_size=32", "quantize-weights.granularity=group"]
-    assert minimal().with_options(settings).build()[0].group_size == 32
+    assert built(minimal().with_options(settings))[0].group_size == 32
     with pytest.raises(SchemeError, match="group_size"):
         minimal().with_options(settings[:1])
 
 
 def test_settings_go_where_they_make_sense() -> None:
     recipe = Recipe.load("rtn-w4").with_options(["quantize-weights.group_size=32"])
-    assert [built.group_size for built in recipe.build()] == [32, None]
+    assert [step.group_size for step in built(recipe)] == [32, None]
     with pytest.raises(SchemeError, match="int5"):
         Recipe.load("rtn-w4").with_options(["quantize-weights.format=int5"])
 
 
 def test_an_open_group_size_is_what_the_target_runs_fastest() -> None:
-    sizes = {t: Recipe.load("gptq-w4").resolved(t).build()[0].group_size for t in ("ort-cpu", "ort-cuda", "portable")}
+    sizes = {t: built(Recipe.load("gptq-w4").resolved(t))[0].group_size for t in ("ort-cpu", "ort-cuda", "portable")}
     assert sizes == {"ort-cpu": 128, "ort-cuda": 32, "portable": None}
-    assert Recipe.load("gptq-w4").with_options(["gptq.group_size=64"]).resolved("ort-cuda").build()[0].group_size == 64
+    chosen = Recipe.load("gptq-w4").with_options(["gptq.group_size=64"]).resolved("ort-cuda")
+    assert built(chosen)[0].group_size == 64
 
 
 def test_a_pass_that_occurs_twice_gets_the_setting_twice() -> None:
     recipe = minimal(passes=["quantize-weights", "quantize-weights"]).with_options(["quantize-weights.search=mse"])
-    assert [built.search for built in recipe.build()] == ["mse", "mse"]
+    assert [step.search for step in built(recipe)] == ["mse", "mse"]
 
 
 def test_recipes_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        minimal().target = "portable"
+        minimal().target = "portable"  # type: ignore[misc]
 
 
 def test_steps_can_be_given_as_objects() -> None:
     recipe = Recipe(name="x", passes=(Step(name="quantize-weights", options={"format": "int4"}),))
-    assert recipe.build()[0].format == "int4"
+    assert built(recipe)[0].format == "int4"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +129,7 @@ def test_steps_can_be_given_as_objects() -> None:
         ({"passes": [{"quantize-weights": {"targets": "lm_head"}}]}, r"targets should be a tuple, but is 'lm_head'"),
     ],
 )
-def test_wrong_passes_are_named(data: dict, message: str) -> None:
+def test_wrong_passes_are_named(data: dict[str, Any], message: str) -> None:
     recipe = Recipe.from_dict({"name": "mine", **data}, "recipe mine.yaml")
     with pytest.raises(RecipeError, match=message) as caught:
         recipe.build()
@@ -139,7 +152,7 @@ def test_wrong_passes_are_named(data: dict, message: str) -> None:
         ({"passes": ["a"], "exclude": "lm_head"}, r"exclude should be a tuple, but is 'lm_head'"),
     ],
 )
-def test_wrong_entries_are_named(data: dict, message: str) -> None:
+def test_wrong_entries_are_named(data: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
         Recipe.from_dict({"name": "mine", **data})
     assert str(caught.value).startswith("recipe mine: ")
@@ -156,7 +169,7 @@ def test_wrong_entries_are_named(data: dict, message: str) -> None:
         ("passes: !!python/object/apply:os.system [true]", r"not valid YAML \(line 1"),
     ],
 )
-def test_broken_files(tmp_path, text: str, message: str) -> None:
+def test_broken_files(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "broken.yaml"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError, match=message) as caught:
@@ -165,7 +178,7 @@ def test_broken_files(tmp_path, text: str, message: str) -> None:
     assert str(file) in str(caught.value)
 
 
-def test_a_file_without_a_name_is_called_after_the_file(tmp_path) -> None:
+def test_a_file_without_a_name_is_called_after_the_file(tmp_path: Path) -> None:
     file = tmp_path / "ours.yaml"
     file.write_text("passes: [quantize-weights]", encoding="utf-8")
     assert Recipe.load(str(file)).name == "ours"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
@@ -112,7 +113,7 @@ def test_name_clashes_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         pass_class("x")
 
 
-def test_a_folder_that_shadows_the_pass_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_a_folder_that_shadows_the_pass_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "passes").mkdir()
     monkeypatch.delitem(sys.modules, "passes")
     monkeypatch.syspath_prepend(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -35,7 +36,7 @@ def example(layers: int = 3, **changes: object) -> Report:
         for kind in ("self_attn.q_proj", "mlp.down_proj")
     ]
     sites.append(SiteReport("head", "lm_head", "MatMul", "excluded", reason="the recipe leaves it out"))
-    values: dict = {
+    values: dict[str, Any] = {
         "recipe": "smoothquant",
         "target": "ort-cpu",
         "sites": sites,
@@ -91,7 +92,9 @@ def test_infinite_and_missing_numbers_survive_json() -> None:
         ("perplexity_ratio", 1.01, [], None, False),
     ],
 )
-def test_gates_take_the_worst_output(name: str, limit: float, values: list, worst: float | None, held: bool) -> None:
+def test_gates_take_the_worst_output(
+    name: str, limit: float, values: list[Any], worst: float | None, held: bool
+) -> None:
     outputs = {f"out{index}": measures for index, measures in enumerate(values)}
     assert check_gates({name: limit}, outputs) == [Gate(name, limit, worst, held)]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -47,7 +47,8 @@ def module(value: str) -> str:
 @pytest.fixture(scope="module")
 def report() -> Report:
     """Of a model of two blocks with planted outliers."""
-    blocks, inputs, constants = "", "", {}
+    blocks, inputs = "", ""
+    constants: dict[str, Any] = {}
     for n in range(2):
         blocks += BLOCK.format(n=n, next=n + 1)
         inputs += f", float[32] gain{n}, float[32,48] gate{n}, float[32,48] up{n}, float[48,32] down{n}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -35,7 +36,7 @@ OPERATOR_3D = "o = Attention<q_num_heads=4, kv_num_heads=HEADS>(q, k, v)"
 MICROSOFT = "o = com.microsoft.MultiHeadAttention<num_heads=4>(q, k, v)"
 
 
-def attention(body: str, heads: int, **constants: object) -> ir.Model:
+def attention(body: str, heads: int, **constants: Any) -> ir.Model:
     text = ATTENTION.replace("BODY", body).replace("KV", str(4 * heads)).replace("HEADS", str(heads))
     shapes = {
         "as_q": [0, 0, 4, 4], "as_kv": [0, 0, heads, 4], "two": [2], "times": [1, 1, 4 // heads, 1, 1],
@@ -188,7 +189,7 @@ def test_elementwise_factors(form: str) -> None:
     text = GATED.replace("BODY", body)
     if "u2" in body:
         text = text.replace("float[6] h)", "float[6] h, float[B,S,6] u2)")
-    constants = {name: "normal" for name in "GUbDh" if f"{name})" in body or f"{name} " in body}
+    constants: dict[str, Any] = {name: "normal" for name in "GUbDh" if f"{name})" in body or f"{name} " in body}
     for name in ("parts", "flat"):
         constants[name] = np.array([-1, 6])
     model = tiny.build(text, **constants)

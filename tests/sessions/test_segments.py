@@ -1,5 +1,9 @@
 """Running a model piece by piece gives, bit for bit, what running it in one piece gives."""
 
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -79,7 +83,9 @@ def tokens(count: int = 3) -> list[dict[str, np.ndarray]]:
     ]
 
 
-def collected(model: ir.Model, samples, wanted, memory_limit: int | None) -> dict[tuple[str, int], np.ndarray]:
+def collected(
+    model: ir.Model, samples: Iterable[Mapping[str, np.ndarray]], wanted: Sequence[str], memory_limit: int | None
+) -> dict[tuple[str, int], np.ndarray]:
     found = {}
 
     def consume(name: str, index: int, array: np.ndarray) -> None:
@@ -94,7 +100,7 @@ def all_values(model: ir.Model) -> list[str]:
     return [value.name for node in model.graph for value in node.outputs if not value.name.startswith(("m_", "s_"))]
 
 
-def test_segments_compute_exactly_what_the_whole_computes():
+def test_segments_compute_exactly_what_the_whole_computes() -> None:
     model, samples = transformer(), tokens()
     wanted = ["input_ids", *all_values(model)]
     limit = int(3.5 * 3 * MATRIX / segments.WEIGHT_SHARE)  # constants in memory count threefold
@@ -106,7 +112,7 @@ def test_segments_compute_exactly_what_the_whole_computes():
         np.testing.assert_array_equal(pieces[key], array)
 
 
-def test_weights_stay_within_the_budget_and_cuts_are_narrow():
+def test_weights_stay_within_the_budget_and_cuts_are_narrow() -> None:
     graph = transformer(8).graph
     budget = 7 * 3 * MATRIX
     pieces = plan(graph, ["logits"], budget)
@@ -117,17 +123,17 @@ def test_weights_stay_within_the_budget_and_cuts_are_narrow():
     assert pieces[-1].kept == ()
 
 
-def test_one_node_larger_than_the_budget_is_a_segment():
+def test_one_node_larger_than_the_budget_is_a_segment() -> None:
     pieces = plan(transformer().graph, ["logits"], 1)
     assert max(piece.weight_bytes for piece in pieces) >= 3 * MATRIX
     assert len(collected(transformer(), tokens(2), ["logits"], 1)) == 2
 
 
-def test_without_a_limit_there_is_one_segment():
+def test_without_a_limit_there_is_one_segment() -> None:
     assert len(plan(transformer().graph, ["logits", "h_1"], None)) == 1
 
 
-def test_what_is_not_wanted_is_not_run():
+def test_what_is_not_wanted_is_not_run() -> None:
     model = transformer()
     (piece,) = plan(model.graph, ["h_1"], None)
     assert piece.weight_bytes < 3 * 5 * MATRIX
@@ -136,21 +142,27 @@ def test_what_is_not_wanted_is_not_run():
     assert collected(model, tokens(2), ["input_ids"], 1)["input_ids", 1].shape == (1, 8)
 
 
-def test_values_computed_from_constants_alone_never_cross_a_cut():
+def test_values_computed_from_constants_alone_never_cross_a_cut() -> None:
     """The tied embedding is transposed in the segment that reads it, however early its node stands."""
     pieces = plan(transformer().graph, ["logits"], 3 * MATRIX)
     assert not any("turned" in piece.kept for piece in pieces)
     assert plan(transformer().graph, ["turned"], 1)[0].outputs == ("turned",)
 
 
-def test_values_between_segments_go_to_disk_where_they_are_many(monkeypatch, tmp_path):
+def test_values_between_segments_go_to_disk_where_they_are_many(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     model, samples = transformer(), tokens()
     written = []
-    monkeypatch.setattr(
-        Kept, "_write", lambda self, array, original=Kept._write: written.append(1) or original(self, array)
-    )
+    write = Kept._write
+
+    def counted(self: Kept, array: np.ndarray) -> Any:
+        written.append(1)
+        return write(self, array)
+
+    monkeypatch.setattr(Kept, "_write", counted)
     pieces = collected(model, samples, ["logits"], 1000)
     assert written
     assert list(tmp_path.iterdir()) == []
@@ -158,7 +170,7 @@ def test_values_between_segments_go_to_disk_where_they_are_many(monkeypatch, tmp
         np.testing.assert_array_equal(pieces[key], array)
 
 
-def test_kept_arrays_survive_the_disk_whatever_their_type():
+def test_kept_arrays_survive_the_disk_whatever_their_type() -> None:
     for dtype in (ir.DataType.BFLOAT16, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT16, ir.DataType.BOOL):
         array = np.array([[0.5, -1.5, 0]]).astype(dtype.numpy())
         with Kept(capacity=0) as kept:
@@ -168,7 +180,7 @@ def test_kept_arrays_survive_the_disk_whatever_their_type():
             np.testing.assert_array_equal(kept.get("a", 0), array)
 
 
-def test_samples_are_read_once_and_progress_counts_all_runs():
+def test_samples_are_read_once_and_progress_counts_all_runs() -> None:
     model, samples, calls = transformer(), tokens(), []
     run(
         model, iter(samples), ["logits"], lambda *_: None, memory_limit=12 * MATRIX, progress=lambda *a: calls.append(a)
@@ -178,14 +190,14 @@ def test_samples_are_read_once_and_progress_counts_all_runs():
     assert calls[-1] == (count * len(samples), count * len(samples))
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_left_as_it_was() -> None:
     model = transformer()
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     collected(model, tokens(), all_values(model), 10 * MATRIX)
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
 
 
-def test_a_body_reads_values_from_outside():
+def test_a_body_reads_values_from_outside() -> None:
     model = ir.from_onnx_text(
         """<ir_version: 10, opset_import: ["" : 21]>
         g (float[n] x, bool choose) => (float[n] z) {
@@ -207,7 +219,7 @@ def test_a_body_reads_values_from_outside():
     assert whole["z", 1].tolist() == [0, 1, 2]
 
 
-def test_a_captured_value_crosses_a_cut():
+def test_a_captured_value_crosses_a_cut() -> None:
     model = ir.from_onnx_text(
         """<ir_version: 10, opset_import: ["" : 21]>
         g (float[n] x, bool choose) => (float[n] z)
@@ -230,7 +242,7 @@ def test_a_captured_value_crosses_a_cut():
     assert found["z", 1].tolist() == [-1, 0, 1]
 
 
-def test_sequences_are_not_cut():
+def test_sequences_are_not_cut() -> None:
     model = ir.from_onnx_text(
         """<ir_version: 10, opset_import: ["" : 21]>
         g (float[n] x) => (float[n] z)
@@ -252,7 +264,7 @@ def test_sequences_are_not_cut():
         collected(model, [{"x": np.ones(2, np.float32)}], ["s"], None)
 
 
-def test_types_that_numpy_lacks():
+def test_types_that_numpy_lacks() -> None:
     model = ir.from_onnx_text(
         """<ir_version: 10, opset_import: ["" : 21]>
         g (float[n] x) => (float[n] z)
@@ -270,20 +282,20 @@ def test_types_that_numpy_lacks():
         assert found["z", 0].tolist() == [6, 12]
 
 
-def test_unknown_and_constant_values():
+def test_unknown_and_constant_values() -> None:
     for name, message in (("nothing", "has no value 'nothing'"), ("gain", "'gain' is a constant")):
         with pytest.raises(ModelError, match=message):
             plan(transformer().graph, [name], None)
 
 
-def test_a_sample_that_does_not_go_through_is_named():
+def test_a_sample_that_does_not_go_through_is_named() -> None:
     samples = tokens()
     samples[2]["attention_mask"] = np.ones((1, 3), np.int64)
     with pytest.raises(DataError, match=r"sample 2 does not go through the model: node 'node_om_0' \(Mul\) failed"):
         collected(transformer(), samples, ["logits"], None)
 
 
-def test_an_operator_without_a_kernel_is_a_model_error():
+def test_an_operator_without_a_kernel_is_a_model_error() -> None:
     model = ir.from_onnx_text(
         """<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
         g (float[n] x) => (float[n] z) { z = com.microsoft.NoSuchOperator (x) }"""
@@ -296,7 +308,7 @@ def test_an_operator_without_a_kernel_is_a_model_error():
     "variant",
     ["dynamo-past", "optimum", "opset23", pytest.param("genai", marks=pytest.mark.exporters)],
 )
-def test_exported_models_in_pieces(variant):
+def test_exported_models_in_pieces(variant: str) -> None:
     try:
         model = model_io.load(model_path(variant))
     except MissingEnvironmentError as error:

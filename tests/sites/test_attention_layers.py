@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from qcompiler.sites.find import find_sites
 from tests import tiny
 
 
-def projections(text: str, **constants: object) -> set[str]:
+def projections(text: str, **constants: Any) -> set[str]:
     model = tiny.build(text, **constants)
     return {linear.name for linear in find_attention_projections(model, find_sites(model).linears)}
 

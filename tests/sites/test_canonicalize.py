@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -188,7 +189,9 @@ def test_a_group_norm_of_unknown_width_is_refused() -> None:
 
 
 def test_shapes_are_filled_in_and_constants_keep_their_order() -> None:
-    constants = {name: np.ones((4, 4) if name != "b" else (40, 40), np.float32) for name in ("a", "b", "c")}
+    constants: dict[str, Any] = {
+        name: np.ones((4, 4) if name != "b" else (40, 40), np.float32) for name in ("a", "b", "c")
+    }
     text = """g (float[A,4] x, float[4,4] a, float[40,40] b, float[4,4] c) => (y) {
         p = MatMul(x, a) q = MatMul(p, c) r = ReduceSum(b) y = Add(q, r) }"""
     model = canonical(parse(text, **constants))
@@ -205,7 +208,7 @@ TIED = """g (int64[A,S] ids, float[9,4] E, float[{0}] W) => (float[A,S,4] e, y) 
 
 @pytest.mark.parametrize("form", ["MatMul", "Gemm"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_a_transposed_copy_of_the_table_is_tied(form: str, dtype: type) -> None:
+def test_a_transposed_copy_of_the_table_is_tied(form: str, dtype: Any) -> None:
     table = GENERATOR.standard_normal((9, 4)).astype(dtype)
     kind = "float" if dtype == np.float32 else "float16"
     if form == "MatMul":

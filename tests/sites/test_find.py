@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -28,7 +29,7 @@ from qcompiler.sites.find import (
 OPSETS = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>'
 
 
-def build(graph: str, /, **constants: object) -> ir.Model:
+def build(graph: str, /, **constants: Any) -> ir.Model:
     """A model from the text of a graph whose inputs named in `constants` (shape, or array) become initializers."""
     model = ir.from_onnx_text(f"{OPSETS} {graph}")
     for value in list(model.graph.inputs):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,7 +135,7 @@ def test_the_cuda_registry_knows_what_lies_in_host_memory() -> None:
     assert table.signatures["com.microsoft", "MatMulNBits"].inputs[1] == ("B", "T2")
 
 
-def entry(op: str, ep: str = "CPUExecutionProvider", domain: str = "", **types: str) -> dict:
+def entry(op: str, ep: str = "CPUExecutionProvider", domain: str = "", **types: str) -> dict[str, Any]:
     allowed = types or {"T": "uint8 int8"}
     return {
         "op": op, "domain": domain, "ep": ep, "ver": [10, 2**31 - 1],
@@ -141,7 +143,7 @@ def entry(op: str, ep: str = "CPUExecutionProvider", domain: str = "", **types: 
     }  # fmt: skip
 
 
-def test_select_keeps_a_provider_once_and_sorted(tmp_path) -> None:
+def test_select_keeps_a_provider_once_and_sorted(tmp_path: Path) -> None:
     kernels = select(
         [
             entry("QGemm"), entry("MatMulInteger"), entry("QGemm"), entry("QGemm", ep="TensorrtExecutionProvider"),
