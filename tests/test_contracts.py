@@ -59,20 +59,15 @@ def name(path: Path) -> str:
 # ----------------------------------------------------------------------------------------------------------- imports
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if ENGINE in path.parents], ids=name)
-def test_the_engine_knows_no_pass(path: Path) -> None:
-    """Only the registry loads the library, and by name."""
-    assert not [module for module in imports(path, at_top=False) if module.split(".")[0] == "passes"]
+def test_no_file_imports_a_pass() -> None:
+    """Neither the engine nor another pass: only the registry loads the library, and by name."""
+    found = {name(path): [m for m in imports(path, at_top=False) if m.split(".")[0] == "passes"] for path in SOURCES}
+    assert {path: modules for path, modules in found.items() if modules} == {}
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if LIBRARY in path.parents], ids=name)
-def test_passes_know_no_other_pass(path: Path) -> None:
-    assert not [module for module in imports(path, at_top=False) if module.split(".")[0] == "passes"]
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=name)
-def test_heavy_libraries_are_imported_where_they_are_used(path: Path) -> None:
-    assert not {module.split(".")[0] for module in imports(path, at_top=True)} & HEAVY
+def test_heavy_libraries_are_imported_where_they_are_used() -> None:
+    found = {name(path): {m.split(".")[0] for m in imports(path, at_top=True)} & HEAVY for path in SOURCES}
+    assert {path: modules for path, modules in found.items() if modules} == {}
 
 
 def test_importing_the_package_is_light() -> None:
@@ -86,9 +81,18 @@ def test_importing_the_package_is_light() -> None:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name)
-def test_files_are_short(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
+def test_files_are_short() -> None:
+    lengths = {name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    assert {path: length for path, length in lengths.items() if length > LONGEST} == {}
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(name(path))
+    assert {cls: paths for cls, paths in places.items() if len(paths) > 1} == {}
 
 
 def test_no_folder_of_tests_is_a_package() -> None:

@@ -1,9 +1,9 @@
-"""Tiny models from ONNX text, and the least that is needed to run and compile them without the rest of the engine."""
+"""Tiny models from ONNX text, and what runs them and passes on them."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from qcompiler.calibration.calibrator import Calibrator
+from qcompiler.calibration.samples import from_python
+from qcompiler.driver import pipeline
+from qcompiler.driver.observers import Verify
 from qcompiler.graph.check import check_structure
 from qcompiler.rewriting.contract import Changes, Pass
 from qcompiler.sites.canonicalize import canonicalize
@@ -112,38 +116,29 @@ def optimized_nodes(model: ir.Model, path: Path) -> list[onnx.NodeProto]:
     return list(onnx.load(path).graph.node)
 
 
-def measure(model: ir.Model, steps: Iterable[Pass], samples: Iterable[Feeds], store: StatisticsStore) -> None:
+def measure(model: ir.Model, steps: Sequence[Pass], samples: Sequence[Feeds], store: StatisticsStore) -> None:
     """Run the samples and put what the passes ask for, and the store lacks, into the store."""
-    taps = [tap for step in steps for tap in step.taps(model)]
-    missing = [(value, statistic.fresh()) for value, statistic in store.missing([(t.value, t.statistic) for t in taps])]
-    if not missing:
-        return
-    probe = model.clone()
-    values = {value.name: value for node in probe.graph for value in node.outputs}
-    inputs = {value.name for value in probe.graph.inputs}
-    names = list(dict.fromkeys(value for value, _ in missing if value not in inputs))
-    outputs = {value.name for value in probe.graph.outputs}
-    probe.graph.outputs.extend(values[name] for name in names if name not in outputs)
-    runner = session(probe)
-    for sample in samples:
-        seen = {**sample, **dict(zip(names, runner.run(names, dict(sample)), strict=True))} if names else dict(sample)
-        for value, statistic in missing:
-            statistic.update(seen[value])
-    for value, statistic in missing:
-        store.put(value, statistic)
+    taps = [tap for step in steps for tap in pipeline.taps_before(step, model)]
+    pipeline.measure(model, taps, store, Calibrator(from_python(list(samples), model=model)), steps)
 
 
 def compile(model: ir.Model, steps: Sequence[Pass], samples: Sequence[Feeds]) -> list[Changes]:
-    """Run passes in place, as the pipeline does, and check the graph after each."""
-    store, done = StatisticsStore(), []
-    for step in steps:
-        measure(model, [step], samples, store)
-        changes = step.apply(model, store)
-        for value, divisor in changes.rescaled.items():
-            store.rescale(value, divisor)
+    """Run passes in place through the compiler's own pipeline, and check the graph after each."""
+    data = from_python(list(samples), model=model) if samples else None
+    observers = (Verify(data), _Check())
+    runs = pipeline.run(model, steps, StatisticsStore(), None if data is None else Calibrator(data), observers)
+    return [run.changes for run in runs]
+
+
+class _Check:
+    """Looks on in the pipeline: after every pass the graph is as `check` wants it."""
+
+    def before(self, step: Pass, rest: Sequence[Pass], model: ir.Model, statistics: StatisticsStore) -> None: ...
+
+    def after(self, step: Pass, model: ir.Model, changes: Changes) -> None:
         check(model)
-        done.append(changes)
-    return done
+
+    def failed(self, step: Pass, error: Exception) -> None: ...
 
 
 def check(model: ir.Model) -> None:
