@@ -46,7 +46,7 @@ from qcompiler.formats.search import quantize_weight
 from qcompiler.graph.lazy import read
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import OPTIONS, Changes, Kind, Pass, Tap
-from qcompiler.rewriting.gptq import RAISES, Factor, Search, check_device, factorise, plain, solve
+from qcompiler.rewriting.gptq import RAISES, CholeskyFactor, Search, check_device, factorise, plain, solve
 from qcompiler.rewriting.quantease import refine
 from qcompiler.rewriting.weights import WeightConstant, WeightPass
 from qcompiler.sites.find import Linear, Site, find_sites
@@ -128,7 +128,7 @@ class Gptq(WeightPass):
         for found in constants:
             statistics.solved[str(found.value.name)] = Solved(*self._quantized(found, hessian, factor))
 
-    def _quantized(self, found: WeightConstant, hessian: Array, factor: Factor | None) -> tuple[Quantized, str]:
+    def _quantized(self, found: WeightConstant, hessian: Array, factor: CholeskyFactor | None) -> tuple[Quantized, str]:
         """Codes, and a line for the report."""
 
         def compute(data: Array) -> tuple[Quantized, str]:

@@ -71,7 +71,7 @@ ActivationPair = DynamicPair | StaticPair
 
 
 @dataclass(frozen=True, eq=False)
-class Codes:
+class QuantizedRows:
     """A quantized activation as the product takes it."""
 
     rows: Rows
@@ -218,12 +218,12 @@ class _Activations:
     def __init__(self, rw: Rewriter, cudnn: bool) -> None:
         self._rw, self._cudnn = rw, cudnn
         self._numbers: dict[tuple[str, float], ir.Value] = {}
-        self._made: dict[ir.Node, Codes] = {}
+        self._made: dict[ir.Node, QuantizedRows] = {}
 
     def chain(self, like: ir.Node, base: str) -> Chain:
         return Chain(node_graph(like), base, self._rw, self._numbers)
 
-    def of(self, pair: ActivationPair, features: int) -> Codes:
+    def of(self, pair: ActivationPair, features: int) -> QuantizedRows:
         """The codes of a pair; made right before the node that makes them in the portable graph."""
         quantize = pair.quantize
         if quantize not in self._made:
@@ -239,7 +239,7 @@ class _Activations:
         return self._made[quantize]
 
 
-def _static(pair: StaticPair, features: int, chain: Chain) -> Codes:
+def _static(pair: StaticPair, features: int, chain: Chain) -> QuantizedRows:
     """The same codes as int8, with a constant scale and zero point."""
     rows, scale = chain.rows(pair.source, features), pair.quantize.inputs[1]
     assert scale is not None
@@ -248,7 +248,7 @@ def _static(pair: StaticPair, features: int, chain: Chain) -> Codes:
     step = scale if scale.shape is not None and not len(scale.shape) else chain.constant(single, "step")
     codes = chain.add("QuantizeLinear", [rows.matrix, step, chain.number(middle, np.int8)], "int8", INT8,
                       rows.matrix.shape)  # fmt: skip
-    return Codes(rows, codes, step, middle)
+    return QuantizedRows(rows, codes, step, middle)
 
 
 def _float_rows(pair: DynamicPair, features: int, chain: Chain) -> tuple[Rows, ir.Value]:
@@ -258,7 +258,7 @@ def _float_rows(pair: DynamicPair, features: int, chain: Chain) -> tuple[Rows, i
     return rows, rows.matrix if source.dtype == FLOAT else chain.cast(rows.matrix, FLOAT, "float")
 
 
-def _per_token(pair: DynamicPair, features: int, chain: Chain, cudnn: bool) -> Codes:
+def _per_token(pair: DynamicPair, features: int, chain: Chain, cudnn: bool) -> QuantizedRows:
     """codes = round(x / scale) with scale = max |row| / qmax."""
     rows, x = _float_rows(pair, features, chain)
     column = ir.Shape((None, 1))
@@ -268,10 +268,10 @@ def _per_token(pair: DynamicPair, features: int, chain: Chain, cudnn: bool) -> C
     scale = chain.add("Max", [quotient, chain.number(SMALLEST_SCALE, np.float32)], "row_scale", FLOAT, column)
     vector = chain.add("Reshape", [scale, chain.number(-1, np.int64, (1,))], "scales", FLOAT, ir.Shape((None,)))
     codes = chain.add("QuantizeLinear", [x, vector], "int8", INT8, x.shape, axis=0, output_dtype=int(INT8))
-    return Codes(rows, codes, scale, 0)
+    return QuantizedRows(rows, codes, scale, 0)
 
 
-def _per_tensor(pair: DynamicPair, features: int, chain: Chain, cudnn: bool) -> Codes:
+def _per_tensor(pair: DynamicPair, features: int, chain: Chain, cudnn: bool) -> QuantizedRows:
     """What DynamicQuantizeLinear computes, step by step; its codes and zero point shifted from uint8 to int8."""
     rows, x = _float_rows(pair, features, chain)
     single, zero = ir.Shape(()), chain.number(0, np.float32)
@@ -285,7 +285,7 @@ def _per_tensor(pair: DynamicPair, features: int, chain: Chain, cudnn: bool) -> 
     middle = chain.add("Sub", [chain.number(-128, np.float32), rounded], "middle", FLOAT, single)
     point = chain.cast(middle, INT8, "point")
     codes = chain.add("QuantizeLinear", [x, scale, point], "int8", INT8, x.shape)
-    return Codes(rows, codes, scale, chain.cast(point, INT32, "point.int32"))
+    return QuantizedRows(rows, codes, scale, chain.cast(point, INT32, "point.int32"))
 
 
 def _end_of_rows(x: ir.Value, name: str, chain: Chain, cudnn: bool, upper: bool = True) -> ir.Value:
@@ -318,7 +318,7 @@ def _end_of_all(x: ir.Value, upper: bool, chain: Chain, cudnn: bool) -> ir.Value
 # ------------------------------------------------------------------------------------------------- in a layer's place
 
 
-def _lower(site: Linear, activation: Codes, weight: ir.Value, chain: Chain) -> None:
+def _lower(site: Linear, activation: QuantizedRows, weight: ir.Value, chain: Chain) -> None:
     node, product = site.dequantize, site.node.outputs[0]
     assert node is not None
     size = ir.Shape((None, site.out_features))
@@ -370,7 +370,7 @@ def _column_sums(site: Linear) -> np.ndarray:
     return np.asarray(total - site.in_features * _weight_zero_points(site)[0], np.int32)
 
 
-def _factors(site: Linear, activation: Codes, chain: Chain) -> list[ir.Value]:
+def _factors(site: Linear, activation: QuantizedRows, chain: Chain) -> list[ir.Value]:
     """What the sums are multiplied by, in order, all float32: [M, 1] and [N], or with a single scale the product."""
     node, step = site.dequantize, activation.scale
     assert node is not None

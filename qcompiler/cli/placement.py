@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from qcompiler.placement import Difference, Placement
+    from qcompiler.placement import Placement, PlacementDifference
 
 
 def placement(
@@ -48,7 +48,9 @@ def placement(
     raise typer.Exit(1 if strict and shown.warnings else 0)
 
 
-def _result(target: str, predicted: Placement, shown: Placement, difference: Difference | None) -> dict[str, Any]:
+def _result(
+    target: str, predicted: Placement, shown: Placement, difference: PlacementDifference | None
+) -> dict[str, Any]:
     from dataclasses import asdict
 
     data = {"target": target, **asdict(shown), "warnings": shown.warnings}
@@ -58,7 +60,7 @@ def _result(target: str, predicted: Placement, shown: Placement, difference: Dif
     return data
 
 
-def _lines(target: str, shown: Placement, difference: Difference | None) -> list[str]:
+def _lines(target: str, shown: Placement, difference: PlacementDifference | None) -> list[str]:
     known = "measured with" if shown.measured else "predicted from the kernel table of"
     lines = [f"{target}, {known} {shown.runtime}: {shown.summary()}", ""]
     counts = Counter((node.provider or "none", node.role, node.op) for node in shown.nodes)
@@ -74,7 +76,7 @@ def _lines(target: str, shown: Placement, difference: Difference | None) -> list
     return lines
 
 
-def _agreement(difference: Difference) -> str:
+def _agreement(difference: PlacementDifference) -> str:
     made, removed = len(difference.made), len(difference.removed)
     optimizers = f"; optimizers removed {removed} nodes and made {made}" if made or removed else ""
     predicted, measured = difference.copies

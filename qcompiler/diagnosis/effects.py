@@ -89,7 +89,7 @@ class _Cut:
 
 
 def _cuts(graph: ir.Graph, regions: Sequence[Region], main: Sequence[str]) -> list[_Cut]:
-    steps = segments.Steps(graph, segments.wanted_values(graph, main))
+    steps = segments.Schedule(graph, segments.wanted_values(graph, main))
     # A layer that no output depends on has no position, and no effect.
     reached = [region for region in regions if region.site.output in steps.position]
     reached.sort(key=lambda region: steps.position[region.site.output])

@@ -26,7 +26,7 @@ from qcompiler.functions.library import DOMAIN
 from qcompiler.graph.edit import constant
 from qcompiler.half.constants import FITTING, Fit, fit, largest, mask_value
 from qcompiler.half.norms import Mode, is_read_wide
-from qcompiler.half.types import DECODERS, FLOAT, Form, form_of
+from qcompiler.half.types import DECODERS, FLOAT, HalfPorts, form_of
 from qcompiler.sites.find import Sites
 
 Kind = Literal["data", "table", "constant"]
@@ -69,7 +69,7 @@ class HalfPlan:
     modes: dict[ir.Node, Mode] = field(default_factory=dict)
     kinds: dict[ir.Value, Kind] = field(default_factory=dict)
     """Of every float32 value that is no constant."""
-    forms: dict[ir.Node, Form] = field(default_factory=dict)
+    forms: dict[ir.Node, HalfPorts] = field(default_factory=dict)
     reasons: dict[ir.Node, str] = field(default_factory=dict)
     """Why a node stays in float32 that would compute in 16 bits by its operator."""
     bounds: dict[ir.Value, float] = field(default_factory=dict)

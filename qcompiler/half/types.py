@@ -27,7 +27,7 @@ TENSOR = {ir.DataType.FLOAT16: "tensor(float16)", ir.DataType.BFLOAT16: "tensor(
 
 
 @dataclass(frozen=True)
-class Form:
+class HalfPorts:
     """What changes its type when a node computes in 16 bits, by index."""
 
     inputs: frozenset[int]
@@ -72,23 +72,23 @@ DECODERS: dict[str, tuple[int, ...]] = {
 """Model-local functions that give numbers of the type ``output_dtype``, and the inputs that have this type, too."""
 
 
-def form_of(node: ir.Node, opset: int, dtype: ir.DataType, is_float: Callable[[ir.Value], bool]) -> Form | None:
+def form_of(node: ir.Node, opset: int, dtype: ir.DataType, is_float: Callable[[ir.Value], bool]) -> HalfPorts | None:
     """What of a node becomes `dtype`; None where it has no form in this type, or reads no float32."""
     floats = [i for i, value in enumerate(node.inputs) if value is not None and is_float(value)]
     given = [i for i, value in enumerate(node.outputs) if is_float(value)]
     if node.domain == DOMAIN and node.op_type in _FUNCTIONS:
         taken, made = _FUNCTIONS[node.op_type]
-        return Form(frozenset(taken) & frozenset(floats), frozenset(made))
+        return HalfPorts(frozenset(taken) & frozenset(floats), frozenset(made))
     if (node.domain, node.op_type) in _RUNTIME:
         kept_inputs, kept_outputs = _RUNTIME[node.domain, node.op_type]
         inputs = frozenset(floats) - frozenset(kept_inputs)
-        return Form(inputs, frozenset(given) - frozenset(kept_outputs)) if inputs else None
+        return HalfPorts(inputs, frozenset(given) - frozenset(kept_outputs)) if inputs else None
     return None if node.domain else _standard(node, opset, dtype, floats, given)
 
 
 def _standard(
     node: ir.Node, opset: int, dtype: ir.DataType, floats: Sequence[int], given: Sequence[int]
-) -> Form | None:
+) -> HalfPorts | None:
     schema, tensor = _schema(node.op_type, opset), TENSOR[dtype]
     if schema is None:
         return None
@@ -99,7 +99,7 @@ def _standard(
         return None
     changed, kept = {kinds[i] for i in inputs}, {kinds[i] for i in floats if i not in inputs}
     outputs = [i for i in given if schema.outputs[min(i, len(schema.outputs) - 1)].type_str in changed - kept]
-    return Form(inputs, frozenset(outputs))
+    return HalfPorts(inputs, frozenset(outputs))
 
 
 def _has_kernel(schema: onnx.defs.OpSchema, constraints: frozenset[str], dtype: ir.DataType) -> bool:

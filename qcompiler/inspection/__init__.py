@@ -18,12 +18,12 @@ import onnx_ir as ir
 
 from qcompiler.graph import files as model_io
 from qcompiler.graph import metadata
-from qcompiler.inspection.layers import Layer, layers_of
+from qcompiler.inspection.layers import InspectedLayer, layers_of
 from qcompiler.inspection.touched import Touched, touched
 from qcompiler.inspection.weights import WeightStatistics
 from qcompiler.sites.canonicalize import canonicalize
 
-__all__ = ["Inspection", "Layer", "Port", "Touched", "WeightStatistics", "inspect"]
+__all__ = ["Inspection", "InspectedLayer", "Port", "Touched", "WeightStatistics", "inspect"]
 
 LONGEST = 200  # characters of a metadata entry
 
@@ -59,7 +59,7 @@ class Inspection:
     metadata: dict[str, str]
     """The model's entries; those of qcompiler without their prefix, and its recipe by name."""
     made_by_qcompiler: bool
-    layers: tuple[Layer, ...]
+    layers: tuple[InspectedLayer, ...]
     touched: tuple[Touched, ...]
     """What each pass of the recipe would work on; empty where no recipe was given."""
 

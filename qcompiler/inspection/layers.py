@@ -20,7 +20,7 @@ CODED_INPUT = ("MatMulIntegerToFloat", "MatMulInteger", "ConvInteger", "QLinearM
 
 
 @dataclass(frozen=True)
-class Layer:
+class InspectedLayer:
     """A node with a weight of its own."""
 
     name: str
@@ -47,11 +47,11 @@ class Layer:
     statistics: WeightStatistics | None
 
 
-def layers_of(model: ir.Model, *, statistics: bool = True) -> list[Layer]:
+def layers_of(model: ir.Model, *, statistics: bool = True) -> list[InspectedLayer]:
     """The layers of a canonicalized model, in graph order: what passes work on, and what is quantized already."""
     sites: dict[ir.Node, Site] = {site.gather: site for site in find_quantized_embeddings(model)}
     sites.update((site.node, site) for site in find_sites(model))
-    found: list[Layer] = []
+    found: list[InspectedLayer] = []
     computed: dict[ir.Value, WeightStatistics | None] = {}
     for node in model.graph.all_nodes():
         site = sites.get(node)
@@ -79,12 +79,12 @@ def _weight(node: ir.Node, site: Site | None) -> StoredWeight | None:
 def _layer(
     node: ir.Node, site: Site | None, weight: StoredWeight, statistics: bool,
     computed: dict[ir.Value, WeightStatistics | None],
-) -> Layer:  # fmt: skip
+) -> InspectedLayer:  # fmt: skip
     path = site.module_path if site is not None else module_path(node)
     stored = weight.constants[0]
     if statistics and stored not in computed:
         computed[stored] = statistics_of(weight)
-    return Layer(
+    return InspectedLayer(
         name=site.name if site is not None else node.name or "", module_path=path, block=block_of(path),
         op=node.op_type, type=weight.format, scheme=scheme(weight), activations=_activations(node), shape=weight.shape,
         bytes=weight.bytes, weight=str(stored.name), shared=False, note="", statistics=computed.get(stored),
@@ -99,10 +99,10 @@ def _activations(node: ir.Node) -> str:
     return "" if node.op_type in ("Gather", "GatherBlockQuantized") else activation_scheme(node.inputs[0])
 
 
-def _unsupported(site: Site) -> Layer:
+def _unsupported(site: Site) -> InspectedLayer:
     tensors = [(value, tensor) for value in site.node.inputs if (tensor := constant(value)) is not None]
     value, tensor = max(tensors, key=lambda pair: pair[1].nbytes, default=(None, None))
-    return Layer(
+    return InspectedLayer(
         name=site.name, module_path=site.module_path, block=site.block, op=site.node.op_type,
         type=tensor.dtype.name.lower() if tensor is not None else "", scheme="", activations="",
         shape=tuple(int(size) for size in tensor.shape.numpy()) if tensor is not None else (),
@@ -111,5 +111,5 @@ def _unsupported(site: Site) -> Layer:
     )  # fmt: skip
 
 
-def _with_shared(layer: Layer, shared: bool) -> Layer:
+def _with_shared(layer: InspectedLayer, shared: bool) -> InspectedLayer:
     return replace(layer, shared=True) if shared else layer

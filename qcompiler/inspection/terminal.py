@@ -15,7 +15,7 @@ from qcompiler.report.table import size
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qcompiler.inspection import Inspection, Layer, Port, Touched, WeightStatistics
+    from qcompiler.inspection import InspectedLayer, Inspection, Port, Touched, WeightStatistics
 
 MOST_OPERATORS = 12
 MOST_PORTS = 6
@@ -78,7 +78,7 @@ def _port(port: Port) -> str:
     return f"{port.name}: {port.type} [{sizes}]"
 
 
-def _table(layers: Sequence[Layer], *, wide: bool) -> Table:
+def _table(layers: Sequence[InspectedLayer], *, wide: bool) -> Table:
     """Narrow terminals get fewer columns; `--json` has all."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     measured = any(layer.statistics for layer in layers)
@@ -95,7 +95,7 @@ def _table(layers: Sequence[Layer], *, wide: bool) -> Table:
 @dataclass(frozen=True)
 class Column:
     name: str
-    cell: Callable[[Layer], str]
+    cell: Callable[[InspectedLayer], str]
     wide: bool = False
     """Left out of narrow tables."""
     measured: bool = False
@@ -104,7 +104,7 @@ class Column:
     """Characters that it gets in any case."""
 
 
-def _statistic(show: Callable[[WeightStatistics], str]) -> Callable[[Layer], str]:
+def _statistic(show: Callable[[WeightStatistics], str]) -> Callable[[InspectedLayer], str]:
     return lambda layer: "" if layer.statistics is None else show(layer.statistics)
 
 
@@ -112,7 +112,7 @@ def _largest(seen: WeightStatistics) -> str:
     return f"{seen.absmax:.3g}" + (f" ({seen.not_finite} not finite)" if seen.not_finite else "")
 
 
-def _input(layer: Layer) -> str:
+def _input(layer: InspectedLayer) -> str:
     return f"{layer.activations} × " if layer.activations else ""
 
 

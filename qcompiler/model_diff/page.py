@@ -22,13 +22,13 @@ CARD_ROWS = 30
 
 def page(diff: Diff, title: str = "") -> str:
     """One file: nothing is fetched from anywhere."""
-    view = View(diff)
+    view = DiffView(diff)
     return environment().get_template("difference.html.j2").render(diff=diff, view=view, title=title or "Two models")
 
 
 def card(diff: Diff) -> str:
     """Figures, and the layers that changed, those of all blocks together; no script."""
-    return environment().get_template("difference_card.html.j2").render(diff=diff, view=View(diff))
+    return environment().get_template("difference_card.html.j2").render(diff=diff, view=DiffView(diff))
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Block:
     """Its place among the drawings; None where it is not drawn."""
 
 
-class View:
+class DiffView:
     """What the templates need to have counted or put into words."""
 
     def __init__(self, diff: Diff) -> None:

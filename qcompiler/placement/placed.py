@@ -86,7 +86,7 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Difference:
+class PlacementDifference:
     """How a measured placement differs from a predicted one."""
 
     moved: tuple[tuple[PlacedNode, PlacedNode], ...]
@@ -99,12 +99,12 @@ class Difference:
     """Predicted and measured."""
 
 
-def compare(predicted: Placement, measured: Placement) -> Difference:
+def compare(predicted: Placement, measured: Placement) -> PlacementDifference:
     """Nodes are the same where their names are."""
     theirs = {node.name: node for node in measured.nodes}
     mine = {node.name: node for node in predicted.nodes}
     both = [(mine[name], theirs[name]) for name in mine if name in theirs]
-    return Difference(
+    return PlacementDifference(
         moved=tuple((a, b) for a, b in both if a.provider != b.provider),
         removed=tuple(node for name, node in mine.items() if name not in theirs),
         made=tuple(node for name, node in theirs.items() if name not in mine),

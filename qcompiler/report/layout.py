@@ -21,7 +21,7 @@ SWEEPS = 8
 
 
 @dataclass(frozen=True)
-class Layout:
+class GraphLayout:
     """Centres of the units, and the points that each edge goes through."""
 
     centres: dict[int, tuple[float, float]]
@@ -30,7 +30,7 @@ class Layout:
     height: float
 
 
-def layout(graph: DrawnGraph) -> Layout:
+def layout(graph: DrawnGraph) -> GraphLayout:
     """The graph must have no circles, which the units of a block never have."""
     rank = _ranks(graph)
     layers: dict[int, list[int]] = defaultdict(list)
@@ -52,7 +52,7 @@ def layout(graph: DrawnGraph) -> Layout:
     left = min((x[item] - _width(item, widths) / 2 for item in x), default=0.0)
     right = max((x[item] + _width(item, widths) / 2 for item in x), default=0.0)
     y = {item: LAYER * place + HEIGHT / 2 for place, row in enumerate(rows) for item in row}
-    return Layout(
+    return GraphLayout(
         centres={unit: (x[unit] - left, y[unit]) for unit in range(len(graph.units))},
         edges={edge: [(x[item] - left, y[item]) for item in chain] for edge, chain in chains.items()},
         width=right - left,

@@ -53,7 +53,7 @@ def check_device(device: str) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Factor:
+class CholeskyFactor:
     """What all layers that read one value share."""
 
     upper: Tensor
@@ -66,7 +66,7 @@ class Factor:
     """What was added to the diagonal, in units of its mean."""
 
 
-def factorise(hessian: Array, *, damping: float, act_order: bool, device: str = "cpu") -> Factor | None:
+def factorise(hessian: Array, *, damping: float, act_order: bool, device: str = "cpu") -> CholeskyFactor | None:
     """The factor of H [K, K]; None where H is singular even with 1000 times the damping.
 
     Inputs that were never active have zeros in H, so that their columns neither pass an error on nor take one. H is
@@ -93,7 +93,7 @@ def factorise(hessian: Array, *, damping: float, act_order: bool, device: str = 
             inverse = L.float()
             del L
             _invert_lower(inverse)
-            return Factor(inverse.flip(0, 1), order, damped.float(), used)
+            return CholeskyFactor(inverse.flip(0, 1), order, damped.float(), used)
     return None
 
 
@@ -122,7 +122,7 @@ def _invert_lower(L: Tensor) -> None:
 
 
 def solve(
-    weight: Array, factor: Factor, scheme: Scheme, *, channel_axis: int, search: Search = "minmax",
+    weight: Array, factor: CholeskyFactor, scheme: Scheme, *, channel_axis: int, search: Search = "minmax",
     scale_dtype: npt.DTypeLike = np.float32, name: str = "the weight", block_columns: int = BLOCK_COLUMNS,
 ) -> Quantized:  # fmt: skip
     """The codes that GPTQ finds for a weight, a matrix with its output channels along `channel_axis`.
@@ -165,7 +165,7 @@ def solve(
 
 
 def _blocks(
-    T: Tensor, factor: Factor, grid: _Grid, group_of: list[int], size: int | None, block_columns: int
+    T: Tensor, factor: CholeskyFactor, grid: _Grid, group_of: list[int], size: int | None, block_columns: int
 ) -> Iterator[tuple[slice, Array]]:
     """Columns and codes [columns, n] of each block of T [K, n] (a weight's columns lie in its rows), which is used up.
 

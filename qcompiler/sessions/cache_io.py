@@ -26,7 +26,7 @@ INSIDE = {
 
 
 @dataclass(frozen=True)
-class Cache:
+class CachePort:
     """One tensor that goes out of a step and into the next: keys or values of a layer, or the scales of either."""
 
     past: Input
@@ -50,7 +50,7 @@ class Cache:
         return known
 
 
-def find_cache_io(model: ir.Model, signature: Signature) -> tuple[Cache, ...]:
+def find_cache_io(model: ir.Model, signature: Signature) -> tuple[CachePort, ...]:
     """Every cache input with the output that continues it; empty for a model without a cache.
 
     Names decide where they pair up (past_key_values.0.key and present.0.key; input.past_key_values.layers.0.keys and
@@ -61,7 +61,7 @@ def find_cache_io(model: ir.Model, signature: Signature) -> tuple[Cache, ...]:
     values = {str(value.name): value for value in graph.inputs}
     outputs = {str(value.name): value for value in graph.outputs}
     by_rest = {PRESENT.sub("", name): name for name in outputs if PRESENT.match(name)}
-    found: list[Cache] = []
+    found: list[CachePort] = []
     for item in signature.inputs.values():
         if not item.is_past:
             continue
@@ -82,7 +82,7 @@ def find_cache_io(model: ir.Model, signature: Signature) -> tuple[Cache, ...]:
                 f"the shape of the cache input {item.name!r} does not show which axis grows; generation needs a cache "
                 "with one open axis beside the batch"
             )
-        found.append(Cache(item, present, item.past_axis, shareable and flows_into == [present]))
+        found.append(CachePort(item, present, item.past_axis, shareable and flows_into == [present]))
     claimed = [cache.present for cache in found]
     doubled = next((cache for cache in found if claimed.count(cache.present) > 1), None)
     if doubled is not None:

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from qcompiler.errors import DataError, ModelError
 from qcompiler.graph import files as model_io
 from qcompiler.graph.model_inputs import Signature
-from qcompiler.sessions.cache_io import Cache, find_cache_io
+from qcompiler.sessions.cache_io import CachePort, find_cache_io
 from qcompiler.sessions.runtime import load_session, one_line
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class Decoder:
         logits, *presents = binding.get_outputs()
         return as_float32(logits), dict(zip((cache.past.name for cache in self.caches), presents, strict=True))
 
-    def empty(self, cache: Cache, batch: int, positions: int) -> onnxruntime.OrtValue:
+    def empty(self, cache: CachePort, batch: int, positions: int) -> onnxruntime.OrtValue:
         """A cache of zeros, on the device, for so many positions."""
         import onnxruntime as ort
 

@@ -123,7 +123,7 @@ def plan(graph: ir.Graph, wanted: Collection[str], budget: int | None) -> list[S
     A single node with more weights than the budget makes a segment of its own.
     """
     values = wanted_values(graph, wanted)
-    steps = Steps(graph, values)
+    steps = Schedule(graph, values)
     if not steps.nodes:
         return []
     ends = [len(steps.nodes)] if budget is None else steps.cut(budget)
@@ -141,7 +141,7 @@ def wanted_values(graph: ir.Graph, wanted: Collection[str]) -> set[ir.Value]:
     return {known[name] for name in wanted}
 
 
-class Steps:
+class Schedule:
     """The nodes that wanted values need, in order, with what each reads.
 
     Values computed from constants alone (Constant, the transpose or the dequantization of a weight) are no steps: each

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.progress import Progress
-from qcompiler.sessions.segments import KEPT_SHARE, Consume, Segment, Steps, wanted_values
+from qcompiler.sessions.segments import KEPT_SHARE, Consume, Schedule, Segment, wanted_values
 from qcompiler.sessions.session import Kept, Session
 
 
@@ -89,7 +89,7 @@ def run_stages(
 def plan_stages(graph: ir.Graph, wanted: Sequence[Collection[str]]) -> list[Stage]:
     """Cut a graph between the stages; neighbours that cannot be divided become one."""
     values = [wanted_values(graph, names) for names in wanted]
-    steps = Steps(graph, set[ir.Value]().union(*values))
+    steps = Schedule(graph, set[ir.Value]().union(*values))
     widths = steps.widths()
     made = [[steps.position[value] for value in group if value in steps.position] for group in values]
     first = [min(places, default=len(steps.nodes)) for places in made]
@@ -110,7 +110,7 @@ def plan_stages(graph: ir.Graph, wanted: Sequence[Collection[str]]) -> list[Stag
     ]
 
 
-def _stage(steps: Steps, start: int, end: int, members: tuple[int, ...], wanted: set[ir.Value]) -> Stage:
+def _stage(steps: Schedule, start: int, end: int, members: tuple[int, ...], wanted: set[ir.Value]) -> Stage:
     here = {str(v.name) for v in wanted if start <= steps.position.get(v, -1) < end}
     whole = steps.segment(start, end, len(steps.nodes))
     known = tuple(sorted(str(value.name) for value in wanted if str(value.name) not in here))

@@ -15,7 +15,7 @@ from qcompiler.errors import TargetError, closest
 FOLDER = Path(__file__).parent
 
 
-class Step(Protocol):
+class PassLike(Protocol):
     """What a target must know of a pass: its name; its options are attributes."""
 
     @property
@@ -70,7 +70,7 @@ class Refusal(_Data):
     sentence: str
     """Why, and what to take instead."""
 
-    def applies(self, candidate: Step) -> bool:
+    def applies(self, candidate: PassLike) -> bool:
         return candidate.name == self.pass_name and all(
             getattr(candidate, option) == value for option, value in self.when.items()
         )
@@ -174,7 +174,7 @@ class Target(_Data):
         beside = [self.pass_defaults_beside.get(other, {}).get(name, {}) for other in passes]
         return dict(ChainMap(*beside, self.pass_defaults.get(name, {})))
 
-    def check(self, passes: Iterable[Step]) -> None:
+    def check(self, passes: Iterable[PassLike]) -> None:
         """Raise TargetError where a pass would make something that this target has no good kernel for."""
         for candidate in passes:
             for refusal in self.refuses:

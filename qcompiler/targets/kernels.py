@@ -57,7 +57,7 @@ class RegisteredKernel:
 
 
 @dataclass(frozen=True)
-class Signature:
+class OperatorSignature:
     """The formal parameters of an operator: name and type constraint (or type) of each. The last may repeat."""
 
     inputs: tuple[tuple[str, str], ...]
@@ -70,7 +70,7 @@ class KernelTable:
 
     runtime: str
     kernels: tuple[RegisteredKernel, ...]
-    signatures: dict[tuple[str, str], Signature]
+    signatures: dict[tuple[str, str], OperatorSignature]
     """By domain and operator."""
 
 
@@ -86,7 +86,7 @@ def installed_kernels(provider: str = CPU) -> list[RegisteredKernel]:
     return select(registry, provider)
 
 
-def installed_signatures(kernels: Iterable[RegisteredKernel]) -> dict[tuple[str, str], Signature]:
+def installed_signatures(kernels: Iterable[RegisteredKernel]) -> dict[tuple[str, str], OperatorSignature]:
     """The signatures of the kernels' operators that ONNX does not define."""
     import onnx
     from onnxruntime.capi import _pybind_state
@@ -97,7 +97,9 @@ def installed_signatures(kernels: Iterable[RegisteredKernel]) -> dict[tuple[str,
         key = ("" if schema.domain == "ai.onnx" else schema.domain, schema.name)
         if key in wanted:
             sides = (schema.inputs, schema.outputs)
-            found[key] = Signature(*(tuple((item.name, _bare(item.typeStr)) for item in side) for side in sides))
+            found[key] = OperatorSignature(
+                *(tuple((item.name, _bare(item.typeStr)) for item in side) for side in sides)
+            )
     return dict(sorted(found.items()))
 
 
@@ -178,7 +180,7 @@ def read(path: Path) -> KernelTable:
     signatures = {}
     for key, sides in data["signatures"].items():
         domain, _, op = key.partition("::")
-        signatures[domain, op] = Signature(tuple(sides["inputs"].items()), tuple(sides["outputs"].items()))
+        signatures[domain, op] = OperatorSignature(tuple(sides["inputs"].items()), tuple(sides["outputs"].items()))
     return KernelTable(data["runtime"], kernels, signatures)
 
 

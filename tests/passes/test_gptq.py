@@ -20,7 +20,7 @@ from qcompiler.formats.scheme import PerChannel, PerGroup, PerTensor, Scheme
 from qcompiler.formats.search import quantize_weight
 from qcompiler.rewriting import gptq as gptq_solver
 from qcompiler.rewriting.contract import Changes
-from qcompiler.rewriting.gptq import Factor, factorise, solve
+from qcompiler.rewriting.gptq import CholeskyFactor, factorise, solve
 from qcompiler.sites.find import find_sites
 from qcompiler.statistics import StatisticsStore
 from tests import tiny
@@ -57,7 +57,7 @@ def weights(N: int, K: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(N, K)).astype(np.float32)
 
 
-def factor_of(H: np.ndarray, act_order: bool = False, damping: float = 0.01) -> Factor:
+def factor_of(H: np.ndarray, act_order: bool = False, damping: float = 0.01) -> CholeskyFactor:
     found = factorise(H, damping=damping, act_order=act_order)
     assert found is not None
     return found
@@ -304,7 +304,7 @@ SHARED = """g (float[M,16] x, float[16,6] W, float[16,8] V, float[8,6] U) => (fl
 def test_layers_that_read_one_value_share_the_factor(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
-    def counted(H: np.ndarray, **options: Any) -> Factor | None:
+    def counted(H: np.ndarray, **options: Any) -> CholeskyFactor | None:
         made.append(len(H))
         return factorise(H, **options)
 

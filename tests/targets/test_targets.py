@@ -15,8 +15,8 @@ from qcompiler.recipes.registry import options_of, pass_class
 from qcompiler.targets import FOLDER, Target, target_names
 from qcompiler.targets.kernels import (
     KernelTable,
+    OperatorSignature,
     RegisteredKernel,
-    Signature,
     installed_kernels,
     installed_signatures,
     read,
@@ -155,7 +155,7 @@ def test_select_keeps_a_provider_once_and_sorted(tmp_path: Path) -> None:
     assert kernels[0].domain == ""
     assert kernels[0].types == (("T", ("int8", "uint8")),)
     written = RegisteredKernel("", "Reshape", "X", 1, 4, (("T", ("float",)),), host_inputs=(1,))
-    signature = {("com.microsoft", "MatMulNBits"): Signature((("A", "T1"), ("B", "T2")), (("Y", "T1"),))}
+    signature = {("com.microsoft", "MatMulNBits"): OperatorSignature((("A", "T1"), ("B", "T2")), (("Y", "T1"),))}
     table = KernelTable("a runtime", (*kernels, written), signature)
     write(tmp_path / "table.json", table)
     assert read(tmp_path / "table.json") == table
