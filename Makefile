@@ -5,7 +5,9 @@ BIN := .venv/bin
 STUB := $(CURDIR)/.venv/cuda-stub
 WITH_STUB := PYTHONPATH=$(STUB)/site LD_LIBRARY_PATH=$(STUB)/lib
 
-.PHONY: demo test test-cuda-placement cuda-kernels lint bench clean
+QUICK := tests/test_contracts.py tests/passes/test_golden.py tests/formats tests/graph tests/docs tests/targets
+
+.PHONY: demo test quick test-cuda-placement cuda-kernels lint bench clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -20,6 +22,10 @@ demo: .venv/.ready
 # A process for each core, one thread each: tiny matrices gain nothing from a second thread.
 test: .venv/.ready .venv/.browser lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# What to run before each commit: no model of an exporter is compiled, so that it takes less than a minute.
+quick: .venv/.ready lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(QUICK)
 
 # The tests of report.html run in Chromium: Debian's package, else the one that playwright brings, else they are skipped.
 .venv/.browser: .venv/.ready

@@ -1,12 +1,13 @@
 """Write the figures of `results/*.json` between their marks in README.md and docs/benchmarks.md.
 
-python benchmarks/tables.py
+python benchmarks/tables.py [--check]     with --check only say which are not up to date, exit code 1
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +199,17 @@ def filled(text: str) -> str:
     return text
 
 
+def stale() -> list[str]:
+    """The texts whose tables are not those of today's results."""
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in TEXTS}
+    return [name for name, text in texts.items() if filled(text) != text]
+
+
 def main() -> None:
-    for name in TEXTS:
+    names = stale()
+    if "--check" in sys.argv and names:
+        sys.exit(f"run python benchmarks/tables.py: {', '.join(names)} is not what benchmarks/results say")
+    for name in names:
         path = ROOT / name
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -1,5 +1,6 @@
 """Write the pages of the passes from their docstrings and options: `python docs/build.py`.
 
+With `--check` it only says which are not up to date, exit code 1.
 `docs/passes/<pass>.md` says what `qcompiler explain` prints; `docs/passes/README.md` lists the pages.
 """
 
@@ -89,7 +90,17 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
+def stale() -> list[str]:
+    """The pages that are missing, not what the docstrings say, or of no pass."""
+    wanted = pages()
+    found = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.md")}
+    return [name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)]
+
+
 def main() -> None:
+    if "--check" in sys.argv:
+        names = stale()
+        sys.exit(f"run python docs/build.py, as these are not what the docstrings say: {names}" if names else 0)
     FOLDER.mkdir(exist_ok=True)
     wanted = pages()
     for file in FOLDER.glob("*.md"):
