@@ -1,0 +1,141 @@
+"""What qcompiler knows of operators: one row each, and the queries that everything else asks.
+
+    has(node, "moves")               a trait (`row.Trait` says what each means)
+    quantized(node)                  its quantized operands: where codes, scale and zero point of each are
+    weight(node), activation(node)   … that of the weight; that of what the node multiplies it by
+    continuations(node)              which output continues which past
+
+An operator without a row has no trait and no role: whoever asks treats it as unknown. The rows are in `standard.py`
+(ONNX), `runtime.py` (com.microsoft) and `functions.py` (qcompiler's own), and are compared with ONNX's schemas and with
+ONNX Runtime's registry by tests/graph/test_operators.py.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import onnx_ir as ir
+
+from qcompiler.graph.operators.functions import FUNCTIONS
+from qcompiler.graph.operators.row import Operator, Place, Port, Quantized, Role, Trait
+from qcompiler.graph.operators.runtime import RUNTIME
+from qcompiler.graph.operators.standard import STANDARD
+
+__all__ = [
+    "OPERATORS",
+    "Operator",
+    "Place",
+    "Port",
+    "Quantized",
+    "Role",
+    "Trait",
+    "activation",
+    "attends",
+    "continuations",
+    "has",
+    "holds",
+    "multiplies_floats",
+    "operator_of",
+    "quantized",
+    "reads_codes",
+    "result",
+    "weight",
+    "weights",
+]
+
+OPERATORS: dict[tuple[str, str], Operator] = {(row.domain, row.name): row for row in (*STANDARD, *RUNTIME, *FUNCTIONS)}
+"""By domain and name."""
+
+
+def operator_of(node: ir.Node) -> Operator | None:
+    """The row of a node's operator; None where it is not known."""
+    return OPERATORS.get((node.domain, node.op_type))
+
+
+def has(node: ir.Node, *traits: Trait) -> bool:
+    """Whether the operator is known to have all of these traits."""
+    row = operator_of(node)
+    return row is not None and row.traits.issuperset(traits)
+
+
+def multiplies_floats(node: ir.Node) -> bool:
+    """Whether it is a product, or a convolution, of floats."""
+    row = operator_of(node)
+    return row is not None and "product" in row.traits and not row.coded
+
+
+def reads_codes(node: ir.Node) -> bool:
+    """Whether the operator works on codes by its nature; attention does not, though its cache may hold codes."""
+    row = operator_of(node)
+    return row is not None and row.coded
+
+
+def attends(node: ir.Node) -> bool:
+    """Whether it is attention; an operator that is not known is where its name says so."""
+    row = operator_of(node)
+    return "attention" in row.traits if row is not None else node.op_type.endswith("Attention")
+
+
+# ---------------------------------------------------------------------------------------------------- operands
+
+
+def quantized(node: ir.Node) -> tuple[Quantized, ...]:
+    """The quantized operands that the operator can have, whether this node has them or not."""
+    row = operator_of(node)
+    if row is None:
+        return ()
+    return row.quantized_of(len(node.inputs)) if row.repeated else row.quantized
+
+
+def weight(node: ir.Node) -> Quantized | None:
+    """The quantized weight, the first where there are several."""
+    return next((operand for operand in quantized(node) if operand.role == "weight"), None)
+
+
+def activation(node: ir.Node) -> Quantized | None:
+    """The codes that are multiplied by a weight; None where the operator reads a float there."""
+    if weight(node) is None:
+        return None
+    first = quantized(node)[0]
+    return first if first.role == "data" and first.codes == Place(0) else None
+
+
+def result(node: ir.Node) -> Quantized | None:
+    """The codes that the operator gives; None where it gives floats, or sums."""
+    return next((operand for operand in quantized(node) if operand.codes.output), None)
+
+
+def weights(node: ir.Node) -> tuple[int, ...]:
+    """The inputs that hold weights, of an operator that has some."""
+    row = operator_of(node)
+    if row is None:
+        return ()
+    if row.repeated:
+        return tuple(index for index in range(len(node.inputs)) if (port := row.input(index)) and port.role == "weight")
+    return row.places("weight")
+
+
+# ---------------------------------------------------------------------------------------------------- caches
+
+
+def continuations(node: ir.Node) -> dict[int, int]:
+    """From the input that holds a past to the output that continues it."""
+    row = operator_of(node)
+    if row is None:
+        return {}
+    inputs = {port.name: index for index, port in enumerate(row.inputs) if port.role == "past"}
+    return {inputs[port.of]: index for index, port in enumerate(row.outputs) if port.role == "present"}
+
+
+def holds(node: ir.Node, index: int) -> Literal["key", "value"] | None:
+    """Whether an input of attention holds keys or values, new ones or past ones; None where the operator does not tell.
+
+    Attention that is not known is taken to have its keys at 1 and its values at 2, as all others do.
+    """
+    row = operator_of(node)
+    if row is None:
+        return {1: "key", 2: "value"}.get(index) if attends(node) else None  # type: ignore[return-value]
+    port = row.input(index)
+    if port is not None and port.role == "past" and port.of:
+        port = next(other for other in row.inputs if other.name == port.of)
+    return port.role if port is not None and port.role in ("key", "value") else None

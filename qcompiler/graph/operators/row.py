@@ -1,0 +1,173 @@
+"""What a row of the operator table says, and how a row is written.
+
+    row(domain, "DequantizeLinear", "x:code x_scale:scale(x) x_zero_point:zero(x)", "y", "decodes elementwise")
+
+Inputs and outputs are named as their schema names them, in its order. Behind a colon stands the role (none: data), in
+brackets the operand that a scale, a zero point, a past or a present belongs to. `~` says that a float has the type that
+the model computes in. What follows a `*` repeats as often as the node has inputs.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import onnx_ir as ir
+
+Role = Literal[
+    "data", "weight", "code", "scale", "zero", "offset", "bias", "gain", "shift", "query", "key", "value", "past",
+    "present", "index", "mask", "setting", "statistic", "angle",
+]  # fmt: skip
+"""gain and shift: of a norm. setting: shapes, axes, lengths. offset: a float that is added to codes times their scale.
+statistic: a mean or deviation, which stays float32. angle: cosines and sines."""
+
+Trait = Literal[
+    "moves",  # its output holds numbers of its inputs at other places, or in another type
+    "whole",  # … each number of the first input
+    "ordered",  # … in row-major order
+    "picks",  # … those that an input tells by their index
+    "joins",  # puts what is new into what is past, outside of an attention operator
+    "elementwise",  # an element of the output depends on the elements at its place, and has their shape, broadcast
+    "homogeneous",  # a positive factor of the first input is one of the output
+    "bilinear",  # … and so is one of the second
+    "product",  # multiplies matrices: sums of products
+    "convolution",
+    "rows",  # reads its weight as [outputs, inputs, …]
+    "reduction",
+    "accumulates",  # sums, or multiplies, along axes
+    "attention",
+    "measures",  # reads a shape, and no numbers
+    "random",
+    "quantizes",  # floats to codes
+    "decodes",  # codes to floats
+    "cache",  # a function on the codes of a KV-cache
+    "rounds",  # rounds its float input by itself (MatMulNBits: where its accuracy level says so)
+    "opaque",  # its codes lie in an order, or a form, that only its kernel knows
+    "half",  # ONNX Runtime's own operator, which computes in 16 bits, too
+    "typed",  # the attribute output_dtype tells the type of its result
+    "propagates",  # ONNX Runtime's optimizer moves a QuantizeLinear up past it
+]  # fmt: skip
+TRAITS: frozenset[str] = frozenset(get_args(Trait))
+ROLES: frozenset[str] = frozenset(get_args(Role))
+_PORT = re.compile(r"(?P<name>\w+)(?P<half>~?)(?::(?P<role>[a-z]+)(?:\((?P<of>\w+)\))?)?")
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of an operator."""
+
+    name: str
+    role: Role
+    of: str = ""
+    """The operand that a scale, zero point, past or present belongs to, by its name."""
+    follows: bool = False
+    """Whether it is a float of the type that the model computes in; told of qcompiler's functions alone."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One of a node's inputs or outputs, by its index."""
+
+    index: int
+    output: bool = False
+
+    def of(self, node: ir.Node) -> ir.Value | None:
+        values = node.outputs if self.output else node.inputs
+        return values[self.index] if self.index < len(values) else None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized operand: codes that an operator reads or gives, and where their scale and zero point are."""
+
+    name: str
+    role: Role
+    codes: Place
+    scale: Place | None
+    zero_point: Place | None
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What is known of an operator."""
+
+    domain: str
+    name: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    traits: frozenset[str]
+    repeated: tuple[Port, ...] = ()
+    """Inputs behind the others, together as often as a node has them."""
+
+    def input(self, index: int) -> Port | None:
+        """The input of this index; None where the operator has none."""
+        if index < len(self.inputs):
+            return self.inputs[index] if index >= 0 else None
+        return self.repeated[(index - len(self.inputs)) % len(self.repeated)] if self.repeated else None
+
+    def places(self, *roles: Role) -> tuple[int, ...]:
+        """The inputs that have one of the roles."""
+        return tuple(index for index, port in enumerate(self.inputs) if port.role in roles)
+
+    @cached_property
+    def quantized(self) -> tuple[Quantized, ...]:
+        """Its quantized operands, but for repeated ones, in the order of the operator."""
+        return tuple(self._quantized(self.inputs, 0))
+
+    @cached_property
+    def coded(self) -> bool:
+        """Whether it works on codes by its nature; attention with codes in its cache does so only where they are."""
+        ports = (*self.inputs, *self.outputs, *self.repeated)
+        caches = {port.name for port in ports if port.role == "past"}
+        return any(port.role in ("code", "scale", "zero") and port.of not in caches for port in ports)
+
+    def quantized_of(self, count: int) -> tuple[Quantized, ...]:
+        """The quantized operands of a node with so many inputs."""
+        found = list(self.quantized)
+        for start in range(len(self.inputs), count, len(self.repeated) or count):
+            found += self._quantized(self.repeated, start) if self.repeated else ()
+        return tuple(found)
+
+    def _quantized(self, ports: tuple[Port, ...], start: int) -> list[Quantized]:
+        sides = ((ports, False), (self.outputs, True)) if ports is self.inputs else ((ports, False),)
+        places = {
+            (port.name, output): Place(index + (0 if output else start), output)
+            for side, output in sides
+            for index, port in enumerate(side)
+        }
+        roles = {port.name: port.role for side, _ in sides for port in side}
+        belonging: dict[str, dict[str, Place]] = {}
+        for side, output in sides:
+            for port in side:
+                if port.role in ("scale", "zero"):
+                    belonging.setdefault(port.of, {})[port.role] = places[port.name, output]
+        found = []
+        for (name, _), place in sorted(places.items(), key=lambda item: (item[1].output, item[1].index)):
+            if name in belonging:
+                parts = belonging.pop(name)
+                found.append(Quantized(name, roles[name], place, parts.get("scale"), parts.get("zero")))
+        return found
+
+
+def row(domain: str, name: str, inputs: str, outputs: str, traits: str = "") -> Operator:
+    """A row from its text. Raises ValueError where that is no such."""
+    fixed, _, repeated = inputs.partition("*")
+    unknown = set(traits.split()) - TRAITS
+    if unknown:
+        raise ValueError(f"{name}: no trait is called {', '.join(sorted(unknown))}")
+    sides = [tuple(_port(name, text) for text in side.split()) for side in (fixed, outputs, repeated)]
+    known = {port.name for side in sides for port in side}
+    for port in (port for side in sides for port in side):
+        if port.of and port.of not in known:
+            raise ValueError(f"{name}: {port.name} belongs to {port.of}, which the operator does not have")
+    return Operator(domain, name, sides[0], sides[1], frozenset(traits.split()), sides[2])
+
+
+def _port(operator: str, text: str) -> Port:
+    match = _PORT.fullmatch(text)
+    role = match["role"] or "data" if match is not None else ""
+    if match is None or role not in ROLES:
+        raise ValueError(f"{operator}: {text!r} is no input or output")
+    return Port(match["name"], role, match["of"] or "", bool(match["half"]))  # type: ignore[arg-type]  # looked up above
