@@ -37,8 +37,9 @@ from pydantic.dataclasses import dataclass as options
 from qcompiler.errors import ModelError
 from qcompiler.formats.arithmetic import slices
 from qcompiler.graph.edit import constant
+from qcompiler.graph.operators import multiplies_floats
 from qcompiler.half.constants import MASK
-from qcompiler.half.plan import GROWING, HALF_TYPES, PRODUCTS, HalfPlan, plan
+from qcompiler.half.plan import HALF_TYPES, HalfPlan, plan
 from qcompiler.half.rewrite import convert
 from qcompiler.half.types import FLOAT, fill_in_types
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
@@ -114,14 +115,19 @@ class ConvertFloat(Pass):
 
 def _refuse_other_type(model: ir.Model, dtype: ir.DataType) -> None:
     other = next(item for item in HALF_TYPES if item != dtype)
-    products = (node.outputs[0] for node in model.graph if node.op_type in PRODUCTS)  # caches have scales in float16
+    products = (node.outputs[0] for node in model.graph if multiplies_floats(node))  # caches have scales in float16
     if any(value.dtype == other for value in products):
         raise ModelError(f"the model is in {other.name.lower()} already, and convert-float starts from float32")
 
 
+def _grows(node: ir.Node) -> bool:
+    """Whether the operator's result may be larger than what it reads."""
+    return multiplies_floats(node) or node.op_type in ("Mul", "Div", "Add", "Sub", "Sum")
+
+
 def _can_grow(node: ir.Node, decided: HalfPlan) -> bool:
     """Whether the numbers that a node writes may be larger than those it reads, masks that are added left out."""
-    if node.domain == "" and node.op_type not in GROWING and "Normalization" not in node.op_type:
+    if node.domain == "" and not _grows(node) and "Normalization" not in node.op_type:
         return False
     for value in node.inputs:
         if value is None or value.dtype != FLOAT or node.op_type not in ("Add", "Sub"):

@@ -45,6 +45,7 @@ from qcompiler.formats.arithmetic import scale_and_zero_point
 from qcompiler.formats.scheme import PerTensor, PerToken, Scheme
 from qcompiler.formats.search import quantize_weight
 from qcompiler.graph.lazy import read
+from qcompiler.graph.operators import has
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
 from qcompiler.rewriting.pairs import Build, Pairs, float8_tensor_pair, float8_token_pair
@@ -59,8 +60,6 @@ Format = Literal["fp8_e4m3", "fp8_e5m2"]
 
 IN_ATTENTION = "it is a projection of attention (attention: true rounds it, too)"
 AT_AN_END = "it is in the first or last block (first_and_last_block: true rounds it, too)"
-_MOVES = ("Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
-"""Operators past which ONNX Runtime may move a QuantizeLinear up."""
 
 
 @options(frozen=True, config=OPTIONS)
@@ -205,7 +204,7 @@ class _Weights(WeightPass):
 def _is_clipped(value: ir.Value) -> bool:
     """Whether a Relu or Clip made the value, or what it was moved from."""
     node = value.producer()
-    while node is not None and node.domain == "" and node.op_type in _MOVES and node.inputs[0] is not None:
+    while node is not None and has(node, "propagates") and node.inputs[0] is not None:
         node = node.inputs[0].producer()
     return node is not None and node.domain == "" and node.op_type in ("Relu", "Clip")
 

@@ -46,6 +46,7 @@ from qcompiler.graph.edit import (
     remove_unused_constant,
 )
 from qcompiler.graph.model_inputs import Signature
+from qcompiler.graph.operators import has
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
 from qcompiler.sites.attention import CachedAttention, find_cached_attention
@@ -55,7 +56,6 @@ from qcompiler.statistics import StatisticsStore
 
 OPERATOR = "GroupQueryAttention"
 HEAD_SIZE_STEP = 8
-SHAPES = ("Shape", "Size")
 LAST = np.iinfo(np.int64).max
 Size = int | ir.SymbolicDim | None
 
@@ -117,7 +117,7 @@ def _reader_outside(site: CachedAttention, proof: Proof) -> str | None:
     while pending:
         value = pending.pop()
         for node in dict.fromkeys(use.node for use in value.uses()):
-            if node.op_type in SHAPES or node is site.node:
+            if has(node, "measures") or node is site.node:
                 continue
             if node not in proof.interior:
                 return node.name

@@ -57,7 +57,6 @@ from qcompiler.sites.find import Unsupported
 from qcompiler.statistics import HeadRange, StatisticsStore
 
 Granularity = Literal["tensor", "channel", "token"]
-JOINED = ("Concat", "TensorScatter", "Attention")
 SCALE_DTYPES = {"float16": ir.DataType.FLOAT16, "float32": ir.DataType.FLOAT}
 
 
@@ -119,7 +118,7 @@ class QuantizeKvCache(Pass):
                 join_outside(node, rw)
         fused: dict[ir.Node, dict[str, Cache]] = {}
         for cache in self._selected(model):
-            if cache.name in chosen and cache.node.op_type in JOINED:
+            if cache.name in chosen and not _is_fused(cache.node):
                 self._quantize(cache, statistics, rw, changes)
             elif cache.name in chosen:
                 fused.setdefault(cache.node, {})[cache.role] = cache
@@ -136,7 +135,7 @@ class QuantizeKvCache(Pass):
     def _storage(self, cache: Cache) -> Storage:
         granularity = self.key_granularity if cache.role == "key" else self.value_granularity
         if granularity is None:
-            granularity = "token" if cache.node.op_type in JOINED else "channel"
+            granularity = "channel" if _is_fused(cache.node) else "token"
         per_token = granularity == "token"
         scheme = Scheme.from_options(self.format, granularity, symmetric=self.symmetric or not per_token,
                                      dynamic=per_token)  # fmt: skip
@@ -169,7 +168,7 @@ class QuantizeKvCache(Pass):
             names = [cache.name for cache in caches.values()]
             if len(caches) < 2:
                 found |= dict.fromkeys(names, f"{node.op_type} takes keys and values together, and one is left out")
-            elif node.op_type not in JOINED:
+            elif _is_fused(node):
                 key, value = ((cache, self._storage(cache)) for cache in _pair(caches))
                 found |= dict.fromkeys(names, fused_cache.refusal(key, value) or None)
             elif any(found[name] is not None for name in names):
@@ -179,7 +178,7 @@ class QuantizeKvCache(Pass):
 
     def _obstacle(self, cache: Cache) -> str | None:
         storage = self._storage(cache)
-        if cache.node.op_type not in JOINED:
+        if _is_fused(cache.node):
             return None
         if self.format == "fp8_e4m3":
             return f"ONNX Runtime has no {cache.node.op_type} for float8: use format int8"
@@ -202,6 +201,11 @@ class QuantizeKvCache(Pass):
 
 def _pair(caches: Mapping[str, Cache]) -> tuple[Cache, Cache]:
     return caches["key"], caches["value"]
+
+
+def _is_fused(node: ir.Node) -> bool:
+    """Whether the operator itself keeps codes; the others get them, and their scales, from nodes of ours."""
+    return node.op_type == fused_cache.OPERATOR
 
 
 def _changed(cache: Cache, storage: Storage) -> Changed:

@@ -20,14 +20,11 @@ from qcompiler.graph import files as model_io
 from qcompiler.graph.edit import add_constant, constant, new_node
 from qcompiler.graph.metadata import CACHE_SOURCE
 from qcompiler.graph.model_inputs import Signature
-from qcompiler.rewriting.fused_cache import K_SCALE, OPERATOR, V_SCALE
+from qcompiler.graph.operators import has, quantized
 from qcompiler.sites.caches import CODES
 
 if TYPE_CHECKING:
     import onnxruntime
-
-SCALES = {3: K_SCALE, 4: V_SCALE}
-"""Where GroupQueryAttention has the scale of a past, by where it has the past."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +90,18 @@ def _encoders(model: ir.Model) -> Iterator[tuple[ir.Value, _Encoder]]:
         if past.dtype not in CODES:
             continue
         for node, index in past.uses():
-            if node.op_type in ("Concat", "TensorScatter") and index == 0 and _quantize(node.inputs[1]) is not None:
+            if has(node, "joins") and index == 0 and _quantize(node.inputs[1]) is not None:
                 yield past, _joined(model, node)
-            elif node.op_type == OPERATOR and index in SCALES:
-                yield past, _fused(model, past, node.inputs[SCALES[index]])
+            elif (scale := _scale_of_past(node, index)) is not None:
+                yield past, _fused(model, past, scale)
+
+
+def _scale_of_past(node: ir.Node, index: int) -> ir.Value | None:
+    """The scale of the past that attention reads as codes."""
+    for codes in quantized(node):
+        if codes.role == "past" and codes.codes.index == index and codes.scale is not None:
+            return codes.scale.of(node)
+    return None
 
 
 def _quantize(codes: ir.Value | None) -> ir.Node | None:

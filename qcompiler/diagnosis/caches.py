@@ -15,11 +15,10 @@ import onnx_ir as ir
 
 from qcompiler.diagnosis.regions import STORED, Region, StoredCache, Unmatched, flowing, region_of, same_values
 from qcompiler.graph.edit import constant
+from qcompiler.graph.operators import attends, has, quantized
 from qcompiler.sites.caches import CODES, find_caches
 from qcompiler.sites.kinds import Site, Unsupported
 
-JOINS = ("Concat", "TensorScatter")
-LAYOUT = ("Gather", "Reshape", "Transpose")
 FORMATS = {ir.DataType.INT8: "int8", ir.DataType.UINT8: "int4", ir.DataType.FLOAT8E4M3FN: "fp8_e4m3"}
 
 
@@ -57,8 +56,8 @@ def _end(
     cache: Site, past: ir.Value, mine: Mapping[str, ir.Value], values: Mapping[str, ir.Value]
 ) -> tuple[ir.Value, ir.Value] | str:
     """Where the region ends, in the float model and in the quantized one; else why it cannot be measured."""
-    joined = cache.node.op_type in JOINS
-    readers = [node for node, _ in past.uses() if node.op_type.endswith("Attention")]
+    joined = has(cache.node, "joins")
+    readers = [node for node, _ in past.uses() if attends(node)]
     if joined and not readers:
         present = cache.node.outputs[0]
         dequantized = values.get(f"{present.name}.dequantized")
@@ -73,7 +72,7 @@ def _handed_on(value: ir.Value, mine: Mapping[str, ir.Value]) -> ir.Value:
     """Attention's output where the float model has it: behind what gives it that model's layout."""
     while str(value.name) not in mine:
         readers = [node for node, _ in value.uses()]
-        if len(readers) != 1 or readers[0].op_type not in LAYOUT:
+        if len(readers) != 1 or not has(readers[0], "moves"):
             break
         value = readers[0].outputs[0]
     return value
@@ -81,7 +80,7 @@ def _handed_on(value: ir.Value, mine: Mapping[str, ir.Value]) -> ir.Value:
 
 def _site(cache: Site, output: ir.Value, inputs: Mapping[str, ir.Value]) -> StoredCache:
     past = inputs[cache.name]
-    alone = output is cache.node.outputs[0] and cache.node.op_type in JOINS
+    alone = output is cache.node.outputs[0] and has(cache.node, "joins")
     before, dot, last = cache.module_path.rpartition(".")
     # A pattern for both: what names the key cache names the value cache, too, but for its last word.
     both = f"{before}.*{'_cache' if last.endswith('_cache') else ''}" if dot else cache.module_path
@@ -96,7 +95,8 @@ def _granularity(past: ir.Value, inputs: Mapping[str, ir.Value]) -> str:
     if f"{past.name}_scale" in inputs:
         return "per-token"
     for node, index in past.uses():
-        if node.op_type == "GroupQueryAttention":  # keys at 3 with their scales at 12, values at 4 with 13
-            scale = constant(node.inputs[index + 9])
+        codes = next((found for found in quantized(node) if found.role == "past" and found.codes.index == index), None)
+        if codes is not None and codes.scale is not None:
+            scale = constant(codes.scale.of(node))
             return "per-tensor" if scale is None or scale.size == 1 else "per-channel"
     return "static"

@@ -18,14 +18,11 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qcompiler.graph.edit import constant
+from qcompiler.graph.operators import has
 from qcompiler.sites.find import Convolution, Embedding, Linear, Site, find_sites
 
 MOST_NODES = 64
 """Nodes of a region; more of them are no longer one layer."""
-QUANTIZERS = frozenset(
-    {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Cast", "DynamicQuantizePerToken",
-     "DequantizePerToken", "DynamicQuantizeFloat8", "DynamicQuantizeFloat8PerToken", "Reshape"}
-)  # fmt: skip
 Layer = Linear | Convolution | Embedding
 STORED = "stored:"
 """Before the name of an input of the quantized model that the float model does not have: the codes of a past."""
@@ -170,10 +167,15 @@ def _source(node: ir.Node, index: int) -> ir.Value | None:
     value = node.inputs[index]
     while value is not None:
         producer = value.producer()
-        if producer is None or producer.op_type not in QUANTIZERS or producer.inputs[0] is None:
+        if producer is None or not _only_rounds(producer) or producer.inputs[0] is None:
             return value
         value = producer.inputs[0]
     return None
+
+
+def _only_rounds(node: ir.Node) -> bool:
+    """Whether a node gives what it reads, rounded or in another form."""
+    return has(node, "quantizes") or has(node, "decodes") or node.op_type in ("Cast", "Reshape")
 
 
 def region_of(

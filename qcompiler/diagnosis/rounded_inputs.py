@@ -10,14 +10,9 @@ import onnx_ir as ir
 
 from qcompiler.diagnosis.regions import Region
 from qcompiler.graph.edit import constant
+from qcompiler.graph.operators import Quantized, has, multiplied, multiplies_floats
 from qcompiler.sites.activations import activation_scheme, coded_scheme
 from qcompiler.sites.find import Linear
-
-CODED = {"MatMulIntegerToFloat": (0, 2, 4), "QLinearMatMul": (0, 1, 2), "QGemm": (0, 1, 2)}
-"""Operators that multiply codes of the activation: where they have codes, scale and zero point."""
-IN_KERNEL = ("DynamicQuantizeMatMul", "MatMulNBits")
-"""Operators that round their input themselves; MatMulNBits where its accuracy level allows that."""
-PRODUCTS = ("MatMul", "Gemm", "FusedMatMul")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +47,14 @@ def rounded_input(region: Region) -> Rounded | None:
     if not isinstance(site, Linear) or str(site.input.name) not in region.inputs.values():
         return None
     inside = {value for node in region.nodes for value in node.outputs}
-    products = [node for node in region.nodes if node.op_type in (*CODED, *PRODUCTS, *IN_KERNEL)]
+    products = [node for node in region.nodes if has(node, "product") and not has(node, "convolution")]
     if len(products) != 1:
         return None  # a layer that was split, say into columns of integers and of floats
     node = products[0]
-    if node.op_type in CODED:
-        return _codes(node, str(site.input.name), inside)
-    if node.op_type in IN_KERNEL:
+    codes = multiplied(node)
+    if codes is not None:
+        return _codes(node, codes, str(site.input.name), inside)
+    if has(node, "rounds"):
         block = _kernel_block(node)
         return None if block is None else Rounded(str(site.input.name), _kernel_scheme(block), (), block=block)
     value = node.inputs[0]
@@ -71,19 +67,21 @@ def schemes(region: Region) -> str:
     """How the inputs of a region's products are rounded; empty where they stay float, or are rounded in a kernel."""
     found = []
     for node in region.nodes:
-        if node.op_type in CODED and node.inputs[0] is not None:
+        if not has(node, "product"):
+            continue
+        if multiplied(node) is not None and node.inputs[0] is not None:
             found.append(coded_scheme(node.inputs[0]))
-        elif node.op_type in IN_KERNEL and (block := _kernel_block(node)) is not None:
+        elif has(node, "rounds") and (block := _kernel_block(node)) is not None:
             found.append(_kernel_scheme(block))
-        elif node.op_type in ("Conv", *PRODUCTS):
+        elif multiplies_floats(node):
             found.append(activation_scheme(node.inputs[0]))
-        elif node.op_type in ("MatMulInteger", "ConvInteger", "QLinearConv") and node.inputs[0] is not None:
-            found.append(coded_scheme(node.inputs[0]))
     return ", ".join(dict.fromkeys(scheme for scheme in found if scheme))
 
 
-def _codes(node: ir.Node, source: str, inside: set[ir.Value]) -> Rounded | None:
-    values = [node.inputs[index] if index < len(node.inputs) else None for index in CODED[node.op_type]]
+def _codes(node: ir.Node, read: Quantized, source: str, inside: set[ir.Value]) -> Rounded | None:
+    if read.scale is None:
+        return None  # sums, which nodes behind it scale
+    values = [place.of(node) if place is not None else None for place in (read.codes, read.scale, read.zero_point)]
     codes = values[0]
     if codes is None or codes not in inside:
         return None

@@ -26,8 +26,9 @@ import onnx_ir as ir
 from qcompiler.formats.arithmetic import dequantize
 from qcompiler.formats.codebooks import CODEBOOKS
 from qcompiler.graph.edit import constant
+from qcompiler.graph.operators import functions
 
-DOMAIN, VERSION = "qcompiler", 1
+DOMAIN, VERSION = functions.DOMAIN, 1
 FORMATS = {codebook.function: format for format, codebook in CODEBOOKS.items()}
 """The number format that each function decodes."""
 

@@ -11,13 +11,12 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.errors import DataError, ModelError
+from qcompiler.graph.operators import has
 
 IDS = ("input_ids", "decoder_input_ids", "inputs_embeds")
 """The inputs that set batch size and sequence length, the first that the model has."""
 PAST = re.compile(r"^(input[._])?past(_key_values)?[._]")
 POSITIONS = ("position_ids", "cache_position")
-FORWARDED = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"})
-"""Operators that hand token ids on unchanged."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +292,7 @@ def _vocabulary(ids: ir.Value) -> int | None:
     """Rows of the table that a Gather takes by these ids, through Transpose and DequantizeLinear of a constant."""
     if ids.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
         return None
-    handed_on = [use.node.outputs[0] for use in ids.uses() if use.node.op_type in FORWARDED and use.idx == 0]
+    handed_on = [use.node.outputs[0] for use in ids.uses() if has(use.node, "moves", "ordered") and use.idx == 0]
     for value in (ids, *handed_on):
         for node, index in value.uses():
             rows = _rows(node) if node.op_type in ("Gather", "GatherBlockQuantized") and index == 1 else None

@@ -8,14 +8,9 @@ from onnx_ir.passes import common
 
 from qcompiler.errors import ModelError
 from qcompiler.graph.edit import Names, add_constant, node_graph
+from qcompiler.graph.operators import has
 
 OPSET = 21
-
-# Opset 18 turned the attribute `axes` of these into an input; ReduceSum went before.
-_REDUCTIONS = {
-    "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
-    "ReduceSumSquare",
-}  # fmt: skip
 
 
 def upgrade(model: ir.Model) -> None:
@@ -38,7 +33,8 @@ def _to_18(model: ir.Model) -> None:
     for node in model.graph.all_nodes():
         if node.domain:
             continue
-        if node.op_type in _REDUCTIONS and "axes" in node.attributes:
+        # Opset 18 turned the attribute `axes` into an input; that of ReduceSum went before.
+        if has(node, "reduction") and node.op_type != "ReduceSum" and "axes" in node.attributes:
             axes = np.array(node.attributes.pop("axes").as_ints(), dtype=np.int64)
             node.resize_inputs(2)
             name = names.fresh(f"{node.name or node.outputs[0].name}.axes")

@@ -12,7 +12,8 @@ import onnx_ir as ir
 
 from qcompiler.graph.edit import Names, insert_after, new_node
 from qcompiler.graph.lazy import derived
-from qcompiler.half.plan import HALF_TYPES, MOVES
+from qcompiler.graph.operators import has
+from qcompiler.half.plan import HALF_TYPES
 
 FLOAT = ir.DataType.FLOAT
 TYPE_ATTRIBUTES = ("to", "output_dtype", "dtype", "scale_dtype")
@@ -37,7 +38,7 @@ def emulated(model: ir.Model) -> ir.Model:
             if dtype is None or dtype not in HALF_TYPES:
                 continue
             value.type = ir.TensorType(FLOAT)
-            if node.domain or node.op_type == "Cast" or node.op_type not in MOVES:
+            if node.op_type == "Cast" or not has(node, "moves"):
                 _round(value, dtype, node, names)
     return copy
 

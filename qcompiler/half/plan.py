@@ -22,35 +22,24 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.functions.cache import UNPACK
-from qcompiler.functions.library import DOMAIN
 from qcompiler.graph.edit import constant
+from qcompiler.graph.operators import has, multiplies_floats
 from qcompiler.half.constants import FITTING, Fit, fit, largest, mask_value
 from qcompiler.half.norms import Mode, is_read_wide
-from qcompiler.half.types import DECODERS, FLOAT, HalfPorts, form_of
+from qcompiler.half.types import FLOAT, HalfPorts, form_of, gives_output_dtype
 from qcompiler.sites.find import Sites
 
 Kind = Literal["data", "table", "constant"]
 HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 SMALL_CODES = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.UINT4)
 """Whole numbers that 16 bits hold exactly."""
-PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "Conv", "ConvTranspose", "Einsum"})
-GROWING = PRODUCTS | {"Mul", "Div", "Add", "Sub", "Sum"}
-"""Operators whose result may be larger than what they read."""
-REDUCTIONS = frozenset({
-    "CumSum", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMean", "ReduceProd", "ReduceSum",
-    "ReduceSumSquare",
-})  # fmt: skip
-PRECISE = REDUCTIONS | {"Exp", "Log", "Pow", "Reciprocal", "Sqrt", "Sin", "Cos"}
+PRECISE = frozenset({"Exp", "Log", "Pow", "Reciprocal", "Sqrt", "Sin", "Cos"})
+"""Operators that are computed in float32, beside those that accumulate."""
 ELEMENTWISE = frozenset({
     "Abs", "Add", "Clip", "Div", "Max", "Mean", "Min", "Mul", "Neg", "Sub", "Sum", "Where",
 })  # fmt: skip
 FOLLOWING = ELEMENTWISE | {"Softmax", "LogSoftmax"}
 """Operators that stay in float32 where all their data is in it."""
-MOVES = frozenset({
-    "Cast", "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity",
-    "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Trilu", "Unsqueeze",
-})  # fmt: skip
-MULTIPLYING = PRODUCTS | {"Mul", "Div"}
 BOUNDED = frozenset({"Sin", "Cos", "Tanh", "Sigmoid", "Softmax"})
 PASSIVE = frozenset({"ArgMax", "ArgMin", "IsInf", "IsNaN", "Shape", "Size"})
 CONVOLUTIONS = ("Conv", "ConvTranspose")
@@ -170,9 +159,9 @@ class _Planner:
             self._set(node, "untouched", "data")
         elif not node.domain and node.op_type == "Cast" and not floats:
             self._cast(node)
-        elif node.op_type == "DequantizeLinear" or (node.domain == DOMAIN and node.op_type in DECODERS):
+        elif node.op_type == "DequantizeLinear" or gives_output_dtype(node):
             self._decoder(node)
-        elif not node.domain and node.op_type in MOVES:
+        elif has(node, "moves"):
             self._move(node)
         else:
             self._compute(node, floats)
@@ -226,7 +215,7 @@ class _Planner:
         if producer is None:
             return constant(value) is not None
         inputs = [item for item in producer.inputs if item is not None]
-        return not producer.domain and producer.op_type in MOVES and all(self._is_fixed(item) for item in inputs)
+        return has(producer, "moves") and all(self._is_fixed(item) for item in inputs)
 
     def _move(self, node: ir.Node) -> None:
         carried = [value for value in node.inputs if value is not None and value.dtype == FLOAT]
@@ -260,7 +249,7 @@ class _Planner:
         """
         readers = node.outputs[0].consumers()
         return node.op_type == "Transpose" and bool(readers) and all(
-            not item.domain and item.op_type in PRODUCTS and not self._left_out(item)
+            not item.domain and multiplies_floats(item) and not self._left_out(item)
             and not self._constant_obstacle(item) for item in readers
         )  # fmt: skip
 
@@ -275,9 +264,9 @@ class _Planner:
                 self.plan.bounds.update(dict.fromkeys(node.outputs, self._table_bound(node, floats)))
             return
         form = form_of(node, self.opset, self.dtype, self.is_float)
-        if form is None or node.op_type in PRECISE or self._joins_precise(node, floats):
+        if form is None or _is_precise(node) or self._joins_precise(node, floats):
             self._set(node, "float32", "data")
-            if node.op_type in REDUCTIONS or all(
+            if has(node, "accumulates") or all(
                 value in self.statistics for value in floats if self.kind(value) != "constant"
             ):
                 self.statistics.update(node.outputs)
@@ -307,7 +296,7 @@ class _Planner:
         if node.op_type not in ELEMENTWISE:
             return False
         readers = node.outputs[0].consumers()
-        reduced = bool(readers) and all(not item.domain and item.op_type in REDUCTIONS for item in readers)
+        reduced = bool(readers) and all(has(item, "accumulates") for item in readers)
         return reduced or any(value in self.statistics for value in floats)
 
     def _is_gain(self, node: ir.Node, floats: list[ir.Value]) -> bool:
@@ -351,7 +340,7 @@ class _Planner:
         for value in node.inputs:
             for root in self._roots(value):
                 found = self._fit(root)
-                if found.largest > self.limit or (found.masks and node.op_type in MULTIPLYING):
+                if found.largest > self.limit or (found.masks and _multiplies(node)):
                     return f"its constant {root.name!r} does not fit the range of {self.dtype.name.lower()}"
                 if found.error > FITTING:
                     return f"its constant {root.name!r} is too small for {self.dtype.name.lower()}"
@@ -380,7 +369,7 @@ class _Planner:
     def _meets_counts(self, node: ir.Node, floats: list[ir.Value]) -> bool:
         """Whether data is multiplied by a table that is not known to fit: positions, counts."""
         tables = [value for value in floats if self.kind(value) == "table"]
-        return node.op_type in MULTIPLYING and any(self._bound(value) > mask_value(self.dtype) for value in tables)
+        return _multiplies(node) and any(self._bound(value) > mask_value(self.dtype) for value in tables)
 
     def _bound(self, value: ir.Value) -> float:
         tensor = constant(value)
@@ -405,3 +394,11 @@ class _Planner:
         if node.op_type in ("Where", "Neg", "Abs", "Max", "Min") and bounds:
             return max(bounds)
         return math.inf
+
+
+def _is_precise(node: ir.Node) -> bool:
+    return has(node, "accumulates") or node.op_type in PRECISE
+
+
+def _multiplies(node: ir.Node) -> bool:
+    return multiplies_floats(node) or node.op_type in ("Mul", "Div")

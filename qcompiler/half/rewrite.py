@@ -16,10 +16,11 @@ from qcompiler.graph.edit import (
     remove_unused_constant,
 )
 from qcompiler.graph.metadata import PART_OF
+from qcompiler.graph.operators import OPERATORS
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.half.constants import mask_value, rounded
 from qcompiler.half.plan import HalfPlan
-from qcompiler.half.types import DECODERS, FLOAT
+from qcompiler.half.types import FLOAT, following, gives_output_dtype
 
 TYPE_ATTRIBUTES = ("to", "output_dtype")
 """Attributes that state the type of the output."""
@@ -155,7 +156,9 @@ class _Conversion:
 
     def _copy(self, node: ir.Node, value: ir.Value) -> ir.Value:
         """A copy of a node, in 16 bits, with all its outputs."""
-        reading = DECODERS.get(node.op_type, ()) if node.domain == DOMAIN else range(len(node.inputs))
+        reading = (
+            following(OPERATORS[DOMAIN, node.op_type].inputs) if node.domain == DOMAIN else range(len(node.inputs))
+        )
         inputs = [
             self.typed(item, self.half) if item is not None and index in reading and self._was_float(item) else item
             for index, item in enumerate(node.inputs)
@@ -218,7 +221,7 @@ class _Conversion:
         for old, new in self._constants:
             tensor, small = old.const_value, new.const_value
             quantized = any(
-                node.op_type in ("DequantizeLinear", *DECODERS) or PART_OF in node.metadata_props
+                node.op_type == "DequantizeLinear" or gives_output_dtype(node) or PART_OF in node.metadata_props
                 for node in new.consumers()
             )
             if tensor is not None and small is not None and not quantized and old.graph is None:

@@ -15,10 +15,8 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from qcompiler.functions import binary, outliers
-from qcompiler.functions import cache as cache_functions
-from qcompiler.functions import per_token as token_functions
-from qcompiler.functions.library import DOMAIN, FORMATS
+from qcompiler.functions.library import DOMAIN
+from qcompiler.graph.operators import Operator, Port, has, operator_of
 from qcompiler.targets import FOLDER, Target
 from qcompiler.targets.kernels import CPU_TABLE, RegisteredKernel, read
 
@@ -34,56 +32,36 @@ class HalfPorts:
     outputs: frozenset[int]
 
 
-# ONNX Runtime's operators: the inputs and the outputs that stay as they are.
-_RUNTIME: dict[tuple[str, str], tuple[tuple[int, ...], tuple[int, ...]]] = {
-    ("", "SimplifiedLayerNormalization"): ((), (1,)),
-    ("com.microsoft", "SimplifiedLayerNormalization"): ((), (1,)),
-    ("com.microsoft", "SkipLayerNormalization"): ((), (1, 2)),
-    ("com.microsoft", "SkipSimplifiedLayerNormalization"): ((), (1, 2)),
-    ("com.microsoft", "GroupQueryAttention"): ((12, 13), ()),
-    **{
-        ("com.microsoft", name): ((), ())
-        for name in (
-            "Attention", "BiasGelu", "FastGelu", "FusedMatMul", "GatherBlockQuantized", "Gelu", "MatMulBnb4",
-            "MatMulNBits", "MultiHeadAttention", "QuickGelu", "RotaryEmbedding",
-        )
-    },
-}  # fmt: skip
-
-# Model-local functions by the inputs that take either type; all of their float outputs but scales follow.
-_FUNCTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    token_functions.QUANTIZE: ((0,), ()),
-    token_functions.QUANTIZE_FLOAT8: ((0,), ()),
-    token_functions.QUANTIZE_FLOAT8_TENSOR: ((0,), ()),
-    cache_functions.QUANTIZE: ((0, 1), ()),
-    cache_functions.DYNAMIC: ((0,), ()),
-    cache_functions.DYNAMIC_OFFSET: ((0,), ()),
-    outliers.SPLIT: ((0,), (1,)),
-}
-
-DECODERS: dict[str, tuple[int, ...]] = {
-    **dict.fromkeys(FORMATS, ()),
-    binary.DEQUANTIZE: (),
-    token_functions.DEQUANTIZE: (),
-    cache_functions.UNPACK: (),
-    cache_functions.DEQUANTIZE: (0,),
-    cache_functions.DEQUANTIZE_OFFSET: (0,),
-}
-"""Model-local functions that give numbers of the type ``output_dtype``, and the inputs that have this type, too."""
-
-
 def form_of(node: ir.Node, opset: int, dtype: ir.DataType, is_float: Callable[[ir.Value], bool]) -> HalfPorts | None:
     """What of a node becomes `dtype`; None where it has no form in this type, or reads no float32."""
     floats = [i for i, value in enumerate(node.inputs) if value is not None and is_float(value)]
     given = [i for i, value in enumerate(node.outputs) if is_float(value)]
-    if node.domain == DOMAIN and node.op_type in _FUNCTIONS:
-        taken, made = _FUNCTIONS[node.op_type]
-        return HalfPorts(frozenset(taken) & frozenset(floats), frozenset(made))
-    if (node.domain, node.op_type) in _RUNTIME:
-        kept_inputs, kept_outputs = _RUNTIME[node.domain, node.op_type]
-        inputs = frozenset(floats) - frozenset(kept_inputs)
-        return HalfPorts(inputs, frozenset(given) - frozenset(kept_outputs)) if inputs else None
+    row = operator_of(node)
+    if row is not None and node.domain == DOMAIN and following(row.inputs) and not gives_output_dtype(node):
+        return HalfPorts(following(row.inputs) & frozenset(floats), following(row.outputs))
+    if row is not None and "half" in row.traits:
+        inputs = frozenset(floats) - _kept(row, row.inputs)
+        return HalfPorts(inputs, frozenset(given) - _kept(row, row.outputs)) if inputs else None
     return None if node.domain else _standard(node, opset, dtype, floats, given)
+
+
+def gives_output_dtype(node: ir.Node) -> bool:
+    """Whether it is a function of ours that gives numbers of the type `output_dtype`."""
+    return node.domain == DOMAIN and has(node, "typed")
+
+
+def following(ports: tuple[Port, ...]) -> frozenset[int]:
+    """Those of a function's inputs, or outputs, that have the type that the model computes in."""
+    return frozenset(index for index, port in enumerate(ports) if port.follows)
+
+
+def _kept(row: Operator, ports: tuple[Port, ...]) -> frozenset[int]:
+    """The inputs, or outputs, of an operator of ONNX Runtime that stay float32: statistics, and scales of a cache."""
+    pasts = {port.name for port in row.inputs if port.role == "past"}
+    return frozenset(
+        index for index, port in enumerate(ports)
+        if port.role == "statistic" or (port.role == "scale" and port.of in pasts)
+    )  # fmt: skip
 
 
 def _standard(
@@ -146,8 +124,9 @@ def fill_in_types(model: ir.Model) -> None:
         for index, output in enumerate(node.outputs):
             if output.dtype is not None or not output.name:
                 continue
-            if (node.domain, node.op_type) in _RUNTIME and floats:
-                kept = index in _RUNTIME[node.domain, node.op_type][1]
+            row = operator_of(node)
+            if row is not None and "half" in row.traits and floats:
+                kept = index in _kept(row, row.outputs)
                 output.type = ir.TensorType(FLOAT if kept else floats[0])
             elif not node.domain and (dtype := _inferred(node, index, model.opset_imports[""])) is not None:
                 output.type = ir.TensorType(dtype)

@@ -9,14 +9,13 @@ import onnx_ir as ir
 
 from qcompiler.graph.edit import constant
 from qcompiler.graph.module_path import block_of, module_path
+from qcompiler.graph.operators import multiplied
 from qcompiler.inspection.weights import WeightStatistics, statistics_of
 from qcompiler.sites.activations import activation_scheme, coded_scheme
 from qcompiler.sites.embeddings import QuantizedEmbedding, find_quantized_embeddings
 from qcompiler.sites.find import Convolution, Embedding, Linear, Site, find_sites
 from qcompiler.sites.stored import StoredWeight, float_weight, quantized_weight, scheme, table_weight
-from qcompiler.sites.stored.kernels import CODED
-
-CODED_INPUT = ("MatMulIntegerToFloat", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv", "QGemm")
+from qcompiler.sites.stored.kernels import reads_weight
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def _weight(node: ir.Node, site: Site | None) -> StoredWeight | None:
     if isinstance(site, QuantizedEmbedding):
         return table_weight(site)
     # What decodes a weight is told with the layer that reads it.
-    return quantized_weight(node) if node.op_type in CODED else None
+    return quantized_weight(node) if reads_weight(node) else None
 
 
 def _layer(
@@ -92,7 +91,7 @@ def _layer(
 
 
 def _activations(node: ir.Node) -> str:
-    if node.op_type in CODED_INPUT and node.inputs[0] is not None:
+    if multiplied(node) is not None and node.inputs[0] is not None:
         return coded_scheme(node.inputs[0])
     if node.op_type == "DynamicQuantizeMatMul":
         return "uint8 per-tensor dynamic"

@@ -29,20 +29,14 @@ import onnx_ir as ir
 
 from qcompiler.functions.library import DOMAIN
 from qcompiler.graph.edit import constant
+from qcompiler.graph.operators import reads_codes
 
 BLOCKS = (128, 64)
 """Inputs that share a scale of a 4-bit weight; the wider stores less."""
 LAST_OPSET = 25
 CODES = (ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN)
-WITHOUT_IMPORTER = frozenset({
-    "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv",
-})  # fmt: skip
-"""Standard operators on codes that the parser has no importer for."""
-RUNTIME_CODES = frozenset({
-    "DynamicQuantizeMatMul", "GatherBlockQuantized", "GemmFloat8", "MatMulBlockQuantizedFp8Weight", "MatMulBnb4",
-    "MatMulIntegerToFloat", "MatMulNBits", "QAttention", "QGemm", "QLinearAdd", "QLinearMul", "QLinearSigmoid",
-})  # fmt: skip
-"""ONNX Runtime's own operators on codes."""
+IMPORTED = ("QuantizeLinear", "DequantizeLinear")
+"""The operators on codes that the parser has importers for."""
 
 
 def violations(model: ir.Model) -> list[str]:
@@ -61,12 +55,8 @@ def violations(model: ir.Model) -> list[str]:
 def _reason(node: ir.Node) -> str | None:
     if node.domain == DOMAIN:
         return "is a function of qcompiler, which TensorRT would run step by step in float"
-    if (node.domain == "" and node.op_type in WITHOUT_IMPORTER) or (
-        node.domain == "com.microsoft" and node.op_type in RUNTIME_CODES
-    ):
-        return "is an operator on codes that TensorRT does not know"
-    if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-        return None
+    if node.op_type not in IMPORTED:
+        return "is an operator on codes that TensorRT does not know" if reads_codes(node) else None
     if node.domain:
         return f"is of the domain {node.domain}, and TensorRT reads the standard one"
     return next(_broken(node), None)

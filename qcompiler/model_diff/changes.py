@@ -19,24 +19,12 @@ from qcompiler.functions.library import DOMAIN
 from qcompiler.graph.edit import constant
 from qcompiler.graph.lazy import pieces
 from qcompiler.graph.metadata import PROVENANCE
+from qcompiler.graph.operators import Quantized, has, quantized
 from qcompiler.model_diff.arithmetic import error_of
 from qcompiler.model_diff.node_pairing import written
+from qcompiler.sites.stored.kernels import scale_behind, tail_of
 
 Kind = Literal["added", "removed", "replaced", "changed"]
-
-# Where an operator that reads quantized data has its scales and zero points: (operand, scale, zero point) as indices.
-QUANTIZATION_INPUTS: dict[str, tuple[tuple[str, int, int], ...]] = {
-    "QuantizeLinear": (("", 1, 2),),
-    "DequantizeLinear": (("", 1, 2),),
-    "DequantizePerToken": (("", 1, 2),),
-    "MatMulIntegerToFloat": (("A", 2, 4), ("B", 3, 5)),
-    "DynamicQuantizeMatMul": (("B", 2, 3),),
-    "QLinearMatMul": (("A", 1, 2), ("B", 4, 5), ("Y", 6, 7)),
-    "QLinearConv": (("X", 1, 2), ("W", 4, 5), ("Y", 6, 7)),
-    "QGemm": (("A", 1, 2), ("B", 4, 5), ("Y", 7, 8)),
-    "MatMulNBits": (("B", 2, 3),),
-    "GatherBlockQuantized": (("data", 2, 3),),
-}
 
 
 @dataclass(frozen=True)
@@ -312,39 +300,41 @@ def _nameless(item: Quantization) -> Quantization:
 
 
 def _quantization(node: ir.Node) -> Iterator[Quantization]:
-    for operand, scale_index, zero_index in QUANTIZATION_INPUTS.get(node.op_type, ()):
-        scale = _input(node, scale_index)
-        if scale is None:
+    for operand in quantized(node):
+        value = operand.codes.of(node)
+        scale = _scale(node, operand, value)
+        source = node.inputs[0] if has(node, "quantizes") else value
+        if value is None or scale is None or source is None:
             continue
-        zero = _input(node, zero_index)
-        shape = scale.shape
-        sizes = [1] if shape is None else [size if isinstance(size, int) else 0 for size in shape]
-        codes = node.outputs[0] if node.op_type == "QuantizeLinear" else None if operand else _input(node, 0)
-        told = zero if zero is not None and zero.dtype is not None else codes
+        zero = operand.zero_point.of(node) if operand.zero_point is not None else None
+        sizes = [1] if scale.shape is None else [size if isinstance(size, int) else 0 for size in scale.shape]
+        told = zero if zero is not None and zero.dtype is not None else value
         yield Quantization(
             node=label(node),
             op=operator(node),
-            operand=operand,
-            value=str(_value(node, operand)),
-            type=told.dtype.name if told is not None and told.dtype is not None else "",
+            operand="" if has(node, "quantizes") or has(node, "decodes") else _label(operand),
+            value=str(source.name),
+            type=told.dtype.name if told.dtype is not None else "",
             scales=math.prod(sizes),
             scale=_span(scale),
             zero_point=_span(zero),
         )
 
 
-def _value(node: ir.Node, operand: str) -> str:
-    """The name of the operand: A, X and data come first, B and W after them (and their scales); Y is the result."""
-    if operand == "Y":
-        return str(node.outputs[0].name)
-    after_scales = node.op_type in ("QLinearMatMul", "QLinearConv", "QGemm")
-    index = (3 if after_scales else 1) if operand in ("B", "W") else 0
-    value = _input(node, index)
-    return str(value.name) if value is not None else ""
+def _scale(node: ir.Node, operand: Quantized, codes: ir.Value | None) -> ir.Value | None:
+    """The scale of an operand: an input; or what made the codes has it, or what scales the sums behind the operator."""
+    if operand.scale is not None:
+        return operand.scale.of(node)
+    maker = codes.producer() if codes is not None else None
+    made = next((found for found in quantized(maker) if found.codes.of(maker) is codes), None) if maker else None
+    if maker is not None and made is not None and made.scale is not None:
+        return made.scale.of(maker)
+    return scale_behind(tail_of(node)) if operand.role == "weight" else None
 
 
-def _input(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if index < len(node.inputs) else None
+def _label(operand: Quantized) -> str:
+    """An operand's name; one letter is a capital, whatever the operator's schema makes of it."""
+    return operand.name.upper() if len(operand.name) == 1 else operand.name
 
 
 def _span(value: ir.Value | None) -> tuple[float, float] | None:

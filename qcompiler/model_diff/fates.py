@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qcompiler.graph.edit import constant
+from qcompiler.graph.operators import quantized
 from qcompiler.model_diff.activations import of_operand, of_value, quantizes, through_quantization
 from qcompiler.model_diff.changes import given_inputs, nodes_of, operator
 from qcompiler.model_diff.layers import Layer, fused_cache_grain
@@ -79,9 +80,10 @@ def fate_of_pair(node: ir.Node, other: ir.Node, same: Mapping[str, str]) -> tupl
     names = operator(node), operator(other)
     rounded = next((found for value in other.inputs if (found := of_value(value)) is not None), None)
     before = any(of_value(value) is not None for value in node.inputs)
-    if other.op_type.startswith("QLinear") and not node.op_type.startswith("QLinear"):
-        first = 2 if other.op_type == "QLinearConcat" else 0  # which has the scale and zero point of its result first
-        return ("quantized", *names, str(of_operand(other, first + 1, first + 2, first) or ""))
+    if other.op_type.startswith("QLinear") and not node.op_type.startswith("QLinear") and quantized(other):
+        codes = quantized(other)[0]  # the first operand: the result comes last
+        scale, zero = (place.index if place is not None else -1 for place in (codes.scale, codes.zero_point))
+        return ("quantized", *names, str(of_operand(other, scale, zero, codes.codes.index) or ""))
     if fused_cache_grain(other) and not fused_cache_grain(node):
         return ("quantized", *names, f"cache {other.attributes.get_int('kv_cache_bit_width', 8)}-bit static")
     if rounded is not None and not before and not quantizes(node):

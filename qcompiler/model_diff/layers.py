@@ -9,10 +9,11 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from qcompiler.functions.cache import DEQUANTIZE, UNPACK
+from qcompiler.functions.cache import UNPACK, is_cache_function
 from qcompiler.graph.edit import constant
 from qcompiler.graph.metadata import PART_OF
 from qcompiler.graph.module_path import block_of, module_path
+from qcompiler.graph.operators import Quantized, has, multiplied, multiplies_floats, quantized
 from qcompiler.model_diff.activations import Activation, of_value, through_quantization
 from qcompiler.model_diff.activations import of_operand as activation_of
 from qcompiler.model_diff.weights import Weight, as_table, of_codes, of_operand, type_name
@@ -22,7 +23,7 @@ from qcompiler.sites.find import find_sites
 from qcompiler.sites.kinds import Linear
 from qcompiler.sites.stored import coded_weight, quantized_weight, table_weight
 from qcompiler.sites.stored.constants import source
-from qcompiler.sites.stored.kernels import KERNELS, operand, outputs_first, tail_of
+from qcompiler.sites.stored.kernels import is_kernel, operand, outputs_first, tail_of
 
 LayerKind = Literal["linear", "convolution", "embedding", "recurrent", "cache"]
 
@@ -86,9 +87,9 @@ def _read(node: ir.Node, linear: Linear | None, embedding: QuantizedEmbedding | 
         return _embedding_of_codes(embedding)
     if node.op_type in ("Gather", "GatherBlockQuantized"):
         return _embedding(node)
-    if node.op_type in KERNELS:
+    if is_kernel(node):
         return _kernel(node)
-    if node.op_type in ("MatMul", "Gemm", "FusedMatMul", "Conv", "FusedGemm", "FusedConv", "ConvTranspose"):
+    if multiplies_floats(node) and node.op_type != "Einsum":  # whose equation says which operand is multiplied how
         return _plain(node, linear)
     if node.op_type in ("LSTM", "GRU", "RNN"):
         weight = of_operand(operand(node, 1), outputs_first=True)
@@ -100,7 +101,7 @@ def _read(node: ir.Node, linear: Linear | None, embedding: QuantizedEmbedding | 
 
 
 def _plain(node: ir.Node, linear: Linear | None) -> Layer | None:
-    convolves = "Conv" in node.op_type
+    convolves = has(node, "convolution")
     weight = of_operand(operand(node, 1), outputs_first=outputs_first(node))
     if weight is None or (not convolves and (len(weight.shape) != 2 or 1 in weight.shape)):
         return None
@@ -132,9 +133,6 @@ def _layer(
 
 # ----------------------------------------------------------------------------------------------------------- embeddings
 
-QLINEAR = ("QLinearAdd", "QLinearMul", "QLinearMatMul", "QGemm")
-"""Kernels whose operands are followed by their scale and zero point."""
-
 
 def _embedding(node: ir.Node) -> Layer | None:
     if node.op_type == "GatherBlockQuantized":
@@ -147,22 +145,25 @@ def _embedding(node: ir.Node) -> Layer | None:
         wide = len(table.shape) == 2 and 1 not in table.shape and not _angles(node)
         return _layer("embedding", node, node.inputs[1], table, None, table.nodes) if wide else None
     # Codes that are looked up are dequantized, or read by kernels that take the table's scale along.
-    readers = sorted((use.node for use in node.outputs[0].uses()), key=lambda reader: reader.op_type in QLINEAR)
-    after = next((reader for reader in readers if reader.op_type in ("DequantizeLinear", *QLINEAR)), None)
-    if after is None or node.inputs[0] is None:
+    readers = sorted((use.node for use in node.outputs[0].uses()), key=lambda reader: not has(reader, "decodes"))
+    found = next(((reader, place) for reader in readers if (place := _scaled(node.outputs[0], reader))), None)
+    if found is None or node.inputs[0] is None:
         return None
-    place = _place_of(node.outputs[0], after)
-    stored = coded_weight(after, node.inputs[0], operand(after, place + 1), operand(after, place + 2), axis=1)
+    after, place = found
+    scale, zero_point = (None if part is None else part.of(after) for part in (place.scale, place.zero_point))
+    stored = coded_weight(after, node.inputs[0], scale, zero_point, axis=1)
     table = as_table(of_codes(stored, outputs_first=True))
     if table is None or len(table.shape) != 2:
         return None
-    decoded = after.op_type == "DequantizeLinear"
+    decoded = has(after, "decodes")
     output = after.outputs[0] if decoded else None
     return _layer("embedding", node, node.inputs[1], table, None, (after,) if decoded else (), output=output)
 
 
-def _place_of(value: ir.Value, reader: ir.Node) -> int:
-    return next(place for place, item in enumerate(reader.inputs) if item is value)
+def _scaled(codes: ir.Value, reader: ir.Node) -> Quantized | None:
+    """The operand that a reader takes codes as, where it has their scale, too."""
+    places = [place for place in quantized(reader) if not place.codes.output and place.codes.of(reader) is codes]
+    return next((place for place in places if place.scale is not None), None)
 
 
 def _angles(gather: ir.Node) -> bool:
@@ -195,13 +196,19 @@ def _kernel(node: ir.Node) -> Layer | None:
     weight = of_codes(quantized_weight(node), outputs_first=outputs_first(node))
     if weight is None:
         return None
-    places, tail = KERNELS[node.op_type], tail_of(node)
-    activation = activation_of(node, places.x_scale, places.x_zero)
+    tail = tail_of(node)
+    activation = activation_of(node, *_places(multiplied(node)))
     nodes = (*weight.nodes, *(activation.nodes if activation is not None else ()), *tail)
     notes = ("computed in 8-bit integers",) if node.attributes.get_int("accuracy_level", 0) == 4 else ()
-    kind: LayerKind = "convolution" if "Conv" in node.op_type else "linear"
+    kind: LayerKind = "convolution" if has(node, "convolution") else "linear"
     output = (tail[-1] if tail else node).outputs[0]
     return _layer(kind, node, through_quantization(node.inputs[0]), weight, activation, nodes, None, output, notes)
+
+
+def _places(codes: Quantized | None) -> tuple[int, int]:
+    """Where a kernel has scale and zero point of the codes that it multiplies by a weight; -1 where it has none."""
+    scale, zero_point = (codes.scale, codes.zero_point) if codes is not None else (None, None)
+    return scale.index if scale is not None else -1, zero_point.index if zero_point is not None else -1
 
 
 # --------------------------------------------------------------------------------------------------------------- caches
@@ -237,8 +244,9 @@ def read_caches(model: ir.Model) -> Iterator[CacheView]:
         )  # fmt: skip
 
 
-_CARRIES = ("Concat", "TensorScatter", UNPACK, "Transpose", "Reshape", "Unsqueeze", "Expand", "Slice")
-"""Operators behind which codes of a cache are still codes of the cache."""
+def _carries(node: ir.Node) -> bool:
+    """Whether codes of a cache are still codes of the cache behind a node."""
+    return has(node, "joins") or has(node, "moves") or is_cache_function(node, UNPACK)
 
 
 def _position_bytes(value: ir.Value) -> int | None:
@@ -272,8 +280,8 @@ def _static_grain(past: ir.Value, join: ir.Node) -> str:
             if node in seen:
                 continue
             seen.add(node)
-            if node.op_type not in (DEQUANTIZE, "DequantizeLinear"):
-                values.extend(node.outputs if node.op_type in _CARRIES else ())
+            if not has(node, "decodes"):
+                values.extend(node.outputs if _carries(node) else ())
             elif (scale := constant(source(node.inputs[1]))) is not None:
                 return "per tensor" if scale.size == 1 else "per channel"
     return ""

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from qcompiler.graph.edit import constant
 from qcompiler.graph.module_path import module_path
+from qcompiler.graph.operators import quantized
 from qcompiler.model_diff.activations import quantizes
 from qcompiler.model_diff.layers import plain_name
 from qcompiler.model_diff.pairing import LayerPair, unique
@@ -219,12 +220,9 @@ def transparent(node: ir.Node) -> bool:
 
 def _essence(node: ir.Node) -> tuple[str, list[ir.Value | None]]:
     """The operator and its data, without the scales and zero points that a quantized one takes."""
-    base, inputs = _base(node), list(node.inputs)
-    if not node.op_type.startswith("QLinear"):
-        return base, inputs
-    if node.op_type == "QLinearConcat":
-        return base, inputs[2::3]
-    return base, [inputs[0], inputs[3]] if len(inputs) > 6 else inputs[:1]
+    if not node.op_type.startswith("QLinear") or not quantized(node):
+        return _base(node), list(node.inputs)
+    return _base(node), [place.codes.of(node) for place in quantized(node) if not place.codes.output]
 
 
 def _base(node: ir.Node) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from qcompiler.graph.edit import constant
+from qcompiler.graph.operators import has
 from qcompiler.placement.lookup import Kernels, operator
 from qcompiler.placement.placed import Copy, PlacedNode, Placement, Role
 from qcompiler.placement.prepared import prepared
@@ -27,8 +28,7 @@ from qcompiler.targets.kernels import CPU, CPU_TABLE, RegisteredKernel, read
 SMALL = 100  # elements of a constant that goes to the CPU with its reader
 STAYS = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E4M3FNUZ,
          ir.DataType.FLOAT8E5M2, ir.DataType.FLOAT8E5M2FNUZ}  # fmt: skip
-NOT_FOLDED = {"DequantizeLinear", "QuantizeLinear", "RandomNormal", "RandomUniform", "Multinomial", "Bernoulli",
-              "RandomNormalLike", "RandomUniformLike"}  # fmt: skip
+NOT_FOLDED = ("DequantizeLinear", "QuantizeLinear")
 
 
 @dataclass
@@ -125,8 +125,13 @@ def _is_computed_once(node: ir.Node, folded: set[ir.Node]) -> bool:
     measured = node.inputs[0] if node.op_type == "Shape" else None
     if measured is not None and measured.shape is not None and measured.shape.is_static():
         return True
-    if node.op_type in NOT_FOLDED or any(
-        attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
+    if (
+        node.op_type in NOT_FOLDED
+        or has(node, "random")
+        or any(
+            attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+            for attribute in node.attributes.values()
+        )
     ):
         return False
     return all(

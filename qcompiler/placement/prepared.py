@@ -8,11 +8,10 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.graph.edit import constant
+from qcompiler.graph.operators import has
 from qcompiler.sites.canonicalize import infer_shapes, name_bodies, name_everything, remove_identities
 
 SHARED = 8  # elements up to which the runtime makes one of equal constants
-RANDOM = {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
-          "RandomUniformLike"}  # fmt: skip
 
 
 def prepared(model: ir.Model, *, optimized: bool) -> ir.Model:
@@ -67,7 +66,7 @@ def _merge_repeated(graph: ir.Graph) -> None:
 
 def _computation(node: ir.Node) -> Hashable | None:
     """Equal for nodes that compute the same; None where that is not told."""
-    if node.op_type in RANDOM:
+    if has(node, "random") or node.op_type == "Dropout":  # which ONNX Runtime takes for random, too
         return None
     attributes: list[Hashable] = []
     for name, attribute in sorted(node.attributes.items()):

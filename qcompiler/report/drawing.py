@@ -13,12 +13,12 @@ import onnx_ir as ir
 from qcompiler.graph.edit import constant
 from qcompiler.graph.metadata import PROVENANCE
 from qcompiler.graph.module_path import block_of, module_path
+from qcompiler.graph.operators import has
 from qcompiler.report.pictures import Drawing, DrawnGraph, DrawnUnit, Fate
 
 MOST_NODES = 600  # of a block: one with more is not drawn, as nobody could read it
 MOST_DRAWINGS = 24
 MOST_OPERATORS = 6  # of a unit that are named
-QUANTIZERS = ("QuantizeLinear", "DynamicQuantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class _Block:
 
     def _join_readers(self, place: int) -> None:
         """Make one unit of a node and those that read it, where all are of one module and nothing lies between."""
-        if self.nodes[place].op_type in QUANTIZERS:
+        if _quantizes(self.nodes[place]):
             return
         readers = [reader for reader in self.readers[place] if self.paths[reader] == self.paths[place]]
         for reader in sorted(readers):
@@ -243,9 +243,13 @@ class _Block:
             names.append(weights.pop())
         passes = {name for node in nodes for name in node.metadata_props.get(PROVENANCE, "").split(",") if name}
         label = self.paths[unit]
-        if len(nodes) == 1 and nodes[0].op_type in QUANTIZERS:
+        if len(nodes) == 1 and _quantizes(nodes[0]):
             label = nodes[0].op_type
         return DrawnUnit(label or names[0], tuple(names), len(nodes), note=", ".join(sorted(passes)))
+
+
+def _quantizes(node: ir.Node) -> bool:
+    return has(node, "quantizes") and not node.domain  # functions of ours are drawn with what reads them
 
 
 def _leaves(node: ir.Node, inside: set[ir.Node]) -> bool:
@@ -258,7 +262,7 @@ def _compared(before: _Block, after: _Block, matching: Matching) -> tuple[DrawnG
     """Both drawings, each unit with what became of it."""
 
     def fate(nodes: Sequence[ir.Node], alone: Fate) -> Fate:
-        if any(node in matching.quantized for node in nodes if node.op_type not in QUANTIZERS):
+        if any(node in matching.quantized for node in nodes if not _quantizes(node)):
             return "quantized"
         known = [node for node in nodes if node in matching.matched]
         if not known:

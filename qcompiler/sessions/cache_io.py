@@ -10,19 +10,9 @@ import onnx_ir as ir
 
 from qcompiler.errors import ModelError
 from qcompiler.graph.model_inputs import PAST, Input, Signature
+from qcompiler.graph.operators import attends, continuations, has
 
 PRESENT = re.compile(r"^(output[._])?(present|past)(_key_values)?[._]")
-MOVES = frozenset(
-    {"Concat", "Identity", "Cast", "Transpose", "Reshape", "Slice", "Squeeze", "Unsqueeze", "TensorScatter",
-     "ScatterElements", "ScatterND"}
-)  # fmt: skip
-"""Operators that may lie between a cache input and the output that continues it."""
-INSIDE = {
-    "GroupQueryAttention": {3: 1, 4: 2},
-    "Attention": {4: 1, 5: 2},
-    "MultiHeadAttention": {6: 1, 7: 2},
-}
-"""Operators that append to a cache themselves: from the index of the input to that of the output."""
 
 
 @dataclass(frozen=True)
@@ -99,16 +89,21 @@ def _flow(past: ir.Value, outputs: dict[str, ir.Value]) -> tuple[list[str], bool
         if value is not past and outputs.get(str(value.name)) is value:
             found[str(value.name)] = None
         for node, index in value.uses():
-            inside = INSIDE.get(node.op_type, {}).get(index)
+            inside = continuations(node).get(index) if attends(node) else None
             nexts: Sequence[ir.Value] = ()
             if inside is not None and inside < len(node.outputs):
                 nexts = (node.outputs[inside],)
-            elif node.op_type in MOVES and (node.op_type == "Concat" or index == 0):
+            elif _hands_on(node) and (node.op_type == "Concat" or index == 0):
                 nexts = node.outputs
             new = [other for other in nexts if other not in seen]
             seen.update(new)
             queue += new
     return list(found), _is_shareable(past)
+
+
+def _hands_on(node: ir.Node) -> bool:
+    """Whether a node may lie between a cache and the output that continues it."""
+    return has(node, "joins") or (has(node, "moves") and not has(node, "picks"))
 
 
 def _is_shareable(past: ir.Value) -> bool:

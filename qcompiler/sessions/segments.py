@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.errors import ModelError
+from qcompiler.graph.operators import has
 from qcompiler.progress import Progress
 from qcompiler.sessions.session import Kept, Session
 
@@ -29,9 +30,6 @@ WEIGHT_SHARE = 0.25
 """How much of the memory limit the weights of one segment may take; more of it goes to the process itself and taps."""
 KEPT_SHARE = 0.25
 """How much of the memory limit the values between segments may take before they go to disk."""
-NOT_REPEATABLE = frozenset(
-    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
-)
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,7 @@ class Schedule:
     def _is_static(self, node: ir.Node) -> bool:
         """Note the constants behind a node that depends on no input; called in graph order."""
         reads = self._reads[node]
-        repeatable = node.op_type not in NOT_REPEATABLE and not any(
+        repeatable = not has(node, "random") and not any(
             attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
             for attribute in node.attributes.values()
         )

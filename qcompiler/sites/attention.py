@@ -18,10 +18,10 @@ import onnx_ir as ir
 
 from qcompiler.graph.edit import constant
 from qcompiler.graph.module_path import block_of, module_path
+from qcompiler.graph.operators import has
 from qcompiler.sites.caches import Cache, find_caches
 from qcompiler.sites.kinds import Site, Unsupported
 
-MOVES = ("Unsqueeze", "Squeeze", "Expand", "Reshape", "Transpose", "Tile", "Identity")
 KERNELS_OF_RUNTIME = ("MultiHeadAttention", "DecoderMaskedMultiHeadAttention", "PagedAttention", "SparseAttention")
 NO_CACHE = "its keys and values come from no cache that Concat extends (export the model with its past)"
 Factors = tuple[tuple[ir.Value, int], ...]
@@ -271,7 +271,7 @@ def _unscaled(value: ir.Value) -> tuple[ir.Value, Factors]:
     factors: list[tuple[ir.Value, int]] = []
     while True:
         node = value.producer()
-        if node is None or node.op_type in MOVES:
+        if node is None or _moves(node):
             return value, tuple(factors)
         above, factor = _step_up(value)
         if above is None:
@@ -280,13 +280,17 @@ def _unscaled(value: ir.Value) -> tuple[ir.Value, Factors]:
         factors += factor
 
 
+def _moves(node: ir.Node) -> bool:
+    return has(node, "moves", "whole") and node.op_type != "Cast"  # which has conditions of its own
+
+
 def _step_up(value: ir.Value) -> tuple[ir.Value | None, Factors]:
     """What a value is the moved, cast or scaled form of; None where it is computed otherwise."""
     node = value.producer()
     if node is None or node.domain:
         return None, ()
     source = node.inputs[0]
-    if node.op_type in MOVES:
+    if _moves(node):
         return source, ()
     if node.op_type == "Cast":
         both = (value.dtype, source.dtype if source is not None else None)

@@ -15,10 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 import onnx_ir as ir
 
 from qcompiler.graph.edit import constant
+from qcompiler.graph.operators import attends, has, multiplies_floats
 from qcompiler.sites.kinds import Linear
-
-PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "Einsum")
-SIZES = ("Shape", "Size")  # they pass on no numbers
 
 
 def find_attention_projections(model: ir.Model, linears: Iterable[Linear]) -> tuple[Linear, ...]:
@@ -38,7 +36,7 @@ def find_attention_projections(model: ir.Model, linears: Iterable[Linear]) -> tu
     for node in model.graph.all_nodes():
         if node.domain not in ("", "com.microsoft"):
             continue
-        if node.op_type.endswith("Attention"):
+        if attends(node):
             first.add(node)
             last.add(node)
         elif node.op_type == "Softmax":
@@ -54,7 +52,7 @@ def find_attention_projections(model: ir.Model, linears: Iterable[Linear]) -> tu
 
 
 def _is_product(node: ir.Node) -> bool:
-    return node.op_type in PRODUCTS
+    return multiplies_floats(node) and not has(node, "convolution")
 
 
 def _walk(
@@ -64,7 +62,7 @@ def _walk(
     pending, seen, found = list(starts), set[ir.Node](), set[ir.Node]()
     while pending:
         for node in step(pending.pop()):
-            if node in seen or node.op_type in SIZES:
+            if node in seen or has(node, "measures"):
                 continue
             seen.add(node)
             if wanted(node):

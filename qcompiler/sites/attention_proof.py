@@ -25,6 +25,7 @@ import onnx_ir as ir
 from qcompiler.functions.library import DOMAIN
 from qcompiler.graph.edit import constant
 from qcompiler.graph.model_inputs import IDS, Input, Signature
+from qcompiler.graph.operators import has
 from qcompiler.sites.attention import CachedAttention, Mask
 
 MASK, POSITIONS = "attention_mask", ("position_ids", "cache_position")
@@ -35,7 +36,6 @@ LONGEST = 1 << 22
 """A window of more positions than these is none."""
 SMALL = 8  # constants of up to so many elements are looked at as numbers
 LARGE = 1 << 16  # a float constant with more elements is a weight
-SHAPES = ("Shape", "Size")
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class _Part:
             for source in node.inputs:
                 if source is None:
                     continue
-                if node.op_type in SHAPES and self._is_shape_only(source):
+                if has(node, "measures") and self._is_shape_only(source):
                     self._shaped[source] = f"shape.{source.name}"
                 else:
                     pending.append(source)
@@ -287,7 +287,7 @@ class _Part:
                 if name in renamed:
                     node.input[index] = renamed[name]
         for kept, node in zip(self.nodes, nodes, strict=True):
-            if kept.op_type in SHAPES and kept.inputs[0] in self._shaped:
+            if has(kept, "measures") and kept.inputs[0] in self._shaped:
                 node.input[0] = self._shaped[kept.inputs[0]]
         typed = [(name, value) for value, name in (*self._leaves.items(), *self._shaped.items())]
         typed += [(str(value.name), value) for value in self._model.graph.inputs if value.name in self.data]

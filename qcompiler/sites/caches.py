@@ -21,23 +21,16 @@ import onnx_ir as ir
 from qcompiler.functions.cache import is_cache_function
 from qcompiler.graph.model_inputs import PAST
 from qcompiler.graph.module_path import block_of, module_path
+from qcompiler.graph.operators import attends, continuations, has, holds, multiplies_floats
 from qcompiler.sites.kinds import Site, Unsupported
 
 Role = Literal["key", "value"]
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 CODES = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.FLOAT8E4M3FN)
-PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "Einsum")
-SIZES = ("Shape", "Size")
 
-# Which output continues which input, and which of both it holds, where the operator tells.
-_JOINS: dict[tuple[str, str], dict[int, tuple[int, Role | None]]] = {
-    ("", "Concat"): {0: (0, None)},
-    ("", "TensorScatter"): {0: (0, None)},
-    ("", "Attention"): {4: (1, "key"), 5: (2, "value")},
-    ("com.microsoft", "GroupQueryAttention"): {3: (1, "key"), 4: (2, "value")},
-}
-_READS: dict[str, Role] = {"1": "key", "2": "value"}  # inputs of every operator called …Attention
+_JOINS = (("", "Concat"), ("", "TensorScatter"), ("", "Attention"), ("com.microsoft", "GroupQueryAttention"))
+"""The operators whose caches can be stored otherwise; others continue a past, too, and have no form for codes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +77,8 @@ def find_caches(model: ir.Model) -> tuple[Cache | Unsupported, ...]:
 
 
 def _recognise(past: ir.Value, graph: ir.Graph) -> Cache | Unsupported | None:
-    reads = [use for use in past.uses() if use.node.domain or use.node.op_type not in SIZES]
-    joins = [use for use in reads if use.idx in _JOINS.get((use.node.domain, use.node.op_type), {})]
+    reads = [use for use in past.uses() if not has(use.node, "measures")]
+    joins = [use for use in reads if use.idx in _continued(use.node)]
     ends = [use for use in joins if _present(use.node, use.idx) is not None]
     if not ends and (not reads or not _named(past)):
         return None
@@ -106,7 +99,7 @@ def _recognise(past: ir.Value, graph: ir.Graph) -> Cache | Unsupported | None:
 
 def _present(node: ir.Node, index: int) -> ir.Value | None:
     """The graph output in which a node continues its input `index`."""
-    output, _ = _JOINS[node.domain, node.op_type][index]
+    output = _continued(node)[index]
     if output >= len(node.outputs) or not node.outputs[output].is_graph_output():
         return None
     if node.op_type == "Concat" and len(node.inputs) != 2:
@@ -114,16 +107,20 @@ def _present(node: ir.Node, index: int) -> ir.Value | None:
     return node.outputs[output]
 
 
+def _continued(node: ir.Node) -> dict[int, int]:
+    """From the index of a past to that of the output that continues it."""
+    return continuations(node) if (node.domain, node.op_type) in _JOINS else {}
+
+
 def _is_companion(join: ir.Node) -> bool:
     """Whether it appends the scales or offsets of a cache that is quantized already."""
-    new = join.inputs[1] if join.op_type in ("Concat", "TensorScatter") else None
+    new = join.inputs[1] if has(join, "joins") else None
     return new is not None and is_cache_function(new.producer()) and (new.index() or 0) > 0
 
 
 def _cache(past: ir.Value, node: ir.Node, index: int) -> Cache | Unsupported:
-    output, role = _JOINS[node.domain, node.op_type][index]
-    present = node.outputs[output]
-    joined = node.op_type in ("Concat", "TensorScatter")
+    present, role = node.outputs[_continued(node)[index]], holds(node, index)
+    joined = has(node, "joins")
     new = node.inputs[1] if joined else None
     axis = _axis(node, past) if joined else 2
     if axis not in (1, 2):
@@ -185,11 +182,11 @@ def _role(present: ir.Value) -> Role | None:
     pending, seen = [present], {present}
     while pending:
         for node, index in pending.pop(0).uses():
-            if node.op_type in SIZES:
+            if has(node, "measures"):
                 continue
-            if node.op_type.endswith("Attention"):
-                return _READS.get(str(index))
-            if node.op_type in PRODUCTS:
+            if attends(node):
+                return holds(node, index)
+            if _is_product(node):
                 others = [value for place, value in enumerate(node.inputs) if place != index and value is not None]
                 return "value" if any(_from_softmax(value) for value in others) else "key"
             pending += [value for value in node.outputs if value not in seen]
@@ -197,12 +194,16 @@ def _role(present: ir.Value) -> Role | None:
     return None
 
 
+def _is_product(node: ir.Node) -> bool:
+    return multiplies_floats(node) and not has(node, "convolution")
+
+
 def _from_softmax(value: ir.Value) -> bool:
     """Whether a Softmax made the value, without a product between."""
     pending, seen = [value], {value}
     while pending:
         node = pending.pop().producer()
-        if node is None or node.op_type in (*PRODUCTS, *SIZES):
+        if node is None or _is_product(node) or has(node, "measures"):
             continue
         if node.op_type == "Softmax":
             return True
@@ -231,7 +232,7 @@ def _named(past: ir.Value) -> bool:
 
 
 def _why_no_join(node: ir.Node, index: int) -> str:
-    outputs = _JOINS.get((node.domain, node.op_type), {})
+    outputs = _continued(node)
     if index in outputs and node.op_type == "Concat" and len(node.inputs) != 2:
         return f"Concat joins {len(node.inputs)} values, and not its past with what is new"
     if index in outputs:

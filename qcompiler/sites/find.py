@@ -16,6 +16,7 @@ from qcompiler.functions.library import DOMAIN, codebook_format
 from qcompiler.graph.edit import constant
 from qcompiler.graph.metadata import PART_OF
 from qcompiler.graph.module_path import block_of, module_path
+from qcompiler.graph.operators import has, weight, weights
 from qcompiler.sites.kinds import (
     Convolution,
     Embedding,
@@ -164,54 +165,13 @@ def _recognise(node: ir.Node, derived: Derived) -> Site | None:
         return _convolution(node, derived)
     if node.domain == "" and node.op_type == "Gather":
         return _embedding(node, derived)
-    if (node.domain, node.op_type) in _QUANTIZED:
-        index = _QUANTIZED[node.domain, node.op_type]
-        codes = node.inputs[index] if index < len(node.inputs) else None
-        return None if constant(codes) is None else _unsupported(node, f"it is quantized already ({node.op_type})")
-    if (node.domain, node.op_type) in _WITHOUT_PASS:
-        weights = [node.inputs[i] for i in _WITHOUT_PASS[node.domain, node.op_type] if i < len(node.inputs)]
-        traced = [_trace(weight, derived) for weight in weights]
-        if any(isinstance(weight, str) or (weight is not None and _is_matrix(weight.shape)) for weight in traced):
-            return _unsupported(node, f"no pass handles the weights of {node.op_type}")
+    if (codes := weight(node)) is not None:
+        is_constant = constant(codes.codes.of(node)) is not None
+        return _unsupported(node, f"it is quantized already ({node.op_type})") if is_constant else None
+    traced = [_trace(node.inputs[index], derived) for index in weights(node) if index < len(node.inputs)]
+    if any(isinstance(found, str) or (found is not None and _is_matrix(found.shape)) for found in traced):
+        return _unsupported(node, f"no pass handles the weights of {node.op_type}")
     return None
-
-
-# Operators with weights of their own, and which inputs hold them.
-_WITHOUT_PASS: dict[tuple[str, str], tuple[int, ...]] = {
-    ("", "RNN"): (1, 2),
-    ("", "GRU"): (1, 2),
-    ("", "LSTM"): (1, 2),
-    ("", "ConvTranspose"): (1,),
-    ("", "DeformConv"): (1,),
-    ("", "Einsum"): (0, 1, 2, 3),
-    ("com.microsoft", "Attention"): (1,),
-    ("com.microsoft", "DecoderAttention"): (3, 4),
-    ("com.microsoft", "DecoderMaskedSelfAttention"): (1,),
-    ("com.microsoft", "LongformerAttention"): (1,),
-    ("com.microsoft", "EmbedLayerNormalization"): (2, 3, 4),
-    ("com.microsoft", "FusedGemm"): (1,),
-    ("com.microsoft", "FusedConv"): (1,),
-    ("com.microsoft", "MoE"): (2, 4, 6),
-}
-
-
-# Operators that multiply by or gather codes, and which input holds these.
-_QUANTIZED: dict[tuple[str, str], int] = {
-    ("", "ConvInteger"): 1,
-    ("", "MatMulInteger"): 1,
-    ("", "QLinearConv"): 3,
-    ("", "QLinearMatMul"): 3,
-    ("com.microsoft", "DynamicQuantizeLSTM"): 1,
-    ("com.microsoft", "DynamicQuantizeMatMul"): 1,
-    ("com.microsoft", "GatherBlockQuantized"): 0,
-    ("com.microsoft", "GemmFloat8"): 1,
-    ("com.microsoft", "MatMulBlockQuantizedFp8Weight"): 1,
-    ("com.microsoft", "MatMulBnb4"): 1,
-    ("com.microsoft", "MatMulIntegerToFloat"): 1,
-    ("com.microsoft", "MatMulNBits"): 1,
-    ("com.microsoft", "QAttention"): 1,
-    ("com.microsoft", "QGemm"): 3,
-}
 
 
 def _unsupported(node: ir.Node, reason: str) -> Unsupported:
@@ -324,9 +284,6 @@ def _embedding(node: ir.Node, derived: Derived) -> Embedding | Unsupported | Non
     )  # fmt: skip
 
 
-_MOVES = ("Unsqueeze", "Squeeze", "Reshape", "Transpose", "Cast", "Concat", "Slice", "Expand", "Tile", "Split")
-
-
 def _is_rotary(gather: ir.Node) -> bool:
     """Whether what is gathered is cosines or sines that rotate other values, not features of tokens."""
     pending, seen = [gather.outputs[0]], set()
@@ -336,7 +293,7 @@ def _is_rotary(gather: ir.Node) -> bool:
         for reader, index in value.uses():
             if reader in seen:
                 continue
-            if _is(reader, *_MOVES):
+            if has(reader, "moves") and not has(reader, "picks"):
                 seen.add(reader)
                 pending.extend(reader.outputs)
                 continue

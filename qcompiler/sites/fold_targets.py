@@ -21,13 +21,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.graph.edit import constant
+from qcompiler.graph.operators import has
 from qcompiler.sites.kinds import Factor, Linear
 
 Labels = npt.NDArray[np.int64]
 Sizes = list[int | str | None]  # of a shape: a number, the name of a symbol, or unknown
 
-_MOVES = ("Reshape", "Unsqueeze", "Squeeze")  # row-major order stays
-_ELEMENTWISE = ("Cast", "Div", "Identity", "Relu")  # homogeneous in the first operand, for positive factors
 _FLOATS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE)
 
 
@@ -53,7 +52,7 @@ def find_factor(value: ir.Value, features: int, writers: Mapping[ir.Value, Linea
 def readers(value: ir.Value) -> list[ir.Node]:
     """The nodes that read the numbers of a value; a Shape takes only the shape, which no factor changes."""
     nodes = dict.fromkeys(use.node for use in value.uses())
-    return [node for node in nodes if node.domain or node.op_type not in ("Shape", "Size")]
+    return [node for node in nodes if not has(node, "measures")]
 
 
 # ---------------------------------------------------------------------------------------------------- the way up
@@ -133,13 +132,18 @@ def _carriers(node: ir.Node) -> Iterable[ir.Value] | str:
         return ()
     elif kind == "MatMul" and _is_attention(node):
         indices = (1,)
-    elif kind == "Mul":
+    elif has(node, "elementwise", "bilinear"):
         indices = (1, 0)
-    elif kind in (*_MOVES, *_ELEMENTWISE, "Transpose", "Expand", "Split"):
+    elif has(node, "homogeneous") and _is_followed(node):
         indices = (0,) if kind != "Cast" or node.outputs[0].dtype in _FLOATS else ()
     elif kind == "Concat" and node.outputs[0].dtype in _FLOATS:
         return "attention's values are joined with a cache by Concat, whose contents would change meaning"
     return [value for i in indices if i < len(node.inputs) and (value := node.inputs[i]) is not None]
+
+
+def _is_followed(node: ir.Node) -> bool:
+    """Whether `_moved` can tell which channel goes where; where numbers are picked or left out, others may be left."""
+    return has(node, "elementwise") or has(node, "moves", "ordered") or node.op_type in ("Transpose", "Expand", "Split")
 
 
 def _cached(node: ir.Node) -> str | None:
@@ -173,7 +177,7 @@ def _follow(route: _Route) -> Labels | None:
 
 def _moved(step: _Step, labels: Labels) -> Labels | None:
     node, kind = step.node, step.node.op_type
-    if kind in (*_ELEMENTWISE, "Mul", "Expand"):
+    if has(node, "elementwise") or kind == "Expand":
         return labels
     if kind == "MatMul":
         return labels if labels.ndim < 2 or labels.shape[-2] == 1 else None  # else it sums over channels
@@ -181,7 +185,7 @@ def _moved(step: _Step, labels: Labels) -> Labels | None:
     if rank < labels.ndim:
         return None
     labels = labels.reshape((1,) * (rank - labels.ndim) + labels.shape)
-    if kind in _MOVES:
+    if has(node, "moves", "ordered"):
         return _reshaped(labels, _sizes(step.source), _sizes(step.target))
     if kind == "Transpose":
         order = node.attributes.get_ints("perm")

@@ -9,21 +9,11 @@ import onnx_ir as ir
 
 from qcompiler.graph.edit import constant
 from qcompiler.graph.module_path import block_of, module_path
+from qcompiler.graph.operators import gains, has
 from qcompiler.sites.fold_targets import find_factor, readers
 from qcompiler.sites.kinds import Factor, Linear, NormGroup
 
 Gains = tuple[tuple[ir.Node, int], ...]
-
-# Which inputs of a norm hold its gain and bias. Their first output is what linear layers read; the other outputs of
-# the Skip variants are the residual stream and statistics, which the gain does not scale.
-_NORMS: dict[tuple[str, str], tuple[int, ...]] = {
-    ("", "LayerNormalization"): (1, 2),
-    ("", "RMSNormalization"): (1,),
-    ("", "SimplifiedLayerNormalization"): (1,),  # ONNX Runtime writes it in the standard domain
-    ("com.microsoft", "SimplifiedLayerNormalization"): (1,),
-    ("com.microsoft", "SkipLayerNormalization"): (2, 3),
-    ("com.microsoft", "SkipSimplifiedLayerNormalization"): (2,),
-}
 
 
 def group_linears(linears: Iterable[Linear]) -> tuple[NormGroup, ...]:
@@ -87,8 +77,10 @@ def _passes_on(node: ir.Node, features: int) -> bool:
 def _gains(node: ir.Node, value: ir.Value, features: int) -> Gains:
     if value is not node.outputs[0]:
         return ()
-    if (node.domain, node.op_type) in _NORMS:
-        places = [(node, i) for i in _NORMS[node.domain, node.op_type] if i < len(node.inputs)]
+    if has(node, "norm"):
+        # Linear layers read the first output; the other ones of the Skip variants are the residual stream and
+        # statistics, which the gain does not scale.
+        places = [(node, i) for i in gains(node) if i < len(node.inputs)]
         places = [(node, i) for node, i in places if node.inputs[i] is not None]
         return tuple(places) if all(_is_gain(node.inputs[i], features) for node, i in places) else ()
     if node.domain:

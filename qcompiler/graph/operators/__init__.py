@@ -2,7 +2,7 @@
 
     has(node, "moves")               a trait (`row.Trait` says what each means)
     quantized(node)                  its quantized operands: where codes, scale and zero point of each are
-    weight(node), activation(node)   … that of the weight; that of what the node multiplies it by
+    weight(node), multiplied(node)   … that of the weight; that of what it is multiplied by
     continuations(node)              which output continues which past
 
 An operator without a row has no trait and no role: whoever asks treats it as unknown. The rows are in `standard.py`
@@ -29,11 +29,12 @@ __all__ = [
     "Quantized",
     "Role",
     "Trait",
-    "activation",
     "attends",
     "continuations",
+    "gains",
     "has",
     "holds",
+    "multiplied",
     "multiplies_floats",
     "operator_of",
     "quantized",
@@ -92,7 +93,7 @@ def weight(node: ir.Node) -> Quantized | None:
     return next((operand for operand in quantized(node) if operand.role == "weight"), None)
 
 
-def activation(node: ir.Node) -> Quantized | None:
+def multiplied(node: ir.Node) -> Quantized | None:
     """The codes that are multiplied by a weight; None where the operator reads a float there."""
     if weight(node) is None:
         return None
@@ -113,6 +114,12 @@ def weights(node: ir.Node) -> tuple[int, ...]:
     if row.repeated:
         return tuple(index for index in range(len(node.inputs)) if (port := row.input(index)) and port.role == "weight")
     return row.places("weight")
+
+
+def gains(node: ir.Node) -> tuple[int, ...]:
+    """The inputs of a norm that hold what its result is multiplied by, and what is added to that."""
+    row = operator_of(node)
+    return row.places("gain", "shift") if row is not None else ()
 
 
 # ---------------------------------------------------------------------------------------------------- caches

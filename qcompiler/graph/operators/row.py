@@ -38,6 +38,7 @@ Trait = Literal[
     "reduction",
     "accumulates",  # sums, or multiplies, along axes
     "attention",
+    "norm",
     "measures",  # reads a shape, and no numbers
     "random",
     "quantizes",  # floats to codes

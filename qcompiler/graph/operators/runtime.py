@@ -25,11 +25,11 @@ RUNTIME = tuple(row(DOMAIN, *fields) for fields in (
      " fc2_experts_bias:bias fc3_experts_weights:weight fc3_experts_bias:bias", "output"),
     ("EmbedLayerNormalization", "input_ids:index segment_ids:index word_embedding:weight position_embedding:weight"
      " segment_embedding:weight gamma:gain beta:shift mask:mask position_ids:index", "output mask_index embedding_sum"),
-    ("SimplifiedLayerNormalization", "X scale:gain", "Y inv_std_var:statistic", "half"),
+    ("SimplifiedLayerNormalization", "X scale:gain", "Y inv_std_var:statistic", "norm half"),
     ("SkipLayerNormalization", "input skip gamma:gain beta:shift bias:bias",
-     "output mean:statistic inv_std_var:statistic input_skip_bias_sum", "half"),
+     "output mean:statistic inv_std_var:statistic input_skip_bias_sum", "norm half"),
     ("SkipSimplifiedLayerNormalization", "input skip gamma:gain bias:bias",
-     "output mean:statistic inv_std_var:statistic input_skip_bias_sum", "half"),
+     "output mean:statistic inv_std_var:statistic input_skip_bias_sum", "norm half"),
 
     # attention
     ("Attention", "input weights:weight bias:bias mask_index:mask past:past attention_bias:mask"
@@ -70,7 +70,6 @@ RUNTIME = tuple(row(DOMAIN, *fields) for fields in (
      "product rows opaque"),
     ("MatMulBlockQuantizedFp8Weight", "A B:weight b_scale:scale(B) a_scale bias:bias", "Y", "product rows"),
     ("MatMulBnb4", "A B:weight absmax:scale(B)", "Y", "product half"),
-    ("MatMulInteger16", "A B:weight", "Y", "product"),
     ("MatMulIntegerToFloat", "A B:weight a_scale:scale(A) b_scale:scale(B) a_zero_point:zero(A) b_zero_point:zero(B)"
      " bias:bias", "Y", "product"),
     ("MatMulNBits", "A B:weight scales:scale(B) zero_points:zero(B) g_idx:index bias:bias", "Y",

@@ -63,8 +63,8 @@ STANDARD = tuple(row("", *fields) for fields in (
     ("LSTM", "X W:weight R:weight B:bias sequence_lens:setting initial_h initial_c P", "Y Y_h Y_c"),
 
     # norms and attention
-    ("LayerNormalization", "X Scale:gain B:shift", "Y Mean:statistic InvStdDev:statistic"),
-    ("RMSNormalization", "X scale:gain", "Y"),
+    ("LayerNormalization", "X Scale:gain B:shift", "Y Mean:statistic InvStdDev:statistic", "norm"),
+    ("RMSNormalization", "X scale:gain", "Y", "norm"),
     ("Attention", "Q:query K:key V:value attn_mask:mask past_key:past(K) past_value:past(V) nonpad_kv_seqlen:setting",
      "Y present_key:present(past_key) present_value:present(past_value) qk_matmul_output", "attention"),
     ("RotaryEmbedding", "X cos_cache:angle sin_cache:angle position_ids:index", "Y"),
@@ -89,5 +89,5 @@ STANDARD = tuple(row("", *fields) for fields in (
     ("RandomUniformLike", "input", "output", "random"),
 
     # ONNX Runtime writes this one in the standard domain
-    ("SimplifiedLayerNormalization", "X scale:gain", "Y inv_std_var:statistic", "half"),
+    ("SimplifiedLayerNormalization", "X scale:gain", "Y inv_std_var:statistic", "norm half"),
 ))  # fmt: skip

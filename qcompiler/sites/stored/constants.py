@@ -11,25 +11,28 @@ from qcompiler.formats.arithmetic import quantize
 from qcompiler.functions.binary import UNPACK, is_binary, unpacked_signs
 from qcompiler.functions.library import DOMAIN, codebook_format
 from qcompiler.graph.edit import constant
+from qcompiler.graph.operators import has
 from qcompiler.sites.stored.layout import Array, decoder_layout, decodes
-
-MOVES = (
-    *("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Cast", "Slice"),
-    *("DequantizeLinear", "QuantizeLinear"),
-)
-"""Operators that leave the numbers of a constant about as they are, but for their place and type."""
-KEEPS_SHAPE = ("Cast", "Identity", "QuantizeLinear", "DequantizeLinear")
 
 
 def source(value: ir.Value | None) -> ir.Value | None:
     """The constant behind a value, through operators that only move, cast or quantize it; None where it is computed."""
     while value is not None and constant(value) is None:
         node = value.producer()
-        moves = node is not None and (
-            (node.domain == "" and node.op_type in MOVES) or (node.domain, node.op_type) == (DOMAIN, UNPACK)
-        )
-        value = node.inputs[0] if node is not None and moves else None
+        value = node.inputs[0] if node is not None and _leaves_numbers(node) else None
     return value
+
+
+def _leaves_numbers(node: ir.Node) -> bool:
+    """Whether a node leaves the numbers of a constant about as they are, but for their place and type."""
+    if node.domain == DOMAIN:
+        return node.op_type == UNPACK  # what decodes a weight of ours ends the way: its codes are the weight
+    return _recodes(node) or (has(node, "moves") and _rule(node) is not None)
+
+
+def _recodes(node: ir.Node) -> bool:
+    """Whether it quantizes or decodes by a scale that is given to it."""
+    return has(node, "elementwise") and (has(node, "quantizes") or has(node, "decodes"))
 
 
 def chain(value: ir.Value | None) -> tuple[ir.Node, ...]:
@@ -56,7 +59,7 @@ def shape_of(value: ir.Value | None) -> tuple[int, ...] | None:
     before = shape_of(node.inputs[0]) if node is not None and _rule(node) is not None else None
     if node is None or before is None:
         return None
-    if (node.domain == "" and node.op_type in KEEPS_SHAPE) or codebook_format(node) is not None:
+    if (has(node, "elementwise") and node.op_type not in ("Add", "Mul")) or codebook_format(node) is not None:
         return before
     if node.domain == "" and node.op_type == "Transpose":
         order = node.attributes.get_ints("perm") or range(len(before))[::-1]

@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import onnx_ir as ir
 
 from qcompiler.graph.edit import constant
+from qcompiler.graph.operators import has, result, weight
 
 
-@dataclass(frozen=True)
-class Places:
-    """Which inputs of a kernel hold what; -1: none does."""
-
-    weight: int
-    scale: int
-    zero: int
-    x_scale: int = -1
-    x_zero: int = -1
-    y_scale: int = -1
-    """Set where the kernel gives codes."""
+def is_kernel(node: ir.Node) -> bool:
+    """Whether it is a product by codes whose order is known: y = x · W, or a convolution."""
+    return has(node, "product") and reads_weight(node)
 
 
-KERNELS: dict[str, Places] = {
-    "MatMulNBits": Places(1, 2, 3),
-    "MatMulBnb4": Places(1, 2, -1),
-    "MatMulBlockQuantizedFp8Weight": Places(1, 2, -1),
-    "GemmFloat8": Places(1, 4, -1, 3),
-    "MatMulIntegerToFloat": Places(1, 3, 5, 2, 4),
-    "DynamicQuantizeMatMul": Places(1, 2, 3),
-    "MatMulInteger": Places(1, -1, 3, -1, 2),
-    "ConvInteger": Places(1, -1, 3, -1, 2),
-    "QLinearMatMul": Places(3, 4, 5, 1, 2, 6),
-    "QLinearConv": Places(3, 4, 5, 1, 2, 6),
-    "QGemm": Places(3, 4, 5, 1, 2, 7),
-}
-"""Products: y = x · W, or a convolution."""
-CODED: dict[str, Places] = KERNELS | {
-    "GatherBlockQuantized": Places(0, 2, 3),
-    "DynamicQuantizeLSTM": Places(1, 8, 9),
-    "QAttention": Places(1, 4, 7),
-}
-"""Whatever reads the codes of a weight."""
+def reads_weight(node: ir.Node) -> bool:
+    """Whether it reads the codes of a weight, in an order that is known."""
+    return weight(node) is not None and not has(node, "opaque")
 
 
 def operand(node: ir.Node, index: int) -> ir.Value | None:
@@ -50,22 +24,28 @@ def operand(node: ir.Node, index: int) -> ir.Value | None:
 
 def outputs_first(node: ir.Node) -> bool:
     """Whether a product reads its weight as [outputs, inputs, …], and not as [inputs, outputs]."""
-    if "Conv" in node.op_type or node.op_type in ("MatMulNBits", "MatMulBlockQuantizedFp8Weight"):
+    if has(node, "rows"):
         return True
     return bool(node.attributes.get_int("transB", int(node.op_type == "MatMulBnb4")))
 
 
 def tail_of(node: ir.Node) -> tuple[ir.Node, ...]:
     """The nodes that make the layer's float output of a kernel that gives codes or sums; none where it gives floats."""
-    if KERNELS[node.op_type].y_scale >= 0:
+    if result(node) is not None:
         after = next((use.node for use in node.outputs[0].uses() if use.node.op_type == "DequantizeLinear"), None)
         return () if after is None else (after,)
     tail: list[ir.Node] = []
-    current = _only_reader(node) if node.op_type in ("MatMulInteger", "ConvInteger") else None
+    current = _only_reader(node) if gives_sums(node) else None
     while current is not None and _belongs(current, tuple(tail)):
         tail.append(current)
         current = _only_reader(current)
     return tuple(tail)
+
+
+def gives_sums(node: ir.Node) -> bool:
+    """Whether a product by codes gives 32-bit sums, which nodes behind it scale."""
+    found = weight(node)
+    return is_kernel(node) and found is not None and found.scale is None
 
 
 def scale_behind(tail: tuple[ir.Node, ...]) -> ir.Value | None:

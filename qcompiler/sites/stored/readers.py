@@ -16,9 +16,10 @@ from qcompiler.functions.binary import UNPACK, is_binary
 from qcompiler.functions.library import DOMAIN, codebook_format
 from qcompiler.graph.edit import constant
 from qcompiler.graph.metadata import BITS
+from qcompiler.graph.operators import has, weight
 from qcompiler.sites.embeddings import QuantizedEmbedding
 from qcompiler.sites.stored.constants import chain, shape_of, source
-from qcompiler.sites.stored.kernels import CODED, operand, outputs_first, scale_behind, tail_of
+from qcompiler.sites.stored.kernels import operand, outputs_first, reads_weight, scale_behind, tail_of
 from qcompiler.sites.stored.layout import Layout, decoder_layout, decodes
 from qcompiler.sites.stored.weight import StoredWeight, format_of
 
@@ -27,10 +28,10 @@ def quantized_weight(node: ir.Node) -> StoredWeight | None:
     """How the codes that a node decodes or multiplies by are stored; None where it reads no constant codes."""
     if decodes(node):
         return _decoded(node)
-    reader = _READERS.get(node.op_type)
-    if node.domain not in ("", "com.microsoft") or (reader is None and node.op_type not in CODED):
+    reader, place = _READERS.get(node.op_type), weight(node)
+    if place is None or not reads_weight(node):
         return None
-    codes = operand(node, CODED[node.op_type].weight)
+    codes = place.codes.of(node)
     tensor = constant(source(codes))
     if codes is None or tensor is None or (_is_wide_float(tensor.dtype) and _quantizer(codes) is None):
         return None
@@ -115,7 +116,10 @@ def _granularity(layout: Layout | None, features: int | None = None) -> Granular
 
 
 def _moves(node: ir.Node) -> bool:
-    return node.domain == "" and node.op_type in ("Transpose", "Cast", "Identity", "Reshape", "QuantizeLinear")
+    if has(node, "quantizes", "elementwise"):
+        return True
+    # Behind an Unsqueeze or Squeeze lies a weight of another rank, as of a one-dimensional convolution: not told yet.
+    return has(node, "moves", "whole") and node.op_type not in ("Unsqueeze", "Squeeze")
 
 
 def _is_wide_float(dtype: ir.DataType) -> bool:
@@ -144,13 +148,13 @@ def _format(node: ir.Node, codes: ir.Value, stored: ir.TensorProtocol) -> tuple[
 
 def _by_integers(node: ir.Node, codes: ir.Value) -> StoredWeight | None:
     """The operand of a kernel that has a scale for all of it, or for each output."""
-    places = CODED[node.op_type]
-    scale = operand(node, places.scale) if places.scale >= 0 else scale_behind(tail_of(node))
-    shape = shape_of(codes)
-    if shape is None:
+    place, shape = weight(node), shape_of(codes)
+    if place is None or shape is None:
         return None
+    scale = place.scale.of(node) if place.scale is not None else scale_behind(tail_of(node))
+    zero_point = place.zero_point.of(node) if place.zero_point is not None else None
     axis = 0 if outputs_first(node) else len(shape) - 1
-    return coded_weight(node, codes, scale, operand(node, places.zero), axis=axis)
+    return coded_weight(node, codes, scale, zero_point, axis=axis)
 
 
 def _of_nbits(node: ir.Node, codes: ir.Value) -> StoredWeight | None:
