@@ -41,14 +41,13 @@ from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, 
 from qcompiler.sites.activations import dynamic_pair
 from qcompiler.sites.find import Linear, find_sites
 from qcompiler.statistics import StatisticsStore
+from qcompiler.targets.conditions import CODES, Call, Operand, obstacles
 
 WEIGHT_ONLY = "MatMulBlockQuantizedFp8Weight"
 GEMM = "GemmFloat8"
 E4M3, E5M2 = ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2
 FLOAT8 = (E4M3, E5M2)
 HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-ALIGNED = 16
-"""What K and N of a float8 product, and K and the block of the weight-only kernel, have to be multiples of."""
 
 
 @options(frozen=True, config=OPTIONS)
@@ -145,12 +144,17 @@ def _gemm_obstacle(site: Linear, quantize: ir.Node) -> str | None:
         return f"both sides are {E5M2}, which cuBLAS does not multiply"
     if _dtype(site) == ir.DataType.BFLOAT16:
         return "its result would be bfloat16, for which the operator asks cuBLAS for a product that it does not have"
-    if site.in_features % ALIGNED or site.out_features % ALIGNED:
-        return f"K = {site.in_features} and N = {site.out_features} are not both multiples of {ALIGNED}"
+    if obstacles("fp8-product", Call(inputs=[Operand(), _stored(site)])):
+        return f"K = {site.in_features} and N = {site.out_features} are not both multiples of {CODES}"
     return None
 
 
 # ------------------------------------------------------------------------------------------------- in a layer's place
+
+
+def _stored(site: Linear) -> Operand:
+    """The weight as both operators read it."""
+    return Operand(shape=(site.out_features, site.in_features))
 
 
 def _rows(site: Linear, stored: dict[tuple[ir.Value, bool], ir.Value], rw: Rewriter) -> ir.Value:
@@ -184,9 +188,9 @@ def _multiply_weight(site: Linear, codes: ir.Value, rw: Rewriter) -> str:
         dtype=_dtype(site), shape=site.node.outputs[0].shape, attributes={"block_size": block},
     )  # fmt: skip
     _replace(site, [kernel], kernel, rw)
-    if site.in_features % ALIGNED or block % ALIGNED:
+    if obstacles("fp8-codes", Call({"block_size": block}, [Operand(), _stored(site)])):
         sizes = f"K = {site.in_features} and blocks of {block}"
-        return f"dequantized on every run: {sizes} are not both multiples of {ALIGNED}"
+        return f"dequantized on every run: {sizes} are not both multiples of {CODES}"
     return "dequantized from 9 tokens on"
 
 

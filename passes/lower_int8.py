@@ -46,6 +46,7 @@ from qcompiler.lowering.integer_weights import (
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
 from qcompiler.sites.find import Linear, find_sites
 from qcompiler.statistics import StatisticsStore
+from qcompiler.targets.conditions import Call, obstacles, operand_of
 
 KERNEL = "MatMulIntegerToFloat"
 
@@ -127,7 +128,7 @@ class _Activations:
                 float_scale = self._rw.constant(f"{scale.name}.float", single, graph)
             middle = unsigned(zero_point(quantize).reshape(()))
             unsigned_middle = self._rw.constant(f"{base}.zero_point", middle, graph)
-            if codes.dtype == ir.DataType.INT8:
+            if obstacles("unsigned-activations", Call(inputs=[operand_of(codes)])):
                 again = self._rw.node(
                     "QuantizeLinear", [quantize.inputs[0], scale, unsigned_middle],
                     f"{base}.unsigned", dtype=ir.DataType.UINT8, shape=codes.shape,

@@ -52,10 +52,9 @@ from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, 
 from qcompiler.sites.activations import DynamicPair, dynamic_pair
 from qcompiler.sites.find import Linear, find_sites
 from qcompiler.statistics import StatisticsStore
+from qcompiler.targets.conditions import UNPADDED, Call, Operand, unmet
 
 KERNEL = "MatMulInteger"
-UNPADDED = 32
-"""K and N that are no multiple of it make the provider copy an operand into a padded one on every run."""
 FLOAT, INT8, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT64
 
 
@@ -167,8 +166,8 @@ def _read_float(site: Linear, pair: StaticPair) -> None:
 
 
 def _padding(site: Linear) -> str:
-    sizes = {"K": site.in_features, "N": site.out_features}
-    uneven = [f"{name} = {size}" for name, size in sizes.items() if size % UNPADDED]
+    call = Call(inputs=[Operand(), Operand(shape=(site.in_features, site.out_features))])
+    uneven = [f"{condition.subject} = {size}" for condition, size in unmet("unpadded-int8", call)]
     return f"{' and '.join(uneven)} not a multiple of {UNPADDED}: operands are padded on every run" if uneven else ""
 
 

@@ -67,43 +67,18 @@ from qcompiler.sites.activations import DynamicPair, dynamic_pair
 from qcompiler.sites.embeddings import QuantizedEmbedding, find_quantized_embeddings
 from qcompiler.sites.find import Linear, find_sites
 from qcompiler.statistics import StatisticsStore
+from qcompiler.targets.conditions import FUSED, FUSED_FEATURES, Call, Operand, dtype_name, obstacles
 
 KERNEL = "MatMulNBits"
 BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256)
 SCALE_BYTES = 4
 
 
-@dataclass(frozen=True)
-class Fused:
-    """What CUDA's fused kernel (fpA_intB) takes of weights of some bits, and how far the others get."""
-
-    block: int
-    outputs: int
-    """The layer's outputs are a multiple of this."""
-    tokens: int
-    """From so many tokens on, the other kernels dequantize the whole weight."""
-
-
-FUSED = {2: Fused(64, 128, 9), 4: Fused(32, 64, 17), 8: Fused(32, 32, 6)}
-FUSED_FEATURES = 64
-"""Inputs must be a multiple of this. ONNX Runtime 1.31 only checks that they are one of the block, and fails from 9
-tokens on where they are not: "No valid fpA_intB MatMulNBits tactic"."""
-
-
 def fused_obstacle(bits: int, block: int, features: int, outputs: int, dtype: ir.DataType, zero_points: bool) -> str:
     """Why CUDA's fused kernel will not take a MatMulNBits without bias input; empty where it will."""
-    fused = FUSED[bits]
-    if dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
-        return f"the model computes in {dtype.name.lower()}, not in 16 bits"
-    if zero_points:
-        return "its codes have zero points"
-    if outputs % fused.outputs:
-        return f"N = {outputs} is no multiple of {fused.outputs}"
-    if features % FUSED_FEATURES:
-        return f"K = {features} is no multiple of {FUSED_FEATURES}"
-    if block != fused.block:
-        return f"its blocks are {block} wide, not {fused.block}"
-    return ""
+    inputs = [Operand(dtype_name(dtype)), Operand(), Operand(), Operand() if zero_points else None]
+    call = Call({"K": features, "N": outputs, "block_size": block}, inputs)
+    return next(iter(obstacles(f"fpA_intB-{bits}", call)), "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +142,7 @@ class LowerWeightOnly(Pass):
 
     def _rounds_inputs(self, operator: _Operator) -> bool:
         """Whether the kernel rounds activations itself."""
-        return operator.op_type == KERNEL and self.accuracy_level == 4
+        return operator.op_type == KERNEL and not obstacles("rounded-in-blocks", Call(operator.attributes))
 
     def _blocks(
         self, site: Linear, embeddings: tuple[QuantizedEmbedding, ...], rw: Rewriter, changes: Changes

@@ -16,7 +16,7 @@ def targets(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """List the targets, show what one has kernels for, or recommend a target and recipe for a model."""
-    from qcompiler.targets import Target, target_names
+    from qcompiler.targets import Target, usable_targets
 
     if best is not None:
         _recommend(best, name, json_)
@@ -24,10 +24,12 @@ def targets(
     from qcompiler.cli.common import console, print_json, print_table
 
     if name is None:
-        titles = {item: Target.load(item).title for item in target_names()}
+        usable, broken = usable_targets()
+        titles = {item.name: item.title for item in usable}
         if json_:
-            print_json({"targets": titles})
+            print_json({"targets": titles, **({"broken": broken} if broken else {})})
         else:
+            titles |= {item: f"cannot be used: {reason}" for item, reason in broken.items()}
             print_table(("target", "what it is"), list(titles.items()))
         return
     from qcompiler.targets.show import render_target

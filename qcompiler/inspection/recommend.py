@@ -14,7 +14,7 @@ from qcompiler.errors import TargetError
 from qcompiler.graph.edit import constant
 from qcompiler.sites.caches import find_caches
 from qcompiler.sites.find import Convolution, Unsupported, find_sites
-from qcompiler.targets import Advice, Speed, Target, target_names
+from qcompiler.targets import Advice, Speed, Target, usable_targets
 from qcompiler.targets.kernels import CPU
 
 Kind = Literal["decoder", "convolution", "other"]
@@ -54,18 +54,17 @@ def recommend(model: str | Path | ir.Model, target: str | None = None) -> list[R
     if not known.layers:
         return []
     found = []
-    for name in [target] if target is not None else target_names():
-        chosen = Target.load(name)
+    for chosen in [Target.load(target)] if target is not None else usable_targets()[0]:
         advice = next((item for item in chosen.advice if item.models == known.kind), None)
         if advice is None and target is not None:
             raise TargetError(
-                f"the target {name} recommends no recipe for {KINDS[known.kind]}: no kernel of it is known to gain "
-                f"from one; leave the target out to see what others recommend"
+                f"the target {chosen.name} recommends no recipe for {KINDS[known.kind]}: no kernel of it is known to "
+                f"gain from one; leave the target out to see what others recommend"
             )
         if advice is not None:
             starts, where = _starts(chosen)
             reasons = (known.text, where, " ".join(advice.because.split()), *_measured(chosen, advice))
-            found.append((not starts, chosen.providers[0] == CPU, Recommendation(name, advice.recipe, reasons)))
+            found.append((not starts, chosen.providers[0] == CPU, Recommendation(chosen.name, advice.recipe, reasons)))
     return [item for _, _, item in sorted(found, key=lambda entry: entry[:2])]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import onnx
 import onnx_ir as ir
 
+from qcompiler.targets.conditions import type_name
 from qcompiler.targets.kernels import KernelTable, RegisteredKernel
 
 
@@ -111,13 +112,6 @@ def _domain(node: ir.Node) -> str:
 
 def _takes(kernel: RegisteredKernel, types: Mapping[str, Sequence[str]]) -> bool:
     return all(item in allowed for name, allowed in kernel.types for item in types.get(name, ()))
-
-
-def type_name(value: ir.Value | None) -> str:
-    """A value's type as the registry writes it; empty where there is no value, or its type is not known."""
-    if value is None or value.dtype is None or value.name == "":
-        return ""
-    return str(onnx.TensorProto.DataType.Name(value.dtype.value)).lower()
 
 
 def _repeated(parameters: Sequence[tuple[str, str]], count: int) -> Iterator[tuple[str, str]]:

@@ -1,18 +1,26 @@
-"""Targets: what a runtime has kernels for, as data. One YAML file each; `kernels.py` makes the registry dumps."""
+"""Targets: what a runtime has kernels for, as data. One YAML file each; `kernels.py` makes the registry dumps.
+
+What a kernel wants of a node is Python (`conditions.py`), as lowering passes ask it, too.
+"""
 
 from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qcompiler.errors import TargetError, closest
+from qcompiler.targets.conditions import conditions
 
 FOLDER = Path(__file__).parent
+GROUP = "qcompiler.targets"
+"""Of the entry points of plug-ins."""
 
 
 class PassLike(Protocol):
@@ -76,30 +84,27 @@ class Refusal(_Data):
         )
 
 
-class Requirement(_Data):
-    """One condition on a node: on an attribute, on an input's type, presence or dimension, or on a session option."""
+class _Conditional(_Data):
+    requires: str = ""
+    """The key of its conditions (see `conditions.py`); empty where it has none."""
+    conditions: tuple[str, ...] = ()
+    """Those as clauses, for people; filled in when a target is read."""
 
-    text: str
-    """The condition as a clause: N is a multiple of 64."""
-    attribute: str | None = None
-    input: int | None = None
-    axis: int | None = None
-    """Of the input: this dimension, and not the type."""
-    session: str | None = None
-    """The key of a session option."""
-    among: tuple[int | float | str, ...] | None = None
-    """Values that the attribute, dimension, type or option may have; what is not given counts as empty text."""
-    multiple_of: int | None = None
-    at_least: int | None = None
-    absent: bool | None = None
-    """Whether the input must not be there, or must."""
-    symmetric: bool = False
-    """The first half of the attribute's list equals the second."""
-    source: str = ""
-    """Where it differs from the rule's."""
+    @model_validator(mode="before")
+    @classmethod
+    def _spelled_out(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("requires"):
+            return {**data, "conditions": tuple(item.text for item in conditions(str(data["requires"])))}
+        return data
 
 
-class Rule(_Data):
+class Fallback(_Conditional):
+    """What is taken instead of a kernel whose conditions do not all hold."""
+
+    kernel: str
+
+
+class Rule(_Conditional):
     """What a provider does with an operator beyond what its registry says."""
 
     operator: str
@@ -109,12 +114,13 @@ class Rule(_Data):
     outputs: tuple[str, ...] = ()
     """Only nodes whose first output has one of these types; empty: any."""
     kernel: str
-    """The path that is taken where all requirements hold, or what the rule is about."""
-    requires: tuple[Requirement, ...] = ()
+    """The path that is taken where all conditions hold, or what the rule is about."""
+    fallback: Fallback | None = None
+    """What is tried next where one does not hold."""
     otherwise: str = ""
-    """What happens where one does not hold."""
+    """What happens where its conditions do not hold either, or there is none."""
     effect: Literal["slower", "declined", "fails"] = "slower"
-    """Of an unmet requirement: another path of the same provider, the node is left to the CPU, or the run fails."""
+    """Of an unmet condition: another path of the same provider, the node is left to the CPU, or the run fails."""
     note: str = ""
     """What the model does not show: numbers of tokens, generations of GPU, libraries."""
     source: str
@@ -143,7 +149,7 @@ class Target(_Data):
     """ONNX Runtime's execution providers, the preferred one first."""
     kernels: tuple[Kernel, ...] = ()
     registry: str = ""
-    """The file beside this one with the kernel registry of `runtime` (see `kernels.py`)."""
+    """The file beside the target's own with the kernel registry of `runtime` (see `kernels.py`)."""
     rules: tuple[Rule, ...] = ()
     """What the registry cannot say."""
     advice: tuple[Advice, ...] = ()
@@ -163,11 +169,13 @@ class Target(_Data):
 
     @staticmethod
     def load(name: str) -> Target:
-        """Read a target by name. Raises TargetError where there is none."""
-        if name not in target_names():
-            raise TargetError(f"there is no target {name!r}{closest(name, target_names())}")
-        data = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
-        return Target.model_validate(data)
+        """Read a target by name, a built-in one or a plug-in's; each file once a process. Raises TargetError."""
+        if name in _built_in():
+            return _read(FOLDER / f"{name}.yaml")
+        points = _plugins()
+        if name in points:
+            return _loaded(points[name])
+        raise TargetError(f"there is no target {name!r}{closest(name, [*_built_in(), *points])}")
 
     def preferred(self, name: str, passes: Iterable[str]) -> dict[str, Any]:
         """Options of a pass that the target prefers in a recipe of these passes."""
@@ -185,5 +193,75 @@ class Target(_Data):
 
 
 def target_names() -> list[str]:
-    """Every target, sorted."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    """Every target, sorted: the built-in ones, then those of plug-ins (entry points, group ``qcompiler.targets``)."""
+    return [*_built_in(), *sorted(_plugins())]
+
+
+def usable_targets() -> tuple[list[Target], dict[str, str]]:
+    """Every target that can be read, and of each other one why not: a broken plug-in harms only who asks for it."""
+    found, broken = [], {}
+    for name in target_names():
+        try:
+            found.append(Target.load(name))
+        except TargetError as error:
+            if name in _built_in():
+                raise
+            broken[name] = str(error)
+    return found, broken
+
+
+@cache
+def _built_in() -> tuple[str, ...]:
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=GROUP):
+        if point.name in _built_in() or point.name in found:
+            other = f"that of {_source(found[point.name])}" if point.name in found else "the built-in one"
+            raise TargetError(
+                f"the target {point.name!r} of {_source(point)} has the same name as {other}; uninstall one"
+            )
+        found[point.name] = point
+    return found
+
+
+def _loaded(point: EntryPoint) -> Target:
+    """What a plug-in gives: a Target, or the path of a YAML file that lies in its package."""
+    whose = f"the target {point.name!r} of {_source(point)}"
+    try:
+        found = point.load()
+    except Exception as error:
+        raise TargetError(f"{whose} cannot be imported: {type(error).__name__}: {error}") from error
+    if isinstance(found, str | Path):
+        if not Path(found).is_file():
+            raise TargetError(f"{whose} is to be in {found}, and there is no such file; give its package the file")
+        found = _read(Path(found))
+    if not isinstance(found, Target):
+        raise TargetError(f"{whose} ({point.value}) is neither a qcompiler.targets.Target nor the path of a YAML file")
+    if found.name != point.name:
+        raise TargetError(f"{whose} calls itself {found.name!r}; the names must agree")
+    return found
+
+
+@cache
+def _read(path: Path) -> Target:
+    """A target's file; its kernel table is beside it."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        target = Target.model_validate(data)
+    except yaml.YAMLError as error:
+        raise TargetError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise TargetError(f"{path}: {where}: {first['msg']}") from error
+    if path.parent != FOLDER and target.registry:
+        target = target.model_copy(update={"registry": str(path.parent / target.registry)})
+    return target
+
+
+def _source(point: EntryPoint) -> str:
+    """What a person can uninstall: the distribution of a plug-in."""
+    return f"package {point.dist.name!r}" if point.dist else f"plug-in {point.value!r}"

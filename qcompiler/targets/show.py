@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.padding import Padding
 
 from qcompiler.targets import Kernel, Rule, Target
+from qcompiler.targets.conditions import conditions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,10 +58,17 @@ def render_target(target: Target, console: Console) -> None:
 
 
 def _conditions(rule: Rule) -> list[str]:
-    lines = [f"where {item.text}" + (f" ({item.source})" if item.source else "") for item in rule.requires]
+    lines = _where(rule.requires)
+    if rule.fallback is not None:
+        lines += [f"else {rule.fallback.kernel}", *_where(rule.fallback.requires)]
     if rule.otherwise:
         lines.append(f"else {rule.otherwise}")
     return [*lines, *filter(None, [rule.note]), f"known from: {rule.source}"]
+
+
+def _where(key: str) -> list[str]:
+    found = conditions(key) if key else ()
+    return [f"where {item.text}" + (f" ({item.source})" if item.source else "") for item in found]
 
 
 def _lines(kernel: Kernel) -> list[str]:

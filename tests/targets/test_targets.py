@@ -13,6 +13,7 @@ from qcompiler.errors import TargetError
 from qcompiler.recipes import Recipe
 from qcompiler.recipes.registry import options_of, pass_class
 from qcompiler.targets import FOLDER, Target, target_names
+from qcompiler.targets.conditions import FUSED, conditions
 from qcompiler.targets.kernels import (
     KernelTable,
     OperatorSignature,
@@ -175,12 +176,19 @@ def test_rules_and_advice_can_be_followed(name: str) -> None:
     for rule in target.rules:
         assert rule.source
         assert rule.otherwise or not rule.requires
-        for item in rule.requires:
-            subjects = [item.attribute, item.input, item.session]
-            assert sum(subject is not None for subject in subjects) == 1
-            checks = [item.among, item.multiple_of, item.at_least, item.absent, item.symmetric or None]
-            assert sum(check is not None for check in checks) == 1
+        assert len(rule.conditions) == (len(conditions(rule.requires)) if rule.requires else 0)
     schemes = {kernel.scheme for kernel in target.kernels}
     for advice in target.advice:
         assert advice.scheme in schemes
         target.check(Recipe.load(advice.recipe).resolved(name).build())
+
+
+def test_the_words_of_a_rule_say_what_its_conditions_do() -> None:
+    rules = {rule.requires: rule for rule in Target.load("ort-cuda").rules}
+    for bits, fused in FUSED.items():
+        assert rules[f"fpA_intB-{bits}"].otherwise.startswith(f"from {fused.tokens} tokens on")
+        assert rules[f"fpA_intB-{bits}"].when == {"bits": bits}
+
+
+def test_a_target_is_read_once() -> None:
+    assert Target.load("ort-cuda") is Target.load("ort-cuda")

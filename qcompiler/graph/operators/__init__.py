@@ -83,9 +83,7 @@ def attends(node: ir.Node) -> bool:
 def quantized(node: ir.Node) -> tuple[Quantized, ...]:
     """The quantized operands that the operator can have, whether this node has them or not."""
     row = operator_of(node)
-    if row is None:
-        return ()
-    return row.quantized_of(len(node.inputs)) if row.repeated else row.quantized
+    return row.quantized_of(len(node.inputs)) if row is not None and row.repeated else row.quantized if row else ()
 
 
 def weight(node: ir.Node) -> Quantized | None:

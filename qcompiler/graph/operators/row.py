@@ -114,7 +114,7 @@ class Operator:
 
     @cached_property
     def quantized(self) -> tuple[Quantized, ...]:
-        """Its quantized operands, but for repeated ones, in the order of the operator."""
+        """Its quantized operands, but for repeated ones, in the order of the operator; the result comes last."""
         return tuple(self._quantized(self.inputs, 0))
 
     @cached_property
@@ -125,11 +125,12 @@ class Operator:
         return any(port.role in ("code", "scale", "zero") and port.of not in caches for port in ports)
 
     def quantized_of(self, count: int) -> tuple[Quantized, ...]:
-        """The quantized operands of a node with so many inputs."""
+        """The quantized operands of a node with so many inputs; the result comes last."""
         found = list(self.quantized)
-        for start in range(len(self.inputs), count, len(self.repeated) or count):
-            found += self._quantized(self.repeated, start) if self.repeated else ()
-        return tuple(found)
+        if self.repeated:
+            for start in range(len(self.inputs), count, len(self.repeated)):
+                found += self._quantized(self.repeated, start)
+        return tuple(sorted(found, key=lambda operand: operand.codes.output))
 
     def _quantized(self, ports: tuple[Port, ...], start: int) -> list[Quantized]:
         sides = ((ports, False), (self.outputs, True)) if ports is self.inputs else ((ports, False),)

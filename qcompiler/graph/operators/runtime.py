@@ -103,7 +103,8 @@ RUNTIME = tuple(row(DOMAIN, *fields) for fields in (
     ("QLinearMul", f"{_BOTH} C_scale:scale(C) C_zero_point:zero(C)", "C", "elementwise"),
     ("QLinearAveragePool", _POOLED, "Y"),
     ("QLinearGlobalAveragePool", _POOLED, "Y"),
-    ("QLinearConcat", "Y_scale:scale(Y) Y_zero_point:zero(Y) * x x_scale:scale(x) x_zero_point:zero(x)", "Y"),
+    ("QLinearConcat", "Y_scale:scale(Y) Y_zero_point:zero(Y) * input input_scale:scale(input)"
+     " input_zero_point:zero(input)", "Y"),
     ("QLinearLeakyRelu", "X X_scale:scale(X) X_zero_point:zero(X) Y_scale:scale(Y) Y_zero_point:zero(Y)", "Y",
      "elementwise"),
     ("QLinearSigmoid", "X X_scale:scale(X) X_zero_point:zero(X) Y_scale:scale(Y) Y_zero_point:zero(Y)", "Y",

@@ -1,0 +1,369 @@
+"""The operator table: against ONNX's schemas, ONNX Runtime's registry, qcompiler's own functions, and what runs."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import numpy as np
+import onnx
+import onnx.reference
+import onnx_ir as ir
+import pytest
+
+import qcompiler.functions
+from qcompiler.functions.library import FORMATS
+from qcompiler.graph.operators import (
+    OPERATORS,
+    Operator,
+    attends,
+    continuations,
+    gains,
+    has,
+    holds,
+    multiplied,
+    multiplies_floats,
+    quantized,
+    reads_codes,
+    result,
+    weight,
+    weights,
+)
+from qcompiler.graph.operators.functions import DOMAIN
+from qcompiler.graph.operators.row import TRAITS, row
+from qcompiler.graph.operators.runtime import DOMAIN as RUNTIME
+from qcompiler.targets import FOLDER
+from qcompiler.targets.kernels import CPU_TABLE, read
+
+TABLES = [read(CPU_TABLE), *(read(path) for path in sorted(FOLDER.glob("kernels-ort-cuda*.json")))]
+SIGNATURES = {key: signature for table in TABLES for key, signature in table.signatures.items()}
+SCALES = ("scale", "zero_point", "absmax")
+
+
+def identity(operator: Operator) -> str:
+    return f"{operator.domain}::{operator.name}".removeprefix("::")
+
+
+def rows(domain: str) -> list[Operator]:
+    return [operator for operator in OPERATORS.values() if operator.domain == domain]
+
+
+def node(op_type: str, inputs: int, outputs: int = 1, domain: str = "") -> ir.Node:
+    return ir.Node(
+        domain, op_type, [ir.Value(name=f"i{index}") for index in range(inputs)],
+        outputs=[ir.Value(name=f"o{index}") for index in range(outputs)], name="node",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "operator", [row for row in rows("") if row.name != "SimplifiedLayerNormalization"], ids=identity
+)
+def test_rows_are_as_onnx_has_them(operator: Operator) -> None:
+    schema = onnx.defs.get_schema(operator.name, onnx.defs.onnx_opset_version(), "")
+    variadic = schema.inputs and schema.inputs[-1].option == onnx.defs.OpSchema.FormalParameterOption.Variadic
+    assert bool(operator.repeated) == bool(variadic)
+    if not operator.repeated:
+        assert [port.name for port in operator.inputs] == [item.name for item in schema.inputs]
+    assert [port.name for port in operator.outputs] == [item.name for item in schema.outputs]
+
+
+@pytest.mark.parametrize(
+    "operator", [row for row in rows(RUNTIME) if (row.domain, row.name) in SIGNATURES], ids=identity
+)
+def test_rows_are_as_onnx_runtime_has_them(operator: Operator) -> None:
+    signature = SIGNATURES[operator.domain, operator.name]
+    given = [name for name, _ in signature.inputs]
+    if operator.repeated:
+        assert [port.name for port in operator.inputs] == given[:-1]
+    else:
+        assert [port.name for port in operator.inputs] == given
+    assert [port.name for port in operator.outputs] == [name for name, _ in signature.outputs]
+
+
+def test_rows_without_a_signature_are_few() -> None:
+    """SimplifiedLayerNormalization is registered in the standard domain; the others are halves of pairs."""
+    unknown = {row.name for row in rows(RUNTIME) if (row.domain, row.name) not in SIGNATURES}
+    assert unknown <= {"SimplifiedLayerNormalization", "DequantizeLinear", "DequantizeWithOrder"}
+
+
+def test_every_operator_of_the_runtime_that_takes_scales_has_a_row() -> None:
+    """A float operator with a parameter of such a name (a norm's scale) is told by the exceptions."""
+    floats = {
+        "BranchwiseRMSNorm",
+        "EngramGate",
+        "GatedRMSNorm",
+        "LinearAttentionGate",
+        "ScaledSiLU",
+        "SparsePagedAttention",
+    }
+    coded = {
+        key
+        for key, signature in SIGNATURES.items()
+        if key[0] == RUNTIME and any(word in name.lower() for name, _ in signature.inputs for word in SCALES)
+    }
+    assert {name for domain, name in coded if (domain, name) not in OPERATORS} <= floats
+
+
+def test_every_scale_of_the_runtime_has_the_role() -> None:
+    """Of kernels with scales that are not those of a quantized operand: second levels, and parts of fused products."""
+    for key, signature in SIGNATURES.items():
+        found = OPERATORS.get(key)
+        if found is None or not found.coded or "opaque" in found.traits:
+            continue
+        for (name, _), port in zip(signature.inputs, found.inputs, strict=False):
+            if any(word in name.lower() for word in SCALES) and (key[1], name) != (
+                "MatMulBlockQuantizedFp8Weight",
+                "a_scale",  # of an activation that it takes as float8: no kernel of ours gives it one
+            ):
+                assert port.role in ("scale", "zero"), f"{key[1]}: {name}"
+
+
+def test_every_function_of_ours_has_a_row() -> None:
+    names = set(FORMATS)
+    for module in pkgutil.iter_modules(qcompiler.functions.__path__):
+        found = importlib.import_module(f"qcompiler.functions.{module.name}")
+        names |= set(getattr(found, "_SCRIPTS", ()))
+        names |= {getattr(found, name) for name in ("SPLIT",) if hasattr(found, name)}
+    from qcompiler.functions import binary
+
+    assert names | {binary.DEQUANTIZE, binary.UNPACK} == {row.name for row in rows(DOMAIN)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (("x:nothing", "y", ""), "x:nothing"),
+        (("x", "y", "sings"), "sings"),
+        (("x s:scale(z)", "y", ""), "belongs to z"),
+        (("x:scale(", "y", ""), "no input"),
+    ],
+)
+def test_a_row_that_is_none_is_refused(text: tuple[str, str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        row("", "Odd", *text)
+
+
+# -------------------------------------------------------------------------------------------------- operands
+
+
+@pytest.mark.parametrize(
+    ("key", "inputs", "expected"),
+    [
+        # name, codes, scale, zero point of each quantized operand: what the operators' documentation says
+        (("", "DequantizeLinear"), 3, [("x", 0, 1, 2)]),
+        (("", "QLinearMatMul"), 8, [("a", 0, 1, 2), ("b", 3, 4, 5), ("y", "0", 6, 7)]),
+        (("", "QLinearConv"), 9, [("x", 0, 1, 2), ("w", 3, 4, 5), ("y", "0", 6, 7)]),
+        (("", "MatMulInteger"), 4, [("A", 0, None, 2), ("B", 1, None, 3)]),
+        (("", "DynamicQuantizeLinear"), 1, [("y", "0", "1", "2")]),
+        ((RUNTIME, "MatMulIntegerToFloat"), 7, [("A", 0, 2, 4), ("B", 1, 3, 5)]),
+        ((RUNTIME, "DynamicQuantizeMatMul"), 5, [("B", 1, 2, 3)]),
+        ((RUNTIME, "MatMulNBits"), 6, [("B", 1, 2, 3)]),
+        ((RUNTIME, "MatMulBnb4"), 3, [("B", 1, 2, None)]),
+        ((RUNTIME, "GatherBlockQuantized"), 4, [("data", 0, 2, 3)]),
+        ((RUNTIME, "QGemm"), 9, [("A", 0, 1, 2), ("B", 3, 4, 5), ("Y", "0", 7, 8)]),
+        ((RUNTIME, "QAttention"), 9, [("input", 0, 3, 6), ("weight", 1, 4, 7)]),
+        ((RUNTIME, "QLinearAdd"), 8, [("A", 0, 1, 2), ("B", 3, 4, 5), ("C", "0", 6, 7)]),
+        ((RUNTIME, "QLinearWhere"), 9, [("X", 1, 2, 3), ("Y", 4, 5, 6), ("Z", "0", 7, 8)]),
+        ((RUNTIME, "QLinearConcat"), 8, [("input", 2, 3, 4), ("input", 5, 6, 7), ("Y", "0", 0, 1)]),
+        ((RUNTIME, "GroupQueryAttention"), 14, [("past_key", 3, 12, None), ("past_value", 4, 13, None)]),
+        ((DOMAIN, "DynamicQuantizePerToken"), 1, [("codes", "0", "1", None)]),
+        ((DOMAIN, "DequantizeCache"), 2, [("codes", 0, 1, None)]),
+    ],
+    ids=lambda value: value[1] if isinstance(value, tuple) else "",
+)
+def test_where_scales_and_zero_points_are(
+    key: tuple[str, str], inputs: int, expected: list[tuple[object, ...]]
+) -> None:
+    """Numbers are inputs; texts are outputs."""
+    domain, name = key
+    found = [
+        (item.name, *(None if place is None else str(place.index) if place.output else place.index
+                      for place in (item.codes, item.scale, item.zero_point)))
+        for item in quantized(node(name, inputs, domain=domain))
+    ]  # fmt: skip
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("domain", "name", "of_weight", "of_data", "of_result"),
+    [
+        ("", "QLinearMatMul", 3, 0, 0),
+        ("", "ConvInteger", 1, 0, None),
+        (RUNTIME, "QGemm", 3, 0, 0),
+        (RUNTIME, "MatMulNBits", 1, None, None),
+        (RUNTIME, "DynamicQuantizeMatMul", 1, None, None),
+        (RUNTIME, "QLinearAdd", None, None, 0),  # it has no weight, so nothing is multiplied by one
+        ("", "MatMul", None, None, None),
+        ("", "DequantizeLinear", None, None, None),
+        ("", "Nothing", None, None, None),
+    ],
+)
+def test_weight_activation_and_result(
+    domain: str, name: str, of_weight: int | None, of_data: int | None, of_result: int | None
+) -> None:
+    one = node(name, 9, domain=domain)
+    found = [None if item is None else item.codes.index for item in (weight(one), multiplied(one), result(one))]
+    assert found == [of_weight, of_data, of_result]
+
+
+def test_places_beyond_what_a_node_has_are_none() -> None:
+    kernel = node("MatMulNBits", 3, domain=RUNTIME)
+    (operand,) = quantized(kernel)
+    assert operand.zero_point is not None
+    assert operand.zero_point.of(kernel) is None
+
+
+@pytest.mark.parametrize(
+    ("domain", "name", "inputs", "expected"),
+    [
+        ("", "MatMul", 2, (1,)),
+        ("", "LSTM", 4, (1, 2)),
+        ("", "Einsum", 3, (0, 1, 2)),
+        (RUNTIME, "DecoderAttention", 12, (2, 3)),
+        (RUNTIME, "EmbedLayerNormalization", 7, (2, 3, 4)),
+        (RUNTIME, "MoE", 8, (2, 4, 6)),
+        ("", "Gather", 2, ()),
+        ("", "Nothing", 2, ()),
+    ],
+)
+def test_weights(domain: str, name: str, inputs: int, expected: tuple[int, ...]) -> None:
+    assert weights(node(name, inputs, domain=domain)) == expected
+
+
+@pytest.mark.parametrize(
+    ("domain", "name", "expected"),
+    [
+        ("", "LayerNormalization", (1, 2)),
+        ("", "RMSNormalization", (1,)),
+        ("", "SimplifiedLayerNormalization", (1,)),
+        (RUNTIME, "SkipLayerNormalization", (2, 3)),
+        (RUNTIME, "SkipSimplifiedLayerNormalization", (2,)),
+    ],
+)
+def test_gains(domain: str, name: str, expected: tuple[int, ...]) -> None:
+    assert gains(node(name, 5, domain=domain)) == expected
+
+
+@pytest.mark.parametrize(
+    ("domain", "name", "expected", "roles"),
+    [
+        ("", "Concat", {0: 0}, (None, None)),
+        ("", "TensorScatter", {0: 0}, (None, None)),
+        ("", "Attention", {4: 1, 5: 2}, ("key", "value")),
+        (RUNTIME, "Attention", {4: 1}, (None, None)),
+        (RUNTIME, "GroupQueryAttention", {3: 1, 4: 2}, ("key", "value")),
+        (RUNTIME, "MultiHeadAttention", {6: 1, 7: 2}, ("key", "value")),
+        (RUNTIME, "PagedAttention", {3: 1, 4: 2}, ("key", "value")),
+        ("", "MatMul", {}, (None, None)),
+        ("other", "FlashAttention", {}, ("key", "value")),  # not known: by the order that all have
+    ],
+)
+def test_pasts_and_presents(
+    domain: str, name: str, expected: dict[int, int], roles: tuple[str | None, str | None]
+) -> None:
+    one = node(name, 12, 3, domain)
+    assert continuations(one) == expected
+    assert (holds(one, 1), holds(one, 2)) == roles
+    if len(expected) == 2:
+        assert [holds(one, past) for past in expected] == ["key", "value"]
+    assert attends(one) == name.endswith("Attention")
+
+
+# -------------------------------------------------------------------------------------------------- traits
+
+X = np.arange(24, dtype=np.float32).reshape(2, 3, 4) - 7.5
+MORE: dict[str, list[np.ndarray]] = {
+    "Expand": [np.array([2, 2, 3, 4])], "Gather": [np.array([1, 0])], "GatherElements": [np.ones((2, 3, 4), np.int64)],
+    "GatherND": [np.array([[1, 2]])], "Reshape": [np.array([4, 6])],
+    "Slice": [np.array([1]), np.array([3]), np.array([1])],
+    "Squeeze": [], "Tile": [np.array([1, 2, 1])], "Unsqueeze": [np.array([0])], "Trilu": [], "Split": [],
+    "Concat": [X + 100], "Div": [X + 9], "Mul": [X + 3],
+}  # fmt: skip
+SETTINGS: dict[str, dict[str, object]] = {
+    "Concat": {"axis": 1}, "DepthToSpace": {"blocksize": 2}, "SpaceToDepth": {"blocksize": 2},
+    "Split": {"axis": 2, "num_outputs": 2}, "Cast": {"to": 1}, "MaxPool": {"kernel_shape": [2]},
+}  # fmt: skip
+RANKS = {"DepthToSpace": (1, 4, 2, 3), "SpaceToDepth": (1, 1, 4, 6)}
+
+
+def run(name: str, x: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(
+            [onnx.helper.make_node(name, [f"i{index}" for index in range(1 + len(others))],
+                                   ["y", "rest"] if name == "Split" else ["y"], **SETTINGS.get(name, {}))],
+            "g",
+            [onnx.helper.make_tensor_value_info(f"i{index}", onnx.helper.np_dtype_to_tensor_dtype(array.dtype),
+                                                array.shape) for index, array in enumerate((x, *others))],
+            [onnx.helper.make_tensor_value_info("y", 1, None)],
+        ),
+        opset_imports=[onnx.helper.make_opsetid("", 21)],
+    )  # fmt: skip
+    feed = {f"i{index}": array for index, array in enumerate((x, *others))}
+    found: np.ndarray = onnx.reference.ReferenceEvaluator(model).run(None, feed)[0]
+    return found
+
+
+def named(*traits: str) -> list[str]:
+    return [row.name for row in rows("") if row.traits.issuperset(traits)]
+
+
+@pytest.mark.parametrize("name", named("moves"))
+def test_what_moves_gives_numbers_that_it_reads(name: str) -> None:
+    x = X if name not in RANKS else np.arange(24, dtype=np.float32).reshape(RANKS[name]) + 1
+    x = np.maximum(X, 1) if name == "Trilu" else x  # which also writes zeros
+    others = MORE.get(name, [])
+    y = run(name, x, others)
+    assert set(y.reshape(-1)) <= {*x.reshape(-1), *(MORE["Concat"][0].reshape(-1) if name == "Concat" else ()), 0.0}
+    if has(node(name, 1), "whole"):
+        assert set(y.reshape(-1)) == set(x.reshape(-1))
+    if has(node(name, 1), "ordered"):
+        np.testing.assert_array_equal(y.reshape(-1), x.reshape(-1))
+    if has(node(name, 1), "elementwise"):
+        assert y.shape == x.shape
+
+
+@pytest.mark.parametrize("name", named("homogeneous"))
+def test_a_factor_of_the_first_input_is_one_of_the_output(name: str) -> None:
+    x = X if name not in RANKS else np.arange(24, dtype=np.float32).reshape(RANKS[name]) + 1
+    others = MORE.get(name, [])
+    np.testing.assert_allclose(run(name, x * 4, others), run(name, x, others) * 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", named("bilinear"))
+def test_a_factor_of_the_second_input_is_one_of_the_output(name: str) -> None:
+    x, other = X[0], X[1].T.copy() if name == "MatMul" else X[1]
+    np.testing.assert_allclose(run(name, x, [other * 4]), run(name, x, [other]) * 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", named("reduction"))
+def test_reductions_take_an_axis_away(name: str) -> None:
+    SETTINGS.setdefault(name, {"keepdims": 0})
+    x = np.abs(X) + 1
+    whole = run(name, x, [np.array([1])])
+    assert whole.shape == (2, 4)
+    extreme = np.isin(whole, x).all()
+    assert extreme == (not has(node(name, 1), "accumulates"))
+
+
+def test_every_trait_is_of_use() -> None:
+    assert {trait for row in OPERATORS.values() for trait in row.traits} == TRAITS
+
+
+@pytest.mark.parametrize(
+    ("domain", "name", "floats", "codes"),
+    [
+        ("", "MatMul", True, False),
+        ("", "Conv", True, False),
+        (RUNTIME, "FusedMatMul", True, False),
+        ("", "MatMulInteger", False, True),
+        (RUNTIME, "MatMulNBits", False, True),
+        (RUNTIME, "GroupQueryAttention", False, False),  # its cache may hold codes; it is not made for them
+        ("", "QuantizeLinear", False, True),
+        ("", "DynamicQuantizeLinear", False, True),
+        ("", "Add", False, False),
+        ("other", "MatMul", False, False),
+    ],
+)
+def test_products_of_floats_and_of_codes(domain: str, name: str, floats: bool, codes: bool) -> None:
+    one = node(name, 3, domain=domain)
+    assert (multiplies_floats(one), reads_codes(one)) == (floats, codes)
