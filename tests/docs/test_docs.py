@@ -137,21 +137,34 @@ def test_links_lead_somewhere(path: Path) -> None:
 # --- the example of docs/writing-a-pass.md
 
 
-@pytest.fixture
-def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The page's files in a folder, installed as pip would: on the path, with the entry point in their metadata."""
-    for name, content in FILE.findall((DOCS / "writing-a-pass.md").read_text(encoding="utf-8")):
-        file = tmp_path / name
+def installed(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The page's files in a folder, as pip would install them: on the path, with the entry points in their metadata."""
+    for name, content in FILE.findall((DOCS / page).read_text(encoding="utf-8")):
+        file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content, encoding="utf-8")
-    project = tomllib.loads((tmp_path / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    metadata = tmp_path / "round_gains-1.0.dist-info"
+    project: dict[str, Any] = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    name = str(project["name"])
+    metadata = folder / f"{name.replace('-', '_')}-1.0.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 1.0\n")
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     lines = [f"[{group}]\n" + "\n".join(f"{name} = {value}" for name, value in points.items())
              for group, points in project["entry-points"].items()]  # fmt: skip
     (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(folder)
+    return name
+
+
+def run_tests(file: Path) -> None:
+    found = [test for name, test in runpy.run_path(str(file)).items() if name.startswith("test_")]
+    assert found
+    for test in found:
+        test()
+
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    installed("writing-a-pass.md", tmp_path, monkeypatch)
     yield tmp_path
     sys.modules.pop("round_gains", None)
 
@@ -169,11 +182,7 @@ def test_the_example_is_found_and_explained(example: Path) -> None:
 
 
 def test_the_examples_numbers_are_right(example: Path) -> None:
-    tests = runpy.run_path(str(example / "test_round_gains.py"))
-    found = [test for name, test in tests.items() if name.startswith("test_")]
-    assert found
-    for test in found:
-        test()
+    run_tests(example / "test_round_gains.py")
 
 
 def test_the_examples_golden_case(example: Path, request: pytest.FixtureRequest) -> None:
@@ -206,4 +215,34 @@ def test_the_example_is_clean(example: Path) -> None:
     ):
         done = subprocess.run([sys.executable, "-m", "ruff", *command, "round_gains.py", "test_round_gains.py"],
                               cwd=example, capture_output=True, text=True, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stdout
+
+
+# --- the example of docs/adding-a-target.md
+
+
+@pytest.fixture
+def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    installed("adding-a-target.md", tmp_path, monkeypatch)
+    yield tmp_path
+    sys.modules.pop("board", None)
+
+
+def test_the_example_of_a_target_is_found_and_shown(board: Path) -> None:
+    assert target_names()[-1] == "board"
+    shown = CliRunner().invoke(app, ["targets", "board"])
+    assert shown.exit_code == 0
+    assert "where N is a multiple of 64" in shown.output
+    assert "the board's manual" in shown.output
+
+
+def test_the_example_of_a_target_is_compiled_for(board: Path) -> None:
+    run_tests(board / "test_board.py")
+
+
+def test_the_example_of_a_target_is_clean(board: Path) -> None:
+    for command in (["check", "--config", str(ROOT / "pyproject.toml"), "--ignore", "I001"],
+                    ["format", "--check", "--line-length", "120"]):  # fmt: skip
+        done = subprocess.run([sys.executable, "-m", "ruff", *command, "board", "test_board.py"], cwd=board,
+                              capture_output=True, text=True, check=False)  # fmt: skip
         assert done.returncode == 0, done.stdout
