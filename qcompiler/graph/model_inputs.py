@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.errors import DataError, ModelError
-from qcompiler.graph.operators import has
+from qcompiler.graph.operators import continuations, has
 
 IDS = ("input_ids", "decoder_input_ids", "inputs_embeds")
 """The inputs that set batch size and sequence length, the first that the model has."""
@@ -279,7 +279,7 @@ def _is_continued(value: ir.Value) -> bool:
 def _cache_width(past: ir.Value) -> int | None:
     """The last axis of a cache that GroupQueryAttention reads, where the exporter left it open."""
     for node, index in past.uses():
-        if node.op_type != "GroupQueryAttention" or index not in (3, 4):
+        if node.op_type != "GroupQueryAttention" or index not in continuations(node):
             continue
         heads, shape = node.attributes.get_int("num_heads", 0), node.outputs[0].shape
         if heads and shape is not None and isinstance(shape[-1], int):

@@ -28,6 +28,7 @@ from qcompiler.half.constants import FITTING, Fit, fit, largest, mask_value
 from qcompiler.half.norms import Mode, is_read_wide
 from qcompiler.half.types import FLOAT, HalfPorts, form_of, gives_output_dtype
 from qcompiler.sites.find import Sites
+from qcompiler.sites.stored.kernels import gives_sums
 
 Kind = Literal["data", "table", "constant"]
 HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -42,8 +43,6 @@ FOLLOWING = ELEMENTWISE | {"Softmax", "LogSoftmax"}
 """Operators that stay in float32 where all their data is in it."""
 BOUNDED = frozenset({"Sin", "Cos", "Tanh", "Sigmoid", "Softmax"})
 PASSIVE = frozenset({"ArgMax", "ArgMin", "IsInf", "IsNaN", "Shape", "Size"})
-CONVOLUTIONS = ("Conv", "ConvTranspose")
-"""Products whose quantized weights are decoded on every run, as nothing is lowered."""
 NO_BFLOAT16_DECODERS = ("DequantizeLinear", UNPACK)
 """What decodes and has no kernel for bfloat16 in the CUDA provider: UnpackInt4 is made of Floor, among others."""
 COUNTED = 1 << 16
@@ -153,7 +152,7 @@ class _Planner:
         elif not floats and not written:
             return
         elif not node.domain and node.op_type in PASSIVE:
-            any_type = node.op_type in ("Shape", "Size") or form_of(node, self.opset, self.dtype, self.is_float)
+            any_type = has(node, "measures") or form_of(node, self.opset, self.dtype, self.is_float)
             self._set(node, "untouched" if any_type else "float32", "data")
         elif not node.domain and node.op_type == "Cast" and not written:
             self._set(node, "untouched", "data")
@@ -189,7 +188,7 @@ class _Planner:
         elif dtype in HALF_TYPES:  # the model itself asks for float32
             self._set(node, "float32", "data")
         else:
-            sums = producer is not None and producer.op_type in ("MatMulInteger", "ConvInteger")
+            sums = producer is not None and gives_sums(producer)
             self._set(node, "float32", "data" if sums or dtype == ir.DataType.DOUBLE else "table")
 
     def _decoder(self, node: ir.Node) -> None:
@@ -203,7 +202,8 @@ class _Planner:
             return
         fixed = codes is not None and self._is_fixed(codes)
         if node.domain or scale is None or self.kind(scale) == "constant":
-            stays = not fixed or any(reader.op_type in CONVOLUTIONS for reader in node.outputs[0].consumers())
+            # Convolutions are not lowered, so their weights are decoded on every run.
+            stays = not fixed or any(has(reader, "convolution") for reader in node.outputs[0].consumers())
             no_kernel = stays and self.dtype == ir.DataType.BFLOAT16 and node.op_type in NO_BFLOAT16_DECODERS
             self._set(node, "float32" if no_kernel else "either", "constant" if fixed else "data")
         else:  # its scale is gathered with the codes, or found at run time

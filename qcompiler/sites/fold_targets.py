@@ -21,12 +21,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.graph.edit import constant
-from qcompiler.graph.operators import has
+from qcompiler.graph.operators import continuations, has
 from qcompiler.sites.kinds import Factor, Linear
 
 Labels = npt.NDArray[np.int64]
 Sizes = list[int | str | None]  # of a shape: a number, the name of a symbol, or unknown
 
+COUNTS = 6  # where the standard Attention reads how much is valid of a cache that is given whole
 _FLOATS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE)
 
 
@@ -149,7 +150,7 @@ def _is_followed(node: ir.Node) -> bool:
 def _cached(node: ir.Node) -> str | None:
     """Why a node of attention cannot pass a factor on: a past, a present, a bias inside, values packed with others."""
     standard = not node.domain
-    past = (4, 5, 6) if standard else (6, 7)  # standard: the sixth counts what is valid of a cache that is given whole
+    past = set(continuations(node)) | ({COUNTS} if standard else set())
     given = any(i < len(node.inputs) and node.inputs[i] is not None for i in past)
     kept = any(value.uses() or value.is_graph_output() for value in node.outputs[1:3])
     if given or kept:
