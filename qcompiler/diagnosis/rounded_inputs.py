@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qcompiler.diagnosis.regions import Region
 from qcompiler.graph.edit import constant
-from qcompiler.graph.operators import Quantized, has, multiplied, multiplies_floats
+from qcompiler.graph.operators import QuantizedOperand, has, multiplied, multiplies_floats
 from qcompiler.sites.activations import activation_scheme, coded_scheme
 from qcompiler.sites.find import Linear
 
@@ -78,7 +78,7 @@ def schemes(region: Region) -> str:
     return ", ".join(dict.fromkeys(scheme for scheme in found if scheme))
 
 
-def _codes(node: ir.Node, read: Quantized, source: str, inside: set[ir.Value]) -> Rounded | None:
+def _codes(node: ir.Node, read: QuantizedOperand, source: str, inside: set[ir.Value]) -> Rounded | None:
     if read.scale is None:
         return None  # sums, which nodes behind it scale
     values = [place.of(node) if place is not None else None for place in (read.codes, read.scale, read.zero_point)]

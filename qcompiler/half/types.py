@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompiler.functions.library import DOMAIN
-from qcompiler.graph.operators import Operator, Port, has, operator_of
+from qcompiler.graph.operators import Operator, Slot, has, operator_of
 from qcompiler.targets import FOLDER, Target
 from qcompiler.targets.kernels import CPU_TABLE, RegisteredKernel, read
 
@@ -50,12 +50,12 @@ def gives_output_dtype(node: ir.Node) -> bool:
     return node.domain == DOMAIN and has(node, "typed")
 
 
-def following(ports: tuple[Port, ...]) -> frozenset[int]:
+def following(ports: tuple[Slot, ...]) -> frozenset[int]:
     """Those of a function's inputs, or outputs, that have the type that the model computes in."""
     return frozenset(index for index, port in enumerate(ports) if port.follows)
 
 
-def _kept(row: Operator, ports: tuple[Port, ...]) -> frozenset[int]:
+def _kept(row: Operator, ports: tuple[Slot, ...]) -> frozenset[int]:
     """The inputs, or outputs, of an operator of ONNX Runtime that stay float32: statistics, and scales of a cache."""
     pasts = {port.name for port in row.inputs if port.role == "past"}
     return frozenset(

@@ -19,7 +19,7 @@ from qcompiler.functions.library import DOMAIN
 from qcompiler.graph.edit import constant
 from qcompiler.graph.lazy import pieces
 from qcompiler.graph.metadata import PROVENANCE
-from qcompiler.graph.operators import Quantized, has, quantized
+from qcompiler.graph.operators import QuantizedOperand, has, quantized
 from qcompiler.model_diff.arithmetic import error_of
 from qcompiler.model_diff.node_pairing import written
 from qcompiler.sites.stored.kernels import scale_behind, tail_of
@@ -321,7 +321,7 @@ def _quantization(node: ir.Node) -> Iterator[Quantization]:
         )
 
 
-def _scale(node: ir.Node, operand: Quantized, codes: ir.Value | None) -> ir.Value | None:
+def _scale(node: ir.Node, operand: QuantizedOperand, codes: ir.Value | None) -> ir.Value | None:
     """The scale of an operand: an input; or what made the codes has it, or what scales the sums behind the operator."""
     if operand.scale is not None:
         return operand.scale.of(node)
@@ -332,7 +332,7 @@ def _scale(node: ir.Node, operand: Quantized, codes: ir.Value | None) -> ir.Valu
     return scale_behind(tail_of(node)) if operand.role == "weight" else None
 
 
-def _label(operand: Quantized) -> str:
+def _label(operand: QuantizedOperand) -> str:
     """An operand's name; one letter is a capital, whatever the operator's schema makes of it."""
     return operand.name.upper() if len(operand.name) == 1 else operand.name
 

@@ -13,7 +13,7 @@ from qcompiler.functions.cache import UNPACK, is_cache_function
 from qcompiler.graph.edit import constant
 from qcompiler.graph.metadata import PART_OF
 from qcompiler.graph.module_path import block_of, module_path
-from qcompiler.graph.operators import Quantized, has, multiplied, multiplies_floats, quantized
+from qcompiler.graph.operators import QuantizedOperand, has, multiplied, multiplies_floats, quantized
 from qcompiler.model_diff.activations import Activation, of_value, through_quantization
 from qcompiler.model_diff.activations import of_operand as activation_of
 from qcompiler.model_diff.weights import Weight, as_table, of_codes, of_operand, type_name
@@ -160,7 +160,7 @@ def _embedding(node: ir.Node) -> Layer | None:
     return _layer("embedding", node, node.inputs[1], table, None, (after,) if decoded else (), output=output)
 
 
-def _scaled(codes: ir.Value, reader: ir.Node) -> Quantized | None:
+def _scaled(codes: ir.Value, reader: ir.Node) -> QuantizedOperand | None:
     """The operand that a reader takes codes as, where it has their scale, too."""
     places = [place for place in quantized(reader) if not place.codes.output and place.codes.of(reader) is codes]
     return next((place for place in places if place.scale is not None), None)
@@ -205,7 +205,7 @@ def _kernel(node: ir.Node) -> Layer | None:
     return _layer(kind, node, through_quantization(node.inputs[0]), weight, activation, nodes, None, output, notes)
 
 
-def _places(codes: Quantized | None) -> tuple[int, int]:
+def _places(codes: QuantizedOperand | None) -> tuple[int, int]:
     """Where a kernel has scale and zero point of the codes that it multiplies by a weight; -1 where it has none."""
     scale, zero_point = (codes.scale, codes.zero_point) if codes is not None else (None, None)
     return scale.index if scale is not None else -1, zero_point.index if zero_point is not None else -1

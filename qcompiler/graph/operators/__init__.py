@@ -17,7 +17,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from qcompiler.graph.operators.functions import FUNCTIONS
-from qcompiler.graph.operators.row import Operator, Place, Port, Quantized, Role, Trait
+from qcompiler.graph.operators.row import Operator, Place, QuantizedOperand, Role, Slot, Trait
 from qcompiler.graph.operators.runtime import RUNTIME
 from qcompiler.graph.operators.standard import STANDARD
 
@@ -25,8 +25,8 @@ __all__ = [
     "OPERATORS",
     "Operator",
     "Place",
-    "Port",
-    "Quantized",
+    "Slot",
+    "QuantizedOperand",
     "Role",
     "Trait",
     "attends",
@@ -80,18 +80,18 @@ def attends(node: ir.Node) -> bool:
 # ---------------------------------------------------------------------------------------------------- operands
 
 
-def quantized(node: ir.Node) -> tuple[Quantized, ...]:
+def quantized(node: ir.Node) -> tuple[QuantizedOperand, ...]:
     """The quantized operands that the operator can have, whether this node has them or not."""
     row = operator_of(node)
     return row.quantized_of(len(node.inputs)) if row is not None and row.repeated else row.quantized if row else ()
 
 
-def weight(node: ir.Node) -> Quantized | None:
+def weight(node: ir.Node) -> QuantizedOperand | None:
     """The quantized weight, the first where there are several."""
     return next((operand for operand in quantized(node) if operand.role == "weight"), None)
 
 
-def multiplied(node: ir.Node) -> Quantized | None:
+def multiplied(node: ir.Node) -> QuantizedOperand | None:
     """The codes that are multiplied by a weight; None where the operator reads a float there."""
     if weight(node) is None:
         return None
@@ -99,7 +99,7 @@ def multiplied(node: ir.Node) -> Quantized | None:
     return first if first.role == "data" and first.codes == Place(0) else None
 
 
-def result(node: ir.Node) -> Quantized | None:
+def result(node: ir.Node) -> QuantizedOperand | None:
     """The codes that the operator gives; None where it gives floats, or sums."""
     return next((operand for operand in quantized(node) if operand.codes.output), None)
 

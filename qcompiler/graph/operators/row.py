@@ -56,7 +56,7 @@ _PORT = re.compile(r"(?P<name>\w+)(?P<half>~?)(?::(?P<role>[a-z]+)(?:\((?P<of>\w
 
 
 @dataclass(frozen=True)
-class Port:
+class Slot:
     """An input or output of an operator."""
 
     name: str
@@ -80,7 +80,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Quantized:
+class QuantizedOperand:
     """A quantized operand: codes that an operator reads or gives, and where their scale and zero point are."""
 
     name: str
@@ -96,13 +96,13 @@ class Operator:
 
     domain: str
     name: str
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
+    inputs: tuple[Slot, ...]
+    outputs: tuple[Slot, ...]
     traits: frozenset[str]
-    repeated: tuple[Port, ...] = ()
+    repeated: tuple[Slot, ...] = ()
     """Inputs behind the others, together as often as a node has them."""
 
-    def input(self, index: int) -> Port | None:
+    def input(self, index: int) -> Slot | None:
         """The input of this index; None where the operator has none."""
         if index < len(self.inputs):
             return self.inputs[index] if index >= 0 else None
@@ -113,7 +113,7 @@ class Operator:
         return tuple(index for index, port in enumerate(self.inputs) if port.role in roles)
 
     @cached_property
-    def quantized(self) -> tuple[Quantized, ...]:
+    def quantized(self) -> tuple[QuantizedOperand, ...]:
         """Its quantized operands, but for repeated ones, in the order of the operator; the result comes last."""
         return tuple(self._quantized(self.inputs, 0))
 
@@ -124,7 +124,7 @@ class Operator:
         caches = {port.name for port in ports if port.role == "past"}
         return any(port.role in ("code", "scale", "zero") and port.of not in caches for port in ports)
 
-    def quantized_of(self, count: int) -> tuple[Quantized, ...]:
+    def quantized_of(self, count: int) -> tuple[QuantizedOperand, ...]:
         """The quantized operands of a node with so many inputs; the result comes last."""
         found = list(self.quantized)
         if self.repeated:
@@ -132,7 +132,7 @@ class Operator:
                 found += self._quantized(self.repeated, start)
         return tuple(sorted(found, key=lambda operand: operand.codes.output))
 
-    def _quantized(self, ports: tuple[Port, ...], start: int) -> list[Quantized]:
+    def _quantized(self, ports: tuple[Slot, ...], start: int) -> list[QuantizedOperand]:
         sides = ((ports, False), (self.outputs, True)) if ports is self.inputs else ((ports, False),)
         places = {
             (port.name, output): Place(index + (0 if output else start), output)
@@ -149,7 +149,7 @@ class Operator:
         for (name, _), place in sorted(places.items(), key=lambda item: (item[1].output, item[1].index)):
             if name in belonging:
                 parts = belonging.pop(name)
-                found.append(Quantized(name, roles[name], place, parts.get("scale"), parts.get("zero")))
+                found.append(QuantizedOperand(name, roles[name], place, parts.get("scale"), parts.get("zero")))
         return found
 
 
@@ -167,9 +167,9 @@ def row(domain: str, name: str, inputs: str, outputs: str, traits: str = "") -> 
     return Operator(domain, name, sides[0], sides[1], frozenset(traits.split()), sides[2])
 
 
-def _port(operator: str, text: str) -> Port:
+def _port(operator: str, text: str) -> Slot:
     match = _PORT.fullmatch(text)
     role = match["role"] or "data" if match is not None else ""
     if match is None or role not in ROLES:
         raise ValueError(f"{operator}: {text!r} is no input or output")
-    return Port(match["name"], role, match["of"] or "", bool(match["half"]))  # type: ignore[arg-type]  # looked up above
+    return Slot(match["name"], role, match["of"] or "", bool(match["half"]))  # type: ignore[arg-type]  # looked up above
