@@ -48,6 +48,7 @@ from qcompiler.graph.lazy import read
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting import folding
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
+from qcompiler.rewriting.staged import Computed, Measured, StagedPass, Unit
 from qcompiler.sites.find import Linear, NormGroup
 from qcompiler.statistics import SecondMoment, StatisticsStore
 
@@ -61,7 +62,7 @@ Matrix = npt.NDArray[np.float32]
 
 
 @options(frozen=True, config=OPTIONS)
-class Awq(Pass):
+class Awq(StagedPass):
     name: ClassVar[str] = "awq"
     kind: ClassVar[Kind] = "exact"
 
@@ -90,38 +91,45 @@ class Awq(Pass):
             return self
         return replace(self, group_size=target.block_size)
 
-    def taps(self, model: ir.Model) -> Sequence[Tap]:
-        groups = folding.rescalable(model, self, insert_mul=self.insert_mul)
-        return [Tap(str(group.output.name), SecondMoment()) for group, obstacle in groups if obstacle is None]
+    @property
+    def measured(self) -> Measured:
+        return "in stages"
 
-    def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
-        changes = Changes()
-        rw = Rewriter(model, self.name)
+    def units(self, model: ir.Model, changes: Changes) -> Sequence[Unit]:
+        found: list[Unit] = []
         for group, obstacle in folding.rescalable(model, self, insert_mul=self.insert_mul):
             if obstacle is not None:
                 changes.skipped.extend(Skipped(linear.name, obstacle) for linear in self.selected(group.linears))
                 continue
-            moment = statistics.get(str(group.output.name), SecondMoment()).result().astype(np.float32, copy=False)
-            self._rescale(group, moment, rw, changes)
-        return changes
+            value = str(group.output.name)
+            found.append(Unit(value, len(found), (Tap(value, SecondMoment()),), group))
+        return found
 
-    def _rescale(self, group: NormGroup, moment: Matrix, rw: Rewriter, changes: Changes) -> None:
+    def compute(self, unit: Unit, statistics: StatisticsStore) -> Computed:
+        """The α of the smallest expected error, the scales [K], and each layer's error without them and with them."""
+        group: NormGroup = unit.work
+        moment = statistics.get(unit.name, SecondMoment()).result().astype(np.float32, copy=False)
         magnitude = folding.without_silence(np.sqrt(folding.shared(group, np.diagonal(moment).astype(np.float64))))
         weights = [_sample(linear) for linear in group.linears]
         errors = [self._errors(weights, moment, _scales(magnitude, alpha)) for alpha in self._grid()]
         best = int(np.argmin([sum(error) for error in errors]))
-        alpha, scale = self._grid()[best], _scales(magnitude, self._grid()[best])
+        alpha = self._grid()[best]
+        return Computed({"scale": _scales(magnitude, alpha)}, {"alpha": alpha, "errors": [errors[0], errors[best]]})
+
+    def write(self, unit: Unit, computed: Computed, rw: Rewriter, changes: Changes) -> None:
+        group: NormGroup = unit.work
+        alpha, (before, after), scale = computed.facts["alpha"], computed.facts["errors"], computed.arrays["scale"]
         if alpha == 0:
             detail = "left as it is: no scales have a smaller expected output error than {:.3g}"
-            for linear, error in zip(group.linears, errors[0], strict=True):
+            for linear, error in zip(group.linears, before, strict=True):
                 changes.changed.append(Changed(linear.name, detail=detail.format(error)))
             return
         if not folding.fits(group, scale):
             changes.skipped.extend(Skipped(linear.name, folding.NO_ROOM) for linear in group.linears)
             return
         folding.rescale(group, scale, rw, changes)
-        for linear, before, after in zip(group.linears, errors[0], errors[best], strict=True):
-            detail = f"alpha {alpha:.2f}, expected output error {before:.3g} → {after:.3g}, {folding.place(group)}"
+        for linear, was, now in zip(group.linears, before, after, strict=True):
+            detail = f"alpha {alpha:.2f}, expected output error {was:.3g} → {now:.3g}, {folding.place(group)}"
             changes.changed.append(Changed(linear.name, detail=detail))
 
     def _grid(self) -> list[float]:

@@ -45,18 +45,19 @@ from qcompiler.formats.scheme import find_format
 from qcompiler.formats.search import quantize_weight
 from qcompiler.graph.lazy import read
 from qcompiler.graph.rewriter import Rewriter
-from qcompiler.rewriting.contract import OPTIONS, Changes, Kind, Pass, Tap
+from qcompiler.rewriting.contract import OPTIONS, Changes, Kind, Tap
 from qcompiler.rewriting.gptq import RAISES, CholeskyFactor, Search, check_device, factorise, plain, solve
 from qcompiler.rewriting.quantease import refine
+from qcompiler.rewriting.staged import Computed, Measured, StagedPass, Unit
 from qcompiler.rewriting.weights import WeightConstant, WeightPass
-from qcompiler.sites.find import Linear, Site, find_sites
-from qcompiler.statistics import SecondMoment, Solved, StatisticsStore
+from qcompiler.sites.find import Linear
+from qcompiler.statistics import SecondMoment, StatisticsStore
 
 REPORTED_CHANNELS = 128  # that the errors in the report are taken from
 
 
 @options(frozen=True, config=OPTIONS)
-class Gptq(WeightPass):
+class Gptq(StagedPass, WeightPass):
     name: ClassVar[str] = "gptq"
     kind: ClassVar[Kind] = "rounding"
 
@@ -84,49 +85,44 @@ class Gptq(WeightPass):
         if find_format(self.format).kind != "integer":
             raise SchemeError(f"gptq.format: gptq rounds to integers, not to {self.format}: choose int4, uint4 …")
 
-    def taps(self, model: ir.Model) -> Sequence[Tap]:
-        check_device(self.device)
-        inputs = dict.fromkeys(name for found in self.constants(model, Changes()) for name in _inputs(found))
-        return [Tap(name, SecondMoment()) for name in inputs]
+    @property
+    def measured(self) -> Measured:
+        return "in turn" if self.sequential else "at once"
 
-    def stages(self, model: ir.Model) -> Sequence[Pass]:
-        """One stage for each block; for layers outside of blocks, one for each value that they read.
+    def units(self, model: ir.Model, changes: Changes) -> Sequence[Unit]:
+        """The constants that meet the same inputs, as one Hessian serves them all.
 
-        Blocks that share a constant, and those between, are one stage.
+        A stage is a block of the model, or outside of blocks what reads one value; blocks that share a constant, and
+        those between, are one stage.
         """
-        if not self.sequential:
-            return (self,)
-        sites = find_sites(model)
-        runs = _runs([site for site in self.wanted(sites) if isinstance(site, Linear)])
-        if not runs:
-            return (self,)
-        # Somebody has to say why these are left alone.
-        runs[0].extend(self.selected(sites.unsupported))
-        names = [tuple(site.name for site in run) for run in runs]
-        return [replace(self, sequential=False, targets=targets) for targets in names]
-
-    def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
-        changes = Changes()
-        rw = Rewriter(model, self.name)
-        by_inputs: dict[tuple[str, ...], list[WeightConstant]] = {}
-        for found in self.constants(model, changes):
-            by_inputs.setdefault(_inputs(found), []).append(found)
-        for inputs, constants in by_inputs.items():
-            self._solve(inputs, [found for found in constants if found.value.name not in statistics.solved], statistics)
-            for found in constants:
-                solved = statistics.take_solved(str(found.value.name))
-                details = {site.name: solved.detail for site in found.readers}
-                self.install(found, solved.quantized, rw, changes, details=details)
-        return changes
-
-    def _solve(self, inputs: Sequence[str], constants: Sequence[WeightConstant], statistics: StatisticsStore) -> None:
-        """Quantize the constants that meet the inputs, with one factor for all of them."""
-        if not constants:
-            return
-        hessian = _hessian(inputs, statistics)
-        factor = factorise(hessian, damping=self.damping, act_order=self.act_order, device=self.device)
+        check_device(self.device)
+        constants = self.constants(model, changes)
+        place = {node: index for index, node in enumerate(model.graph.all_nodes())}
+        linears = [linear for found in constants for linear in found.linears]
+        stage_of = _stages(sorted(linears, key=lambda linear: place[linear.node]))
+        groups: dict[tuple[int, tuple[str, ...]], list[WeightConstant]] = {}
         for found in constants:
-            statistics.solved[str(found.value.name)] = Solved(*self._quantized(found, hessian, factor))
+            groups.setdefault((stage_of[found.linears[0]], _inputs(found)), []).append(found)
+        return [
+            Unit(str(group[0].value.name), stage, tuple(Tap(name, SecondMoment()) for name in inputs), group)
+            for (stage, inputs), group in groups.items()
+        ]
+
+    def compute(self, unit: Unit, statistics: StatisticsStore) -> Computed:
+        """All constants of the unit, with one factor."""
+        hessian = _hessian([tap.value for tap in unit.taps], statistics)
+        factor = factorise(hessian, damping=self.damping, act_order=self.act_order, device=self.device)
+        quantized, details = {}, {}
+        for found in unit.work:
+            name = str(found.value.name)
+            quantized[name], details[name] = self._quantized(found, hessian, factor)
+        return Computed.of(quantized, details=details)
+
+    def write(self, unit: Unit, computed: Computed, rw: Rewriter, changes: Changes) -> None:
+        for found in unit.work:
+            name = str(found.value.name)
+            details = {site.name: computed.facts["details"][name] for site in found.readers}
+            self.install(found, computed.quantized(name), rw, changes, details=details)
 
     def _quantized(self, found: WeightConstant, hessian: Array, factor: CholeskyFactor | None) -> tuple[Quantized, str]:
         """Codes, and a line for the report."""
@@ -172,8 +168,8 @@ def _hessian(inputs: Sequence[str], statistics: StatisticsStore) -> Array:
     return joined.result()
 
 
-def _runs(linears: Sequence[Linear]) -> list[list[Site]]:
-    """The layers of each stage: neighbours of the same block, or all that read one value outside of blocks."""
+def _stages(linears: Sequence[Linear]) -> dict[Linear, int]:
+    """Of layers in graph order: neighbours of one block share a stage, outside of blocks those that read one value."""
     runs: dict[tuple[object, ...], list[Linear]] = {}
     number, before = 0, None
     for linear in linears:
@@ -181,14 +177,13 @@ def _runs(linears: Sequence[Linear]) -> list[list[Site]]:
         before = linear.block
         runs.setdefault((linear.block, number) if linear.block else ("", linear.input), []).append(linear)
     last = {linear.weight: index for index, run in enumerate(runs.values()) for linear in run}
-    stages: list[list[Site]] = []
-    until = -1
+    stage_of: dict[Linear, int] = {}
+    stage, until = -1, -1
     for index, run in enumerate(runs.values()):
-        if index > until:
-            stages.append([])
-        stages[-1].extend(run)
+        stage += index > until
+        stage_of |= dict.fromkeys(run, stage)
         until = max([until, *(last[linear.weight] for linear in run)])
-    return stages
+    return stage_of
 
 
 def _output_errors(

@@ -32,7 +32,7 @@ Skipped: constants in forms that no pass handles (inside If or Loop bodies, batc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -50,7 +50,8 @@ from qcompiler.formats.search import Search, quantize_weight
 from qcompiler.graph.lazy import read
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import OPTIONS, Changes, Kind
-from qcompiler.rewriting.weights import LayerKind, WeightPass
+from qcompiler.rewriting.staged import Computed, StagedPass, Unit
+from qcompiler.rewriting.weights import LayerKind, WeightConstant, WeightPass
 from qcompiler.statistics import StatisticsStore
 
 Array = npt.NDArray[Any]
@@ -60,7 +61,7 @@ TINY = np.float32(1e-10)  # steps; |D|^(p-1) stays finite where the error is zer
 
 
 @options(frozen=True, config=OPTIONS)
-class Hqq(WeightPass):
+class Hqq(StagedPass, WeightPass):
     name: ClassVar[str] = "hqq"
     kind: ClassVar[Kind] = "rounding"
 
@@ -87,19 +88,24 @@ class Hqq(WeightPass):
         if number_format.kind != "integer" or number_format.bits > 8:
             raise SchemeError(f"hqq.format: {self.format} has no grid to fit; choose an integer format up to 8 bits.")
 
-    def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
-        changes = Changes()
-        rw = Rewriter(model, self.name)
-        for constant in self.constants(model, changes):
-            fit = partial(
-                hqq, scheme=constant.scheme, channel_axis=constant.channel_axis, norm=self.norm,
-                iterations=self.iterations, search=self.search, name=constant.name,
-            )  # fmt: skip
-            quantized, before, after = read(constant.tensor, fit)
-            gain = f"Σ|error|^{self.norm:g} {after / before - 1:+.1%} against round-to-nearest" if before > 0 else ""
-            details = {site.name: gain for site in constant.readers}
-            self.install(constant, quantized, rw, changes, details=details, nearest=True)
-        return changes
+    def units(self, model: ir.Model, changes: Changes) -> Sequence[Unit]:
+        constants = self.constants(model, changes)
+        return [Unit(str(found.value.name), number, (), found) for number, found in enumerate(constants)]
+
+    def compute(self, unit: Unit, statistics: StatisticsStore) -> Computed:
+        constant: WeightConstant = unit.work
+        fit = partial(
+            hqq, scheme=constant.scheme, channel_axis=constant.channel_axis, norm=self.norm,
+            iterations=self.iterations, search=self.search, name=constant.name,
+        )  # fmt: skip
+        quantized, before, after = read(constant.tensor, fit)
+        return Computed.of({unit.name: quantized}, before=before, after=after)
+
+    def write(self, unit: Unit, computed: Computed, rw: Rewriter, changes: Changes) -> None:
+        before, after = computed.facts["before"], computed.facts["after"]
+        gain = f"Σ|error|^{self.norm:g} {after / before - 1:+.1%} against round-to-nearest" if before > 0 else ""
+        details = {site.name: gain for site in unit.work.readers}
+        self.install(unit.work, computed.quantized(unit.name), rw, changes, details=details, nearest=True)
 
 
 def hqq(

@@ -10,7 +10,7 @@ solved exactly on a grid of 4096 steps of the budget. The model is not run again
 
 Stored bits are codes, scales and zero points as kernels have them (int4 in groups of 128 with float32 scales: 4.25); 3
 bits are stored in 4. Give the same format, granularity and symmetry as to the pass that rounds: ``quantize-weights``,
-``gptq``, ``hqq``, any that takes its format from this one's note on the node.
+``gptq``, ``hqq``, any that has the option ``bits``, which this one fills in.
 
 Skipped: nothing here; what cannot be rounded is for the rounding pass to report.
 
@@ -34,7 +34,7 @@ from qcompiler.formats.scheme import FORMATS
 from qcompiler.formats.search import quantize_weight
 from qcompiler.graph.lazy import read
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Tap
-from qcompiler.rewriting.weights import BITS_CHOSEN, LayerKind, WeightConstant, WeightPass, with_bits
+from qcompiler.rewriting.weights import LayerKind, WeightConstant, WeightPass, with_bits
 from qcompiler.statistics import ChannelMoments, StatisticsStore
 
 STEPS = 4096
@@ -44,7 +44,7 @@ CHANNELS = 512  # output channels of a layer that are looked at
 @options(frozen=True, config=OPTIONS)
 class MixedPrecision(WeightPass):
     name: ClassVar[str] = "mixed-precision"
-    kind: ClassVar[Kind] = "exact"
+    kind: ClassVar[Kind] = "analysis"
 
     format: str = "int4"
     """Number format of the rounding pass; its bits are replaced by the choices."""
@@ -88,7 +88,7 @@ class MixedPrecision(WeightPass):
         for constant, row, index in zip(constants, tried, chosen, strict=True):
             bits, (_, error) = self.choices[index], row[index]
             for reader in constant.readers:
-                reader.node.metadata_props[BITS_CHOSEN] = str(bits)
+                changes.bits[reader.name] = bits
                 detail = f"{bits} bits, expected output error {error:.3g}"
                 changes.changed.append(Changed(reader.name, detail=detail))
         return changes

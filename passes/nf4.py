@@ -24,7 +24,7 @@ batched weights, …), each with its reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any, ClassVar, Literal
@@ -48,7 +48,8 @@ from qcompiler.graph.edit import (
 )
 from qcompiler.graph.lazy import derived, read
 from qcompiler.graph.rewriter import Rewriter
-from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Skipped
+from qcompiler.rewriting.staged import Computed, StagedPass, Unit
 from qcompiler.sites.find import Linear, Sites, find_sites
 from qcompiler.statistics import StatisticsStore
 
@@ -60,7 +61,7 @@ FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataT
 
 
 @options(frozen=True, config=OPTIONS)
-class Nf4(Pass):
+class Nf4(StagedPass):
     name: ClassVar[str] = "nf4"
     kind: ClassVar[Kind] = "rounding"
 
@@ -73,8 +74,7 @@ class Nf4(Pass):
     layers: tuple[Literal["linear", "head"], ...] = ("linear",)
     """Kinds of layers to work on; a head is a linear layer with one output for each row of an embedding (logits)."""
 
-    def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
-        changes = Changes()
+    def units(self, model: ir.Model, changes: Changes) -> Sequence[Unit]:
         sites = find_sites(model)
         changes.skipped.extend(Skipped(site.name, site.reason) for site in self.selected(sites.unsupported))
         by_weight: dict[tuple[ir.Value, bool], list[Linear]] = {}
@@ -84,20 +84,29 @@ class Nf4(Pass):
                 by_weight.setdefault((site.weight, site.transposed), []).append(site)
             else:
                 changes.skipped.append(Skipped(site.name, obstacle))
-        rw, format = Rewriter(model, self.name), FORMATS[self.table]
-        for (weight, _), readers in by_weight.items():
-            blocks = encode(readers[0], format, self.block_size, self.double_quantization)
-            dequantized = self._dequantize(readers[0], blocks, add_function(model, format), rw)
-            turned: ir.Value | None = None
-            for site in readers:
-                if site.node.attributes.get_int("transB", 0):
-                    source = dequantized
-                else:
-                    source = turned = turned or self._transpose(site, dequantized, rw)
-                self._connect(site, source, rw)
-                changes.changed.append(Changed(site.name, scheme=str(blocks), detail=blocks.size))
-            remove_unused_constant(weight)
-        return changes
+        return [
+            Unit(f"{weight.name}{'.transposed' if transposed else ''}", number, (), readers)
+            for number, ((weight, transposed), readers) in enumerate(by_weight.items())
+        ]
+
+    def compute(self, unit: Unit, statistics: StatisticsStore) -> Computed:
+        """The scales; codes are computed when they are written."""
+        return block_scales(unit.work[0], FORMATS[self.table], self.block_size, self.double_quantization)
+
+    def write(self, unit: Unit, computed: Computed, rw: Rewriter, changes: Changes) -> None:
+        readers: list[Linear] = unit.work
+        format, weight = FORMATS[self.table], readers[0].weight
+        blocks = encode(readers[0], format, self.block_size, computed)
+        dequantized = self._dequantize(readers[0], blocks, add_function(rw.model, format), rw)
+        turned: ir.Value | None = None
+        for site in readers:
+            if site.node.attributes.get_int("transB", 0):
+                source = dequantized
+            else:
+                source = turned = turned or self._transpose(site, dequantized, rw)
+            self._connect(site, source, rw)
+            changes.changed.append(Changed(site.name, scheme=str(blocks), detail=blocks.size))
+        remove_unused_constant(weight)
 
     def _wanted(self, sites: Sites) -> list[Linear]:
         rows = {int(_tensor(site.table).shape.numpy()[site.channel_axis]) for site in sites.embeddings}
@@ -171,22 +180,33 @@ class Blocks:
         return f"{bits:.2f} bits a weight{'' if self.scale_codes is None else ', scales in 8 bits'}"
 
 
-def encode(site: Linear, format: str, block_size: int, double_quantization: bool) -> Blocks:
-    """The weight of a layer in blocks; the codes are computed when they are written. DataError for NaN or infinity."""
-    tensor, shape = _tensor(site.weight), (site.out_features, site.in_features)
-    in_rows: Callable[[Array], Array] = (lambda data: data) if site.transposed else (lambda data: data.T)
+def block_scales(site: Linear, format: str, block_size: int, double_quantization: bool) -> Computed:
+    """The scales [blocks] of a layer's weight, or their codes, scales and mean. DataError for NaN or infinity."""
+    tensor, in_rows = _tensor(site.weight), _in_rows(site)
     largest = read(tensor, lambda data: _largest(in_rows(data), block_size, site.module_path))
     if double_quantization:
         scale_codes, scale, mean = quantize_scales(largest)
-        of_blocks = restore_scales(scale_codes, scale, mean)
-    else:
-        scale, _ = scale_and_zero_point(-largest, largest, Scheme(format, PerGroup(block_size)))
-        scale_codes, mean, of_blocks = None, np.float32(0), scale
+        return Computed({"scale_codes": scale_codes, "scale": scale, "mean": np.asarray(mean)})
+    scale, _ = scale_and_zero_point(-largest, largest, Scheme(format, PerGroup(block_size)))
+    return Computed({"scale": scale})
+
+
+def encode(site: Linear, format: str, block_size: int, scales: Computed) -> Blocks:
+    """The weight of a layer in blocks with these scales; the codes are computed when they are written."""
+    tensor, in_rows, shape = _tensor(site.weight), _in_rows(site), (site.out_features, site.in_features)
+    scale, scale_codes = scales.arrays["scale"], scales.arrays.get("scale_codes")
+    mean = np.float32(scales.arrays.get("mean", 0))
+    of_blocks = scale if scale_codes is None else restore_scales(scale_codes, scale, mean)
     codes = derived(
         tensor, lambda data: _codes(in_rows(data), of_blocks, format, block_size), ir.DataType.UINT4, shape,
         f"{site.weight.name}.codes",
     )  # fmt: skip
     return Blocks(format, block_size, codes, scale, scale_codes, mean)
+
+
+def _in_rows(site: Linear) -> Callable[[Array], Array]:
+    """Turns the layer's constant to [N, K]."""
+    return (lambda data: data) if site.transposed else (lambda data: data.T)
 
 
 def quantize_scales(scales: Array) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], np.float32]:

@@ -47,8 +47,8 @@ def compile(
 
     reference, facts, before = graph.clone(), build.inventory(graph), build.constant_bytes(graph)
     observers = onlookers(plan.recipe, held_out, memory_limit, Path(dump_dir) if dump_dir is not None else None)
-    journal = inputs.journal(plan, graph, hashes, work_dir, resume)
-    runs = pipeline.run(graph, plan.passes, store, calibrator, observers, journal)
+    checkpoint = inputs.checkpoint(plan, hashes, work_dir, resume)
+    runs = pipeline.run(graph, plan.passes, store, calibrator, observers, checkpoint)
     if calibrator is not None:
         calibrator.run_hooks(reference)  # where nothing had to be measured, the hooks have not seen the data yet
     portable = graph.clone()
@@ -60,7 +60,7 @@ def compile(
     report.model = str(model) if source is not None else str(graph.graph.name)
     report.pictures = build.pictures(report, reference, portable, graph, runs, store)
     report.seconds = round(time.perf_counter() - start, 2)
-    return Compiled(graph, report, plan.recipe, source, journal)
+    return Compiled(graph, report, plan.recipe, source, checkpoint)
 
 
 def calibrate(
@@ -75,7 +75,7 @@ def calibrate(
     inputs.check_plan(plan, graph)
     measured_on, _ = inputs.samples(calibration, graph, plan.recipe, tokenizer)
     store = StatisticsStore()
-    taps = [tap for step in plan.passes for tap in pipeline.taps_before(step, graph)]
+    taps = [tap for step in plan.passes for tap in pipeline.taps_to_keep(step, graph)]
     calibrator = Calibrator(measured_on, memory_limit=memory_limit, progress=progress)
     pipeline.measure(graph, taps, store, calibrator, plan.passes)
     save_statistics(Path(output), store, model_hash(graph), measured_on.hash())

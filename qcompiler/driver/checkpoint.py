@@ -1,7 +1,8 @@
-"""What the finished stages of a long pass have computed, on disk: a run that was killed goes on where it was.
+"""What the finished stages of long passes have computed, on disk: a run that was killed goes on where it was.
 
 A folder beside the output holds one file for each stage, written whole or not at all, and the fingerprint of the run:
-model, data, recipe and versions. Only a run with the same fingerprint goes on with it, and gives the same bytes.
+model, data, recipe and versions. Only a run with the same fingerprint goes on with it, and gives the same bytes. Steps
+of a recipe are told apart by their position, as one pass may run twice.
 """
 
 from __future__ import annotations
@@ -17,14 +18,13 @@ import ml_dtypes
 import numpy as np
 
 from qcompiler.errors import DataError, OutputError
-from qcompiler.formats.arithmetic import Quantized
-from qcompiler.statistics import Solved
+from qcompiler.rewriting.staged import Computed
 
 FINGERPRINT = "run.json"
 _BYTES_ONLY = {"bfloat16": ml_dtypes.bfloat16}  # types that the file format's numpy side does not know
 
 
-class Journal:
+class Checkpoint:
     """The stages of one run, in `folder`."""
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, str], *, resume: bool) -> None:
@@ -46,29 +46,26 @@ class Journal:
                     "remove the folder to start anew"
                 )
 
-    def stages(self, pass_name: str) -> dict[int, dict[str, Solved]]:
-        """What the finished stages of a pass computed, by number; constants by name. Raises DataError."""
-        prefix = f"{pass_name}."
-        files = sorted(self._folder.glob(f"{prefix}*.safetensors"))
-        return {int(file.stem.removeprefix(prefix)): _read(file) for file in files}
+    def has(self, position: int, pass_name: str, stage: int) -> bool:
+        """Whether a stage of the recipe's step at `position` is finished."""
+        return self._file(position, pass_name, stage).exists()
 
-    def write(self, pass_name: str, stage: int, solved: Mapping[str, Solved]) -> None:
+    def read(self, position: int, pass_name: str, stage: int) -> dict[str, Computed]:
+        """What a finished stage computed, by the names of its units. Raises DataError."""
+        return _read(self._file(position, pass_name, stage))
+
+    def write(self, position: int, pass_name: str, stage: int, computed: Mapping[str, Computed]) -> None:
         """Note a finished stage. Raises OutputError."""
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         tensors: dict[str, np.ndarray] = {}
         entries = []
-        for number, (name, found) in enumerate(solved.items()):
-            quantized = found.quantized
-            arrays = {"codes": quantized.codes, "scale": quantized.scale, "zero_point": quantized.zero_point}
-            given = {kind: array for kind, array in arrays.items() if array is not None}
-            tensors |= {f"{number}.{kind}": _plain(array) for kind, array in given.items()}
-            entries.append(
-                {"name": name, "detail": found.detail, "format": quantized.format, "axis": quantized.axis,
-                 "block_size": quantized.block_size, "types": {kind: str(a.dtype) for kind, a in given.items()}}
-            )  # fmt: skip
-        path = self._folder / f"{pass_name}.{stage:05}.safetensors"
+        for number, (name, found) in enumerate(computed.items()):
+            tensors |= {f"{number}.{key}": _plain(array) for key, array in found.arrays.items()}
+            types = {key: str(array.dtype) for key, array in found.arrays.items()}
+            entries.append({"name": name, "facts": found.facts, "types": types})
+        path = self._file(position, pass_name, stage)
         partial = path.with_suffix(".partial")
         try:
             self._begin()
@@ -79,6 +76,14 @@ class Journal:
         except (OSError, SafetensorError) as error:
             raise OutputError(f"{path} cannot be written: {error}") from error
 
+    def remove(self) -> None:
+        """The run is finished and its output written."""
+        if self._folder.exists():
+            shutil.rmtree(self._folder)
+
+    def _file(self, position: int, pass_name: str, stage: int) -> Path:
+        return self._folder / f"{position:02}-{pass_name}.{stage:05}.safetensors"
+
     def _begin(self) -> None:
         """Make the folder with the first finished stage, so that a run that fails before leaves nothing."""
         noted = self._folder / FINGERPRINT
@@ -86,27 +91,18 @@ class Journal:
             self._folder.mkdir(parents=True, exist_ok=True)
             noted.write_text(json.dumps(self._fingerprint, indent=2) + "\n", encoding="utf-8")
 
-    def remove(self) -> None:
-        """The run is finished and its output written."""
-        if self._folder.exists():
-            shutil.rmtree(self._folder)
 
-
-def _read(path: Path) -> dict[str, Solved]:
+def _read(path: Path) -> dict[str, Computed]:
     from safetensors import SafetensorError, safe_open
 
-    found: dict[str, Solved] = {}
+    found: dict[str, Computed] = {}
     try:
         with safe_open(path, framework="numpy") as file:
             for number, entry in enumerate(json.loads((file.metadata() or {})["entries"])):
                 arrays = {
-                    kind: _typed(file.get_tensor(f"{number}.{kind}"), dtype) for kind, dtype in entry["types"].items()
+                    key: _typed(file.get_tensor(f"{number}.{key}"), dtype) for key, dtype in entry["types"].items()
                 }
-                quantized = Quantized(
-                    arrays["codes"], arrays["scale"], arrays.get("zero_point"), entry["axis"], entry["block_size"],
-                    entry["format"],
-                )  # fmt: skip
-                found[entry["name"]] = Solved(quantized, entry["detail"])
+                found[entry["name"]] = Computed(arrays, entry["facts"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error}); remove it, and its layers are computed again") from error
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qcompiler.driver.checkpoint import Journal
+from qcompiler.driver.checkpoint import Checkpoint
 from qcompiler.graph import files as model_io
 from qcompiler.recipes import Recipe
 from qcompiler.report import Report
@@ -21,7 +21,7 @@ class Compiled:
     report: Report
     recipe: Recipe
     source: Path | None
-    journal: Journal | None = None
+    checkpoint: Checkpoint | None = None
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write model, recipe and report to `folder`, whole or not at all. Raises OutputError."""
@@ -30,8 +30,8 @@ class Compiled:
         files = {"recipe.yaml": self.recipe.to_yaml(), "report.json": self.report.to_json()}
         files["report.html"] = page(self.report)
         model_io.save(self.model, Path(folder), source_folder=self.source, overwrite=overwrite, extra_files=files)
-        if self.journal is not None:
-            self.journal.remove()
+        if self.checkpoint is not None:
+            self.checkpoint.remove()
 
     def _repr_html_(self) -> str:
         from qcompiler.report.html import card

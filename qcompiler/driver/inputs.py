@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qcompiler.calibration.calibrator import Calibrator, Hook
 from qcompiler.calibration.samples import Samples, from_python, open_samples
-from qcompiler.driver.checkpoint import Journal
+from qcompiler.driver.checkpoint import Checkpoint
 from qcompiler.errors import DataError, ModelError, PassError
 from qcompiler.graph import files as model_io
 from qcompiler.graph import metadata
@@ -21,6 +21,7 @@ from qcompiler.graph.check import check_structure
 from qcompiler.recipes import Recipe
 from qcompiler.report import build
 from qcompiler.rewriting.contract import Pass
+from qcompiler.rewriting.staged import StagedPass
 from qcompiler.sites.caches import find_caches
 from qcompiler.sites.canonicalize import canonicalize
 from qcompiler.sites.find import check_patterns, find_sites
@@ -105,15 +106,13 @@ def calibrator(
     return Calibrator(measured_on, memory_limit=memory_limit, progress=progress, hooks=hooks)
 
 
-def journal(
-    plan: Plan, graph: ir.Model, hashes: Mapping[str, str], folder: str | Path | None, resume: bool
-) -> Journal | None:
-    """Where passes of several stages note what they have done; None where there is none, or no folder is given."""
-    if folder is None or all(len(step.stages(graph)) == 1 for step in plan.passes):
+def checkpoint(plan: Plan, hashes: Mapping[str, str], folder: str | Path | None, resume: bool) -> Checkpoint | None:
+    """Where long passes note what they have computed; None where there is none, or no folder is given."""
+    if folder is None or not any(isinstance(step, StagedPass) for step in plan.passes):
         return None
     recipe = hashlib.sha256(plan.recipe.to_yaml().encode()).hexdigest()
     versions = ", ".join(f"{name} {version}" for name, version in build.versions().items())
-    return Journal(Path(folder), {**hashes, "recipe": recipe, "versions": versions}, resume=resume)
+    return Checkpoint(Path(folder), {**hashes, "recipe": recipe, "versions": versions}, resume=resume)
 
 
 def finish(graph: ir.Model, recipe: Recipe) -> None:

@@ -10,9 +10,11 @@ from typing import Protocol
 import onnx_ir as ir
 
 from qcompiler.calibration.calibrator import Calibrator
-from qcompiler.driver.checkpoint import Journal
+from qcompiler.driver.checkpoint import Checkpoint
 from qcompiler.errors import DataError
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import Changes, Pass, PassRun, Tap
+from qcompiler.rewriting.staged import Computed, StagedPass, Unit, stages
 from qcompiler.statistics import StatisticsStore
 
 
@@ -32,24 +34,27 @@ def run(
     statistics: StatisticsStore,
     calibrator: Calibrator | None = None,
     observers: Sequence[Observer] = (),
-    journal: Journal | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[PassRun]:
     """Rewrite `model` in place. Raises DataError where a pass needs data and there is none, PassError where one fails.
 
     One sweep over the data measures what all passes ask of the model as it is now. Exact passes rescale what was
     measured; a pass whose taps are still missing when its turn comes (it looks at a value that an earlier pass made)
-    has them measured then. A pass of several stages is measured stage by stage, as it rewrites the model; `journal`
-    keeps what its finished stages computed.
+    has them measured then. A pass that is measured in stages, or in turn, is measured on its way; `checkpoint` keeps
+    what finished stages have computed.
     """
     union = list({(tap.value, tap.statistic.key): tap for step in passes for tap in taps_before(step, model)}.values())
     measure(model, union, statistics, calibrator, passes)
-    runs = []
-    for index, step in enumerate(passes):
+    runs: list[PassRun] = []
+    bits: dict[str, int] = {}
+    for index, planned in enumerate(passes):
+        step = planned.decided(bits) if bits else planned
         start = time.perf_counter()
         for observer in observers:
             observer.before(step, passes[index:], model, statistics)
         try:
-            changes = _apply(step, model, statistics, calibrator, journal)
+            changes = _apply(step, index, model, statistics, calibrator, checkpoint)
+            bits |= changes.bits
             for value, divisor in changes.rescaled.items():
                 statistics.rescale(value, divisor)
             for observer in observers:
@@ -63,34 +68,62 @@ def run(
 
 
 def taps_before(step: Pass, model: ir.Model) -> Sequence[Tap]:
-    """What a pass wants measured before it begins; one of several stages measures on its way."""
-    return step.taps(model) if len(step.stages(model)) == 1 else ()
+    """What a pass wants measured before it begins."""
+    return () if isinstance(step, StagedPass) and step.measured != "at once" else step.taps(model)
+
+
+def taps_to_keep(step: Pass, model: ir.Model) -> Sequence[Tap]:
+    """What of a pass can be measured once for many compilations: all but what it measures on its own results."""
+    return () if isinstance(step, StagedPass) and step.measured == "in turn" else step.taps(model)
 
 
 def _apply(
-    step: Pass, model: ir.Model, statistics: StatisticsStore, calibrator: Calibrator | None, journal: Journal | None
-) -> Changes:
-    stages = step.stages(model)
-    if len(stages) == 1:
-        measure(model, step.taps(model), statistics, calibrator, [step])
-        return step.apply(model, statistics)
-    taps = [stage.taps(model) for stage in stages]
-    if calibrator is None:
-        measure(model, [tap for stage in taps for tap in stage], StatisticsStore(), None, [step])
-        return Changes()
-    changes = Changes()
-    finished = journal.stages(step.name) if journal is not None else {}
+    step: Pass, position: int, model: ir.Model, statistics: StatisticsStore, calibrator: Calibrator | None,
+    checkpoint: Checkpoint | None,
+) -> Changes:  # fmt: skip
+    if isinstance(step, StagedPass):
+        return _apply_in_stages(step, position, model, statistics, calibrator, checkpoint)
+    measure(model, step.taps(model), statistics, calibrator, [step])
+    return step.apply(model, statistics)
 
-    def rewrite(number: int, store: StatisticsStore) -> None:
-        store.solved, store.keeps_solved = dict(finished.get(number, {})), journal is not None
-        done = stages[number].apply(model, store)
-        changes.changed.extend(done.changed)
-        changes.skipped.extend(done.skipped)
-        changes.excluded.extend(done.excluded)
-        if journal is not None and number not in finished:
-            journal.write(step.name, number, store.solved)
 
-    calibrator.collect_in_stages(model, taps, rewrite, finished.__contains__)
+def _apply_in_stages(
+    step: StagedPass, position: int, model: ir.Model, statistics: StatisticsStore, calibrator: Calibrator | None,
+    checkpoint: Checkpoint | None,
+) -> Changes:  # fmt: skip
+    """Compute each stage, unless a run before has, and write it: at once, or, where the pass is measured in stages on
+    the model that it begins with, when all is computed."""
+    changes, rw = Changes(), Rewriter(model, step.name)
+    found = stages(step.units(model, changes))
+    taps = [[tap for unit in stage for tap in unit.taps] for stage in found]
+    finished = {n for n in range(len(found)) if checkpoint is not None and checkpoint.has(position, step.name, n)}
+    waiting: list[tuple[Unit, Computed]] = []
+
+    def work(number: int, store: StatisticsStore) -> None:
+        if checkpoint is not None and number in finished:
+            computed = checkpoint.read(position, step.name, number)
+        else:
+            computed = {unit.name: step.compute(unit, store) for unit in found[number]}
+            if checkpoint is not None:
+                checkpoint.write(position, step.name, number, computed)
+        for unit in found[number]:
+            if step.measured == "in stages":
+                waiting.append((unit, computed[unit.name]))
+            else:
+                step.write(unit, computed[unit.name], rw, changes)
+
+    wanted = [tap for number, stage in enumerate(taps) if number not in finished for tap in stage]
+    in_stages = step.measured == "in turn" or statistics.missing([(tap.value, tap.statistic) for tap in wanted])
+    if step.measured == "at once" or not in_stages or not wanted:
+        measure(model, wanted, statistics, calibrator, [step])
+        for number in range(len(found)):
+            work(number, statistics)
+    elif calibrator is None:
+        measure(model, wanted, StatisticsStore(), None, [step])
+    else:
+        calibrator.collect_in_stages(model, taps, work, finished.__contains__)
+    for unit, computed in waiting:
+        step.write(unit, computed, rw, changes)
     return changes
 
 

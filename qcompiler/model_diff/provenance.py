@@ -28,7 +28,7 @@ def rounding_passes(node: ir.Node) -> tuple[str, ...]:
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
     """Exact passes first, lowering ones last, as recipes have them."""
-    order = ("exact", "rounding", "", "lowering")
+    order = ("analysis", "exact", "rounding", "tuning", "", "lowering")
     return tuple(sorted(names, key=lambda name: order.index(_kind(name))))
 
 

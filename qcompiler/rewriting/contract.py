@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from qcompiler.targets import Target
 
 SiteT = TypeVar("SiteT", bound=Site)
-Kind = Literal["exact", "rounding", "lowering"]
+Kind = Literal["analysis", "exact", "rounding", "tuning", "lowering"]
+"""`analysis` decides and rewrites nothing; `exact` keeps the function; `rounding` quantizes; `tuning` trains what earlier
+passes inserted; `lowering` brings the operators of a runtime."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ class Changes:
     rescaled: dict[str, np.ndarray] = field(default_factory=dict)
     # Values that are codes now, each with the value inside that holds what it stood for.
     moved: dict[str, str] = field(default_factory=dict)
+    # Bits that an analysis has decided on for layers, by name; the passes that quantize weights get them (`decided`).
+    bits: dict[str, int] = field(default_factory=dict)
     # Bytes that constants have lost which no pass quantized.
     narrowed: int = 0
 
@@ -115,15 +119,12 @@ class Pass(abc.ABC):
         """What has to be measured before `apply`."""
         return ()
 
-    def stages(self, model: ir.Model) -> Sequence[Pass]:
-        """The pass cut into passes that run in turn, each calibrated on what those before made of the model.
-
-        One that does not care for that is its own single stage.
-        """
-        return (self,)
-
     def for_target(self, target: Target) -> Pass:
         """The pass with what its options leave open filled in by what the target runs best."""
+        return self
+
+    def decided(self, bits: Mapping[str, int]) -> Pass:
+        """The pass with what analyses before it in the recipe have decided: bits of layers, by name."""
         return self
 
     @abc.abstractmethod

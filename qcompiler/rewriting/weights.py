@@ -7,8 +7,8 @@ for constant in self.constants(model, changes):         each once, however many 
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import onnx
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 Reader = Linear | Convolution | Embedding
 LayerKind = Literal["linear", "head", "convolution", "embedding"]
 GROUP_SIZE = 128
-BITS_CHOSEN = "qcompiler.bits-chosen"
-"""Metadata of a layer's node: the bits that mixed-precision has chosen for its weight."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +75,8 @@ class WeightPass(Pass):
     """Choose no negative scales (a search may, for symmetric codes of few bits), for runtimes that take none."""
     layers: tuple[LayerKind, ...] = ("linear", "head", "convolution", "embedding")
     """Kinds of layers to work on; a head is a linear layer with one output for each row of an embedding (logits)."""
+    bits: dict[str, int] = field(default_factory=dict)
+    """Bits of single layers, by name, in the place of the format's; what `mixed-precision` decides is filled in."""
 
     def __post_init__(self) -> None:
         self.scheme()
@@ -93,6 +93,9 @@ class WeightPass(Pass):
             group_size = GROUP_SIZE
         scheme = Scheme.from_options(self.format, self.granularity, group_size, self.symmetric)
         return replace(scheme, positive=self.positive_scales)
+
+    def decided(self, bits: Mapping[str, int]) -> Pass:
+        return replace(self, bits={**bits, **self.bits})
 
     def for_target(self, target: Target) -> Pass:
         if self.granularity != "group" or self.group_size is not None or target.block_size is None:
@@ -137,10 +140,9 @@ class WeightPass(Pass):
     def scheme_for(self, readers: list[Reader]) -> Scheme:
         """Embeddings are dequantized row by row, so a constant that one of them reads has a scale for each row."""
         scheme = self.scheme()
-        chosen = next((site.node.metadata_props[BITS_CHOSEN] for site in readers
-                       if BITS_CHOSEN in site.node.metadata_props), None)  # fmt: skip
+        chosen = next((self.bits[site.name] for site in readers if site.name in self.bits), None)
         if chosen is not None:
-            scheme = with_bits(scheme, int(chosen))
+            scheme = with_bits(scheme, chosen)
         if any(isinstance(site, Embedding) for site in readers):
             scheme = replace(scheme, granularity=PerChannel())
         return scheme

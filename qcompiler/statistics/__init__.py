@@ -33,7 +33,7 @@ from qcompiler.statistics.channels import ChannelAbsMax, ChannelFolds, ChannelMo
 from qcompiler.statistics.heads import HeadRange
 from qcompiler.statistics.ranges import MSE, Entropy, MinMax, MovingAverageMinMax, Percentile
 from qcompiler.statistics.statistic import Range, Statistic, class_name, finite
-from qcompiler.statistics.store import Solved, StatisticsStore
+from qcompiler.statistics.store import StatisticsStore
 
 __all__ = [
     "ChannelAbsMax",
@@ -48,7 +48,6 @@ __all__ = [
     "Percentile",
     "Range",
     "SecondMoment",
-    "Solved",
     "Statistic",
     "StatisticsStore",
     "class_name",

@@ -8,12 +8,10 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from qcompiler.errors import DataError, OutputError
-from qcompiler.formats.arithmetic import Quantized
 from qcompiler.statistics.channels import ChannelAbsMax, ChannelFolds, ChannelMoments, ChannelRange, SecondMoment
 from qcompiler.statistics.heads import HeadRange
 from qcompiler.statistics.ranges import MSE, Entropy, MinMax, MovingAverageMinMax, Percentile
@@ -34,24 +32,11 @@ _VERSION = 1
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Solved:
-    """A constant that a pass has quantized already, in a run that was killed, and its line for the report."""
-
-    quantized: Quantized
-    detail: str
-
-
 class StatisticsStore:
     """Statistics by (value name, key of the statistic)."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, str], Statistic] = {}
-        self.solved: dict[str, Solved] = {}
-        """What an expensive pass has computed from the statistics, by the name of the constant. What is here when it
-        runs is taken as it is, and what it computes goes here (see `journal`)."""
-        self.keeps_solved = False
-        """Whether somebody will read `solved` after the pass."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -87,10 +72,6 @@ class StatisticsStore:
             rescaled = self._entries.pop(entry).rescaled(divisor)
             if rescaled is not None:
                 self._entries[entry] = rescaled
-
-    def take_solved(self, constant: str) -> Solved:
-        """What was computed for a constant; it stays here only if somebody wants it later."""
-        return self.solved[constant] if self.keeps_solved else self.solved.pop(constant)
 
     def drop(self, value: str) -> None:
         """Forget all that was measured at `value`."""
