@@ -8,11 +8,13 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from passes import PASSES
 from qcompiler.recipes.registry import options_of, pass_class
+from qcompiler.rewriting.contract import Kind
 from tests.paths import GOLDEN, ROOT, TESTS
 
 ENGINE, LIBRARY = ROOT / "qcompiler", ROOT / "passes"
@@ -107,7 +109,7 @@ def test_a_pass_is_named_as_in_the_table(key: str) -> None:
     cls = pass_class(key)
     assert cls.name == key
     assert PASSES[key].partition(":")[0] == "passes." + key.replace("-", "_")
-    assert cls.kind in ("exact", "rounding", "lowering")
+    assert cls.kind in get_args(Kind)
 
 
 @pytest.mark.parametrize("key", PASSES)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 SiteT = TypeVar("SiteT", bound=Site)
 Kind = Literal["analysis", "exact", "rounding", "tuning", "lowering"]
-"""`analysis` decides and rewrites nothing; `exact` keeps the function; `rounding` quantizes; `tuning` trains what earlier
-passes inserted; `lowering` brings the operators of a runtime."""
+"""`analysis` decides and rewrites nothing, `exact` keeps the function, `rounding` quantizes, `tuning` trains what was
+inserted before, `lowering` brings the operators of a runtime."""
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,15 @@ import onnx_ir as ir
 import pytest
 
 import qcompiler
-from qcompiler.driver.checkpoint import Journal
+from passes.awq import Awq
+from qcompiler.driver.checkpoint import Checkpoint
 from qcompiler.errors import OutputError
 from qcompiler.formats.arithmetic import Quantized
 from qcompiler.recipes import Recipe
+from qcompiler.recipes.registry import pass_class
 from qcompiler.rewriting.gptq import solve
-from qcompiler.statistics import Solved
+from qcompiler.rewriting.staged import Computed, StagedPass, Unit
+from qcompiler.statistics import StatisticsStore
 from tests import tiny
 
 BLOCKS = 3
@@ -139,12 +142,74 @@ def test_every_kind_of_codes_survives(tmp_path: Path, dtype: str) -> None:
     scale = np.array([0.5, 0.25], np.float32).astype(ir.DataType[{"float32": "FLOAT", "float16": "FLOAT16",
                                                                  "bfloat16": "BFLOAT16"}[dtype]].numpy())  # fmt: skip
     codes = np.array([[1, -2], [3, 0]], np.int8)
-    before = Solved(Quantized(codes, scale, None, 1, None, "int4"), "a detail")
-    journal = Journal(tmp_path / "work", {"model": "m"}, resume=False)
-    journal.write("gptq", 7, {"W": before})
-    after = Journal(tmp_path / "work", {"model": "m"}, resume=True).stages("gptq")[7]["W"]
-    assert after.detail == before.detail
-    assert after.quantized.scale.dtype == scale.dtype
-    np.testing.assert_array_equal(after.quantized.scale, scale)
-    np.testing.assert_array_equal(after.quantized.codes, codes)
-    assert (after.quantized.axis, after.quantized.block_size, after.quantized.zero_point) == (1, None, None)
+    before = Computed.of({"W": Quantized(codes, scale, None, 1, None, "int4")}, details={"W": "a detail"})
+    Checkpoint(tmp_path / "work", {"model": "m"}, resume=False).write(2, "gptq", 7, {"unit": before})
+    again = Checkpoint(tmp_path / "work", {"model": "m"}, resume=True)
+    assert again.has(2, "gptq", 7)
+    assert not again.has(1, "gptq", 7)
+    after = again.read(2, "gptq", 7)["unit"]
+    assert after.facts == before.facts
+    found = after.quantized("W")
+    assert found.scale.dtype == scale.dtype
+    np.testing.assert_array_equal(found.scale, scale)
+    np.testing.assert_array_equal(found.codes, codes)
+    assert (found.axis, found.block_size, found.zero_point) == (1, None, None)
+
+
+TWICE = {**RECIPE, "passes": [
+    {"gptq": {"format": "int8", "group_size": 16, "targets": ["*.down_proj"]}},
+    {"gptq": {"format": "int4", "group_size": 16, "ignore": ["*.down_proj"]}},
+]}  # fmt: skip
+
+
+def test_one_pass_may_run_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are told apart by their position: what the first has finished is not taken for work of the second."""
+    whole = compiled(tmp_path / "whole", recipe=TWICE)
+    formats = {site.name.split(".")[-1]: str(site.scheme).split()[0] for site in whole.report.sites}
+    assert formats == {"down_proj": "int8", "up_proj": "int4"}
+    interrupt(monkeypatch, after=BLOCKS + 2)  # in the second step
+    with pytest.raises(Killed):
+        compiled(tmp_path / "work", recipe=TWICE)
+    names = sorted(path.name for path in (tmp_path / "work").glob("*.safetensors"))
+    assert [name.split(".")[0] for name in names] == ["00-gptq"] * BLOCKS + ["01-gptq"]
+    calls = interrupt(monkeypatch, after=99)
+    assert weights(compiled(tmp_path / "work", resume=True, recipe=TWICE)) == weights(whole)
+    assert len(calls) == BLOCKS - 1
+
+
+@pytest.mark.parametrize("name", ["awq", "hqq", "nf4"])
+def test_all_long_passes_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    options = {"nf4": {"block_size": 16}, "awq": {"group_size": 16, "grid": 3, "insert_mul": True}}
+    rounding = [{"quantize-weights": {}}] if name == "awq" else []
+    recipe = {**RECIPE, "passes": [{name: options.get(name, {"group_size": 16})}, *rounding]}
+    whole = compiled(tmp_path / "whole", recipe=recipe)
+    cls, calls = pass_class(name), []
+    compute = cls.compute
+
+    def dying(self: StagedPass, *args: object) -> Computed:
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+        return compute(self, *args)
+
+    monkeypatch.setattr(cls, "compute", dying)
+    with pytest.raises(Killed):
+        compiled(tmp_path / "work", recipe=recipe)
+    assert len(list((tmp_path / "work").glob("*.safetensors"))) == 2
+    before = len(calls)
+    resumed = compiled(tmp_path / "work", resume=True, recipe=recipe)
+    assert len(calls) - before == len(list((tmp_path / "whole").glob("*.safetensors"))) - 2 > 0
+    assert weights(resumed) == weights(whole)
+    assert [site.details for site in resumed.report.sites] == [site.details for site in whole.report.sites]
+
+
+def test_awq_holds_the_moments_of_one_stage_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    held, compute = [], Awq.compute
+
+    def counted(self: Awq, unit: Unit, statistics: StatisticsStore) -> Computed:
+        held.append([value for value, _ in statistics])
+        return compute(self, unit, statistics)
+
+    monkeypatch.setattr(Awq, "compute", counted)
+    compiled(tmp_path, recipe={**RECIPE, "passes": [{"awq": {"group_size": 16, "grid": 2, "insert_mul": True}}]})
+    assert held == [["x"], ["a_0"], ["h_1"], ["a_1"], ["h_2"], ["a_2"]]

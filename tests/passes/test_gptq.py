@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -15,12 +14,16 @@ from hypothesis import strategies as st
 
 import passes.gptq
 from passes.gptq import Gptq
+from qcompiler.calibration.calibrator import Calibrator
+from qcompiler.calibration.samples import from_python
+from qcompiler.driver import pipeline
 from qcompiler.errors import DataError, SchemeError
 from qcompiler.formats.scheme import PerChannel, PerGroup, PerTensor, Scheme
 from qcompiler.formats.search import quantize_weight
 from qcompiler.rewriting import gptq as gptq_solver
 from qcompiler.rewriting.contract import Changes
 from qcompiler.rewriting.gptq import CholeskyFactor, factorise, solve
+from qcompiler.rewriting.staged import Unit, stages
 from qcompiler.sites.find import find_sites
 from qcompiler.statistics import StatisticsStore
 from tests import tiny
@@ -330,7 +333,7 @@ def test_a_constant_that_meets_two_values() -> None:
     tiny.compile(after, [Gptq(group_size=8)], samples)
     (codes,) = [v.const_value for v in after.graph.initializers.values() if v.name.endswith("codes")]
     assert (expected.codes == np.asarray(codes.numpy(), np.int8).T).mean() > 0.95
-    assert len(Gptq().stages(model)) == 1
+    assert len(Gptq().units(model, Changes())) == 1
 
 
 def test_a_layer_whose_hessian_has_no_factor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,34 +389,45 @@ BLOCKS = """g (float[M,16] x, float[16,16] A, float[16,16] B, float[16,16] C, fl
     [also] u = MatMul(p, G)
     w = Add(u, v) }"""
 CONSTANTS = dict.fromkeys("ABCDEFG", "normal")
-FIRST = ("/model/layers.0/q/MatMul", "/model/layers.0/k/MatMul", "/model/layers.0/o/MatMul")
-SECOND = ("/model/layers.1/q/MatMul",)
+FIRST = {"/model/layers.0/q/MatMul", "/model/layers.0/k/MatMul", "/model/layers.0/o/MatMul"}
+SECOND = {"/model/layers.1/q/MatMul"}
 
 
-def stages_of(text: str, **options: Any) -> list[tuple[str, ...]]:
-    step = Gptq(group_size=8, **options)
-    stages = step.stages(tiny.build(text, **{name: how for name, how in CONSTANTS.items() if f"] {name}" in text}))
-    assert all(stage == replace(step, sequential=False, targets=stage.targets) for stage in stages)
-    return [stage.targets for stage in stages]
+def units_of(text: str, **options: Any) -> list[Unit]:
+    model = tiny.build(text, **{name: how for name, how in CONSTANTS.items() if f"] {name}" in text})
+    return list(Gptq(group_size=8, **options).units(model, Changes()))
+
+
+def stages_of(text: str, **options: Any) -> list[set[str]]:
+    """The layers of each stage."""
+    return [
+        {linear.name for unit in stage for found in unit.work for linear in found.linears}
+        for stage in stages(units_of(text, **options))
+    ]
 
 
 def test_one_stage_for_each_block_and_for_each_value_outside() -> None:
     separate = BLOCKS.replace("MatMul(p, G)", "MatMul(p, F)")
-    assert stages_of(separate) == [("in_proj",), FIRST, SECOND, ("head", "also"), ("other",)]
-    assert stages_of(separate, ignore=("head", "*.k")) == [
-        ("in_proj",), (FIRST[0], FIRST[2]), SECOND, ("other",), ("also",),
-    ]  # fmt: skip
+    assert stages_of(separate) == [{"in_proj"}, FIRST, SECOND, {"head", "also"}, {"other"}]
+    without = stages_of(separate, ignore=("head", "*.k"))
+    assert without == [{"in_proj"}, FIRST - {"/model/layers.0/k/MatMul"}, SECOND, {"other"}, {"also"}]
 
 
 def test_layers_that_share_a_constant_are_in_one_stage() -> None:
-    assert stages_of(BLOCKS) == [("in_proj",), FIRST, SECOND, ("head", "also", "other")]
+    assert stages_of(BLOCKS) == [{"in_proj"}, FIRST, SECOND, {"head", "also", "other"}]
     tied = BLOCKS.replace("MatMul(o, E)", "MatMul(o, B)").replace(", float[16,16] E", "")
-    assert stages_of(tied) == [("in_proj",), FIRST + SECOND, ("head", "also", "other")]
+    assert stages_of(tied) == [{"in_proj"}, FIRST | SECOND, {"head", "also", "other"}]
 
 
-def test_a_pass_that_is_not_sequential_is_its_own_stage() -> None:
-    step = Gptq(sequential=False)
-    assert step.stages(tiny.build(MATMUL, W="normal")) == (step,)
+def test_a_unit_is_what_one_hessian_serves() -> None:
+    names = [[str(found.value.name) for found in unit.work] for unit in units_of(BLOCKS)]
+    assert names == [["A"], ["B", "C"], ["D"], ["E"], ["F"], ["G"]]
+    assert [tap.value for tap in units_of(BLOCKS)[-1].taps] == ["t", "p"]  # G meets two values
+
+
+@pytest.mark.parametrize(("sequential", "measured"), [(True, "in turn"), (False, "at once")])
+def test_how_it_is_measured(sequential: bool, measured: str) -> None:
+    assert Gptq(sequential=sequential).measured == measured
 
 
 def test_stages_together_do_what_the_pass_does() -> None:
@@ -421,6 +435,8 @@ def test_stages_together_do_what_the_pass_does() -> None:
     text = """g (float[M,16] x, float[16,16] A, float[1,16,16] B, float[16,6] C) => (float[M,6] y) {
         [fc] a = MatMul(x, A)  [batched] b = Einsum<equation="mi,bij->mj">(a, B)  [last] y = MatMul(b, C) }"""
     model = tiny.build(text, A="normal", B="normal", C="normal")
-    done = tiny.compile(model, Gptq(group_size=8).stages(model), inputs(model))
-    assert [[changed.site for changed in changes.changed] for changes in done] == [["fc"], ["last"]]
-    assert [list(tiny.reasons(changes)) for changes in done] == [["batched"], []]
+    store, samples = StatisticsStore(), inputs(model)
+    (run,) = pipeline.run(model, [Gptq(group_size=8)], store, Calibrator(from_python(samples, model=model)))
+    assert [changed.site for changed in run.changes.changed] == ["fc", "last"]
+    assert list(tiny.reasons(run.changes)) == ["batched"]
+    assert not len(store)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+import qcompiler
 from passes.gptq import Gptq
 from passes.mixed_precision import MixedPrecision, assign
 from passes.quantize_weights import QuantizeWeights
 from qcompiler.errors import SchemeError
+from qcompiler.recipes import Recipe
 from tests import tiny
 
 SCHEME: dict[str, Any] = {"format": "uint4", "group_size": 16, "symmetric": False}
@@ -84,3 +87,22 @@ def test_the_function_stays() -> None:
 def test_a_choice_without_a_format_is_refused() -> None:
     with pytest.raises(SchemeError, match="int5"):
         MixedPrecision(choices=(4, 5))
+
+
+def test_a_choice_does_not_outlive_its_compilation(tmp_path: Path) -> None:
+    """It travels in `Changes`: what the next recipe asks of the saved model holds."""
+    samples = tiny.feeds(three())
+    decide = {"mixed-precision": {"budget": 7.5, "choices": [2, 4, 8], "group_size": 16}}
+    first = Recipe.from_dict({"name": "first", "passes": [decide]})
+    chosen = qcompiler.compile(three(), first, target="portable", calibration=samples)
+    chosen.save(tmp_path / "out")
+    rounding = {"quantize-weights": {"granularity": "group", "group_size": 16}}
+    second = Recipe.from_dict({"name": "second", "passes": [rounding]})
+    again = qcompiler.compile(tmp_path / "out", second, target="portable", calibration=samples)
+    assert {str(site.scheme) for site in again.report.sites} == {"int8 group(16) symmetric"}
+
+
+def test_bits_of_single_layers_are_an_option() -> None:
+    model = three()
+    (changes,) = tiny.compile(model, [QuantizeWeights(granularity="group", bits={"b": 2}, **SCHEME)], tiny.feeds(model))
+    assert {changed.site: str(changed.scheme).split()[0] for changed in changes.changed}["b"] == "uint2"
