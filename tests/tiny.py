@@ -118,7 +118,7 @@ def optimized_nodes(model: ir.Model, path: Path) -> list[onnx.NodeProto]:
 
 def measure(model: ir.Model, steps: Sequence[Pass], samples: Sequence[Feeds], store: StatisticsStore) -> None:
     """Run the samples and put what the passes ask for, and the store lacks, into the store."""
-    taps = [tap for step in steps for tap in pipeline.taps_before(step, model)]
+    taps = [tap for step in steps for tap in step.taps(model)]
     pipeline.measure(model, taps, store, Calibrator(from_python(list(samples), model=model)), steps)
 
 
