@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from qcompiler.graph.edit import constant
 from qcompiler.graph.module_path import module_path
-from qcompiler.graph.operators import quantized
+from qcompiler.graph.operators import Role, operator_of
 from qcompiler.model_diff.activations import quantizes
 from qcompiler.model_diff.layers import plain_name
 from qcompiler.model_diff.pairing import LayerPair, unique
@@ -218,11 +218,16 @@ def transparent(node: ir.Node) -> bool:
     return ir.DataType(after or 0).is_floating_point() and (before is None or before.is_floating_point())
 
 
+_SETTINGS: tuple[Role, ...] = ("scale", "zero", "bias")  # a bias is of other numbers than the float operator's
+
+
 def _essence(node: ir.Node) -> tuple[str, list[ir.Value | None]]:
     """The operator and its data, without the scales and zero points that a quantized one takes."""
-    if not node.op_type.startswith("QLinear") or not quantized(node):
+    row = operator_of(node)
+    if not node.op_type.startswith("QLinear") or row is None:
         return _base(node), list(node.inputs)
-    return _base(node), [place.codes.of(node) for place in quantized(node) if not place.codes.output]
+    data = [index for index in range(len(node.inputs)) if (slot := row.input(index)) and slot.role not in _SETTINGS]
+    return _base(node), [node.inputs[index] for index in data]
 
 
 def _base(node: ir.Node) -> str:

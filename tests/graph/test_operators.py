@@ -345,6 +345,37 @@ def test_reductions_take_an_axis_away(name: str) -> None:
     assert extreme == (not has(node(name, 1), "accumulates"))
 
 
+@pytest.mark.parametrize("name", named("measures"))
+def test_what_measures_reads_no_numbers(name: str) -> None:
+    np.testing.assert_array_equal(run(name, X, []), run(name, X * -3, []))
+
+
+@pytest.mark.parametrize("name", named("random"))
+def test_what_is_random_is_so_by_its_schema(name: str) -> None:
+    """A seed is what tells operators that give other numbers in every run."""
+    assert "seed" in onnx.defs.get_schema(name, 21, "").attributes
+
+
+def test_all_of_onnx_that_is_random_has_a_row() -> None:
+    seeded = {
+        schema.name for schema in onnx.defs.get_all_schemas() if not schema.domain and "seed" in schema.attributes
+    }
+    assert seeded - {"Dropout"} == set(named("random"))  # which gives what it reads, but in training
+
+
+@pytest.mark.parametrize("name", named("picks"))
+def test_what_picks_is_told_what(name: str) -> None:
+    assert OPERATORS["", name].places("index")
+
+
+@pytest.mark.parametrize("operator", [row for row in rows(RUNTIME) if "half" in row.traits], ids=identity)
+def test_cuda_has_the_runtimes_operators_in_16_bits(operator: Operator) -> None:
+    types = {kind for table in TABLES[1:] for kernel in table.kernels
+             if (kernel.domain or RUNTIME, kernel.op) == (operator.domain, operator.name) for _, kinds in kernel.types
+             for kind in kinds}  # fmt: skip
+    assert "float16" in types
+
+
 def test_every_trait_is_of_use() -> None:
     assert {trait for row in OPERATORS.values() for trait in row.traits} == TRAITS
 

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompiler import diff
+from qcompiler.model_diff.node_pairing import pair_nodes
 
 HEAD = '<ir_version: 10, opset_import: ["": 21]>'
 RUNTIME = "com.microsoft"
@@ -112,3 +113,20 @@ def test_what_quantize_dynamic_makes_is_told(tmp_path: Path) -> None:
     assert product.scale is not None
     assert product.scale[0] == pytest.approx(np.abs(weight).max() / 127, rel=0.02)
     assert product.type in ("INT8", "UINT8")
+
+
+def test_a_choice_of_codes_is_the_choice_of_floats_that_it_stands_for() -> None:
+    """Named otherwise, QLinearWhere is found by what it chooses from: its operands without scales and zero points."""
+    head = '<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]> g (bool[4] c, float[4] x) => (float[4] y)'
+    before = ir.from_onnx_text(
+        f"{head} {{ a = Relu (x) b = Neg (x) [one] h = Where (c, a, b) [two] i = Where (c, b, a) y = Sum (h, i) }}"
+    )
+    after = ir.from_onnx_text(
+        f"""{head} <float s = {{0.5}}, uint8 z = {{9}}> {{
+        a = Relu (x) b = Neg (x) qa = QuantizeLinear (a, s, z) qb = QuantizeLinear (b, s, z)
+        [second] qi = com.microsoft.QLinearWhere (c, qb, s, z, qa, s, z, s, z)
+        [first] qh = com.microsoft.QLinearWhere (c, qa, s, z, qb, s, z, s, z)
+        dh = DequantizeLinear (qh, s, z) di = DequantizeLinear (qi, s, z) y = Sum (di, dh) }}"""
+    )
+    paired = {node.name: other.name for node, other in pair_nodes(before, after, []).items() if node.op_type == "Where"}
+    assert paired == {"one": "first", "two": "second"}

@@ -101,6 +101,22 @@ def rescaled_at_random(model: ir.Model, groups: list[NormGroup], tolerance: floa
             assert tiny.relative_error(new * divisor, old) < tolerance
 
 
+@pytest.mark.parametrize(
+    "between", ["f = Flatten<axis=1>(u)", "f = Identity(u)", "f = Cast<to=1>(u)", "f = Reshape(u, k)"]
+)
+def test_a_layer_takes_factors_past_what_keeps_the_order_of_numbers(between: str) -> None:
+    model = tiny.build(
+        "g (float[B,8] x, float[8,16] U, float[16,4] W, int64[2] k) => (float[B,4] y) "
+        f"{{ [up] u = MatMul(x, U) {between} r = Relu(f) [down] y = MatMul(r, W) }}",
+        U="normal", W="normal", k=np.array([-1, 16]),
+    )  # fmt: skip
+    group = group_of(model, "down")
+    assert group.factor is not None
+    assert group.factor.linear.name == "up"
+    assert group.factor.channels.tolist() == list(range(16))
+    rescaled_at_random(model, [group])
+
+
 def test_scales_that_differ_within_repeats_are_refused() -> None:
     model = attention(DECOMPOSED, 2)
     with pytest.raises(ValueError, match="differ"):
