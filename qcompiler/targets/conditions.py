@@ -12,12 +12,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import onnx
-import onnx_ir as ir
+from typing import TYPE_CHECKING, Any
 
 from qcompiler.errors import TargetError, closest
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ def type_name(value: ir.Value | None) -> str:
 
 
 def dtype_name(dtype: ir.DataType | None) -> str:
+    import onnx  # here, so that listing targets is quick
+
     return "" if dtype is None else str(onnx.TensorProto.DataType.Name(dtype.value)).lower()
 
 

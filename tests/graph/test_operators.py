@@ -273,7 +273,7 @@ def test_pasts_and_presents(
 
 X = np.arange(24, dtype=np.float32).reshape(2, 3, 4) - 7.5
 MORE: dict[str, list[np.ndarray]] = {
-    "Expand": [np.array([2, 2, 3, 4])], "Gather": [np.array([1, 0])], "GatherElements": [np.ones((2, 3, 4), np.int64)],
+    "Expand": [np.array([2, 2, 3, 4])], "Gather": [np.array([1, 1])], "GatherElements": [np.ones((2, 3, 4), np.int64)],
     "GatherND": [np.array([[1, 2]])], "Reshape": [np.array([4, 6])],
     "Slice": [np.array([1]), np.array([3]), np.array([1])],
     "Squeeze": [], "Tile": [np.array([1, 2, 1])], "Unsqueeze": [np.array([0])], "Trilu": [], "Split": [],
@@ -283,7 +283,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "Concat": {"axis": 1}, "DepthToSpace": {"blocksize": 2}, "SpaceToDepth": {"blocksize": 2},
     "Split": {"axis": 2, "num_outputs": 2}, "Cast": {"to": 1}, "MaxPool": {"kernel_shape": [2]},
 }  # fmt: skip
-RANKS = {"DepthToSpace": (1, 4, 2, 3), "SpaceToDepth": (1, 1, 4, 6)}
+RANKS = {"DepthToSpace": (1, 4, 2, 3), "SpaceToDepth": (1, 1, 4, 6), "Squeeze": (2, 1, 12)}
 
 
 def run(name: str, x: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
@@ -333,6 +333,40 @@ def test_a_factor_of_the_first_input_is_one_of_the_output(name: str) -> None:
 def test_a_factor_of_the_second_input_is_one_of_the_output(name: str) -> None:
     x, other = X[0], X[1].T.copy() if name == "MatMul" else X[1]
     np.testing.assert_allclose(run(name, x, [other * 4]), run(name, x, [other]) * 4, rtol=1e-6)
+
+
+MOVING = [
+    "Cast", "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity",
+    "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Trilu", "Unsqueeze",
+]  # fmt: skip
+
+
+def changed_places(name: str, x: np.ndarray, others: list[np.ndarray]) -> set[int]:
+    """Which numbers of the output another one at place 5 of the input changes."""
+    other = x.copy()
+    other.reshape(-1)[5] += 1
+    return set(np.flatnonzero((run(name, x, others) != run(name, other, others)).reshape(-1)))
+
+
+@pytest.mark.parametrize("name", [*MOVING, "Add", "CumSum", "Div", "Mul", "ReduceSum", "Relu", "Sub"])
+def test_an_operator_has_the_traits_that_its_numbers_show(name: str) -> None:
+    """Not only those that it has hold: it has all that do."""
+    x = np.sqrt(np.arange(2, 26, dtype=np.float32)).reshape(RANKS.get(name, X.shape))
+    x[..., 0] *= -1
+    others = {"CumSum": [np.array(1)], "Add": [X + 9], "Sub": [X + 9]}.get(name, MORE.get(name, []))
+    y = run(name, x, others)
+    read = {*x.reshape(-1), *(others[0].reshape(-1) if name == "Concat" else ()), *((0.0,) if name == "Trilu" else ())}
+    shown = {
+        "moves": read.issuperset(y.reshape(-1)),
+        "whole": set(y.reshape(-1)) == set(x.reshape(-1)),
+        "ordered": y.size == x.size and bool(np.all(y.reshape(-1) == x.reshape(-1))),
+        "homogeneous": np.allclose(run(name, x * 4, others), y * 4) and name != "Concat",  # all of it, from one input
+        "elementwise": y.shape == x.shape and changed_places(name, x, others) == {5} and name != "Trilu",
+    }
+    if name not in ("CumSum", "ReduceSum"):  # sums are told by other traits
+        assert {trait for trait, holds in shown.items() if holds} == OPERATORS["", name].traits & shown.keys()
+    else:
+        assert not shown["moves"]
 
 
 @pytest.mark.parametrize("name", named("reduction"))
