@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 
 import numpy as np
 import onnx
@@ -104,18 +105,54 @@ def test_every_operator_of_the_runtime_that_takes_scales_has_a_row() -> None:
     assert {name for domain, name in coded if (domain, name) not in OPERATORS} <= floats
 
 
-def test_every_scale_of_the_runtime_has_the_role() -> None:
-    """Of kernels with scales that are not those of a quantized operand: second levels, and parts of fused products."""
-    for key, signature in SIGNATURES.items():
-        found = OPERATORS.get(key)
-        if found is None or not found.coded or "opaque" in found.traits:
+# Parameters that are called a scale and are not that of an operand: second levels, products inside of attention, gains,
+# and activations that no kernel takes as codes.
+OTHER_SCALES = re.compile(
+    r"scale_(Q|K|V|QKT|qkv|global)_\w+|weight_scale_2|(input|a|fc\d_(global|act|act_block))_scale|[Ss]cale"
+)
+ROLES = {
+    r"\w*(scale|absmax)\w*": "scale", r"\w*zero_point\w*": "zero", r"attn_mask|mask_index|attention_bias": "mask",
+    r"gamma\w*|\w*norm_weight": "gain", r"beta\w*": "shift", r"\w*bias": "bias", r"past(_key|_value)?": "past",
+    r"(key|value)_cache": "past", r"present\w*|\w+_cache_out|new_\w+_cache": "present", r"cos_cache|sin_cache": "angle",
+    r"indices|position_ids|input_ids|block_table|slot_mapping": "index",
+    r"mean|Mean|inv_std_var|InvStdDev": "statistic", r"axes|shape|starts|ends|repeats|\w*lens?|\w*length": "setting",
+    r"W|\w*weights?|\w+_embedding(_quant)?": "weight",
+}  # fmt: skip
+"""By what operators call an input or output: the first pattern that fits."""
+EXCEPTIONS = {
+    ("Shape", "shape"), ("EmbedLayerNormalization", "mask_index"), ("QMoE", "router_weights"),
+    ("DequantizeBinary", "W"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=identity)
+def test_roles_are_those_of_the_names(operator: Operator) -> None:
+    for slot in (*operator.inputs, *operator.outputs, *operator.repeated):
+        if (operator.name, slot.name) in EXCEPTIONS or (OTHER_SCALES.fullmatch(slot.name) and slot.role != "scale"):
             continue
-        for (name, _), port in zip(signature.inputs, found.inputs, strict=False):
-            if any(word in name.lower() for word in SCALES) and (key[1], name) != (
-                "MatMulBlockQuantizedFp8Weight",
-                "a_scale",  # of an activation that it takes as float8: no kernel of ours gives it one
-            ):
-                assert port.role in ("scale", "zero"), f"{key[1]}: {name}"
+        role = next((role for names, role in ROLES.items() if re.fullmatch(names, slot.name)), None)
+        assert role is None or slot.role == role, slot.name
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=identity)
+def test_traits_are_those_of_the_names(operator: Operator) -> None:
+    name, has_trait = operator.name, operator.traits.__contains__
+    assert has_trait("convolution") == ("Conv" in name)
+    assert has_trait("product") == (re.search("MatMul|Gemm|Conv|Einsum", name) is not None and name != "DeformConv")
+    assert has_trait("bilinear") == (name in ("Mul", "MatMul", "FusedMatMul"))
+    assert has_trait("attention") == name.endswith(("Attention", "SelfAttention"))
+    assert has_trait("norm") == (name.endswith("Normalization") and not name.startswith(("Embed", "Q")))
+    assert has_trait("decodes") == name.startswith("Dequantize")
+    makes_codes = re.fullmatch("(Dynamic)?Quantize(?!MatMul|LSTM).*", name) is not None
+    assert has_trait("quantizes") == makes_codes
+    assert has_trait("cache") == (operator.domain == DOMAIN and ("Cache" in name or "Int4" in name))
+    assert has_trait("rounds") == (name in ("DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "MatMulNBits"))
+    if has_trait("decodes"):
+        assert operator.inputs[0].role == "code"
+    if makes_codes:
+        assert operator.outputs[0].role == "code"
+    if has_trait("convolution"):
+        assert has_trait("rows")
 
 
 def test_every_function_of_ours_has_a_row() -> None:
