@@ -157,6 +157,18 @@ def test_cuda_has_the_runtimes_operators_in_16_bits(operator: Operator) -> None:
     assert "float16" in types
 
 
+def test_what_computes_in_16_bits_and_what_is_moved_past() -> None:
+    """Two traits that are choices of ONNX Runtime's, and of ours: which of its operators convert-float converts."""
+    assert {row.name for row in OPERATORS.values() if "half" in row.traits} == {
+        "Attention", "BiasGelu", "FastGelu", "FusedMatMul", "GatherBlockQuantized", "Gelu", "GroupQueryAttention",
+        "MatMulBnb4", "MatMulNBits", "MultiHeadAttention", "QuickGelu", "RotaryEmbedding",
+        "SimplifiedLayerNormalization", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization",
+    }  # fmt: skip
+    assert set(named("propagates")) == {
+        "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze",
+    }  # fmt: skip
+
+
 def test_every_trait_is_of_use() -> None:
     assert {trait for row in OPERATORS.values() for trait in row.traits} == TRAITS
 

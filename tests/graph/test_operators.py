@@ -143,6 +143,8 @@ def test_traits_are_those_of_the_names(operator: Operator) -> None:
     assert has_trait("quantizes") == makes_codes
     assert has_trait("cache") == (operator.domain == DOMAIN and ("Cache" in name or "Int4" in name))
     assert has_trait("rounds") == (name in ("DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "MatMulNBits"))
+    assert has_trait("reduction") == name.startswith("Reduce")
+    assert has_trait("typed") == (operator.domain == DOMAIN and (has_trait("decodes") or name == "UnpackInt4"))
     if has_trait("decodes"):
         assert operator.inputs[0].role == "code"
     if makes_codes:
