@@ -43,7 +43,8 @@ from qcompiler.half.plan import HALF_TYPES, HalfPlan, plan
 from qcompiler.half.rewrite import convert
 from qcompiler.half.types import FLOAT, fill_in_types
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
-from qcompiler.sites.find import Convolution, Embedding, Linear, find_sites
+from qcompiler.sites.analyses import sites_of
+from qcompiler.sites.find import Convolution, Embedding, Linear
 from qcompiler.statistics import MinMax, StatisticsStore
 
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -76,7 +77,7 @@ class ConvertFloat(Pass):
             peaks[name] = self.headroom * max(abs(found.lo), abs(found.hi))
         fill_in_types(model)
         decided = self._plan(model, peaks)
-        sites = find_sites(model)
+        sites = sites_of(model)
         changes = Changes()
         for site in sites:
             if not self.selects(site):
@@ -101,7 +102,7 @@ class ConvertFloat(Pass):
         ]
 
     def _plan(self, model: ir.Model, peaks: dict[str, float]) -> HalfPlan:
-        sites = find_sites(model)
+        sites = sites_of(model)
         left = {site.node for site in sites if not self.selects(site)}
         return plan(model, DTYPES[self.dtype], sites, lambda node: node not in left, self._stays, peaks)
 

@@ -51,8 +51,9 @@ from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, 
 from qcompiler.rewriting.pairs import Build, Pairs, float8_tensor_pair, float8_token_pair
 from qcompiler.rewriting.weights import Reader, WeightPass
 from qcompiler.sites.activations import is_quantized
+from qcompiler.sites.analyses import sites_of
 from qcompiler.sites.attention_layers import find_attention_projections
-from qcompiler.sites.find import Linear, find_sites
+from qcompiler.sites.find import Linear
 from qcompiler.sites.kinds import Sites
 from qcompiler.statistics import ChannelRange, StatisticsStore
 
@@ -101,12 +102,12 @@ class Fp8(Pass):
     def taps(self, model: ir.Model) -> Sequence[Tap]:
         if not self.activations or self.activation_scheme().dynamic:
             return ()
-        constants = self._weights(self._left_out(find_sites(model), model)).constants(model, Changes())
+        constants = self._weights(self._left_out(sites_of(model), model)).constants(model, Changes())
         inputs = dict.fromkeys(str(linear.input.name) for constant in constants for linear in constant.linears)
         return [Tap(value, ChannelRange()) for value in inputs]
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
-        sites = find_sites(model)
+        sites = sites_of(model)
         left_out = self._left_out(sites, model)
         changes = self._weights(left_out).apply(model, statistics)
         named = self._weights({}).wanted(sites)
@@ -137,7 +138,7 @@ class Fp8(Pass):
         rounded = {changed.site for changed in changes.changed}
         rw = Rewriter(model, self.name)
         pairs = Pairs(rw)
-        for site in find_sites(model).linears:
+        for site in sites_of(model).linears:
             if site.name not in rounded:
                 continue
             if is_quantized(site.input):

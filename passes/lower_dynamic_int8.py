@@ -38,7 +38,8 @@ from qcompiler.graph.rewriter import Rewriter
 from qcompiler.lowering.integer_weights import IntegerWeights, is_blocked, put_kernel, weight_obstacle
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
 from qcompiler.sites.activations import DynamicPair, dynamic_pair
-from qcompiler.sites.find import Linear, find_sites
+from qcompiler.sites.analyses import quantized_linears_of
+from qcompiler.sites.find import Linear
 from qcompiler.statistics import StatisticsStore
 
 KERNEL = "MatMulIntegerToFloat"
@@ -57,7 +58,7 @@ class LowerDynamicInt8(Pass):
         weights, rows = IntegerWeights(rw), _Rows(rw)
         model.graph.opset_imports.setdefault("com.microsoft", 1)
         layers: list[tuple[Linear, DynamicPair]] = []
-        for site in self.selected(find_sites(model).linears):
+        for site in self.selected(quantized_linears_of(model)):
             pair = dynamic_pair(site.input)
             if site.dequantize is None or pair is None or is_blocked(site):
                 continue  # other passes' business

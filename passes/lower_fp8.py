@@ -39,7 +39,8 @@ from qcompiler.graph.lazy import derived
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
 from qcompiler.sites.activations import dynamic_pair
-from qcompiler.sites.find import Linear, find_sites
+from qcompiler.sites.analyses import quantized_linears_of
+from qcompiler.sites.find import Linear
 from qcompiler.statistics import StatisticsStore
 from qcompiler.targets.conditions import CODES, Call, Operand, obstacles
 
@@ -62,7 +63,7 @@ class LowerFp8(Pass):
         changes, rw = Changes(), Rewriter(model, self.name)
         model.graph.opset_imports.setdefault("com.microsoft", 1)
         stored: dict[tuple[ir.Value, bool], ir.Value] = {}
-        for site in self.selected(find_sites(model).linears):
+        for site in self.selected(quantized_linears_of(model)):
             if site.dequantize is None or site.weight.dtype not in FLOAT8:
                 continue  # float layers and integers are other passes' business
             quantize = _quantizes_input(site)

@@ -44,7 +44,8 @@ from qcompiler.lowering.integer_weights import (
     zero_point,
 )
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
-from qcompiler.sites.find import Linear, find_sites
+from qcompiler.sites.analyses import quantized_linears_of
+from qcompiler.sites.find import Linear
 from qcompiler.statistics import StatisticsStore
 from qcompiler.targets.conditions import Call, obstacles, operand_of
 
@@ -61,7 +62,7 @@ class LowerInt8(Pass):
         rw = Rewriter(model, self.name)
         activations, weights = _Activations(rw), IntegerWeights(rw)
         model.graph.opset_imports.setdefault("com.microsoft", 1)
-        for site in self.selected(find_sites(model).linears):
+        for site in self.selected(quantized_linears_of(model)):
             pair = _activation_pair(site)
             if site.dequantize is None or pair is None:
                 continue  # weight-only, dynamic and float layers are other passes' business

@@ -50,7 +50,8 @@ from qcompiler.lowering.integer_weights import (
 )
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
 from qcompiler.sites.activations import DynamicPair, dynamic_pair
-from qcompiler.sites.find import Linear, find_sites
+from qcompiler.sites.analyses import quantized_linears_of
+from qcompiler.sites.find import Linear
 from qcompiler.statistics import StatisticsStore
 from qcompiler.targets.conditions import UNPADDED, Call, Operand, unmet
 
@@ -94,7 +95,7 @@ class LowerIntegerChain(Pass):
         changes, rw = Changes(), Rewriter(model, self.name)
         activations = _Activations(rw, self.cudnn)
         weights = IntegerWeights(rw, signed=True)
-        for site in self.selected(find_sites(model).linears):
+        for site in self.selected(quantized_linears_of(model)):
             pair = _activation(site)
             if site.dequantize is None or pair is None or (isinstance(pair, DynamicPair) and is_blocked(site)):
                 continue  # float layers, and what lower-weight-only takes

@@ -50,8 +50,9 @@ from qcompiler.lowering.integer_weights import zero_point
 from qcompiler.lowering.tensorrt_rules import BLOCKS, violations
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
 from qcompiler.sites.activations import dynamic_pair
+from qcompiler.sites.analyses import sites_of
 from qcompiler.sites.embeddings import QuantizedEmbedding, find_quantized_embeddings
-from qcompiler.sites.find import Convolution, Linear, find_sites
+from qcompiler.sites.find import Convolution, Linear
 from qcompiler.statistics import StatisticsStore
 
 Layer = Linear | Convolution
@@ -73,7 +74,7 @@ class LowerTensorrt(Pass):
             _gather_floats(embedding, floats, rw)
             reason = f"TensorRT gathers no codes, so {FLOAT_AGAIN}"
             changes.skipped.append(Skipped(embedding.name, reason, undone="layer"))
-        sites = find_sites(model)
+        sites = sites_of(model)
         replaced: list[ir.Node] = []
         layers: list[Layer] = [*sites.linears, *sites.convolutions]
         for site in self.selected(layers):

@@ -64,8 +64,9 @@ from qcompiler.lowering.integer_weights import is_blocked
 from qcompiler.lowering.packed import CodeMatrix, code_matrix, pack, two_bit_matrix
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
 from qcompiler.sites.activations import DynamicPair, dynamic_pair
+from qcompiler.sites.analyses import quantized_linears_of
 from qcompiler.sites.embeddings import QuantizedEmbedding, find_quantized_embeddings
-from qcompiler.sites.find import Linear, find_sites
+from qcompiler.sites.find import Linear
 from qcompiler.statistics import StatisticsStore
 from qcompiler.targets.conditions import FUSED, FUSED_FEATURES, Call, Operand, dtype_name, obstacles
 
@@ -113,7 +114,7 @@ class LowerWeightOnly(Pass):
         model.graph.opset_imports.setdefault("com.microsoft", 1)
         embeddings = find_quantized_embeddings(model)
         made: dict[object, _Operator] = {}
-        for site in self.selected(find_sites(model).linears):
+        for site in self.selected(quantized_linears_of(model)):
             pair = dynamic_pair(site.input)
             if site.dequantize is None or (not is_blocked(site) if pair is not None else _reads_codes(site.node)):
                 continue

@@ -50,7 +50,8 @@ from qcompiler.graph.lazy import derived, read
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Skipped
 from qcompiler.rewriting.staged import Computed, StagedPass, Unit
-from qcompiler.sites.find import Linear, Sites, find_sites
+from qcompiler.sites.analyses import sites_of
+from qcompiler.sites.find import Linear, Sites
 from qcompiler.statistics import StatisticsStore
 
 Array = npt.NDArray[Any]
@@ -75,7 +76,7 @@ class Nf4(StagedPass):
     """Kinds of layers to work on; a head is a linear layer with one output for each row of an embedding (logits)."""
 
     def units(self, model: ir.Model, changes: Changes) -> Sequence[Unit]:
-        sites = find_sites(model)
+        sites = sites_of(model)
         changes.skipped.extend(Skipped(site.name, site.reason) for site in self.selected(sites.unsupported))
         by_weight: dict[tuple[ir.Value, bool], list[Linear]] = {}
         for site in self._wanted(sites):

@@ -47,7 +47,8 @@ from qcompiler.recipes.registry import users_own
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
 from qcompiler.rewriting.pairs import Build, Pairs, Quantizable, tensor_pair, token_pair
 from qcompiler.sites.activations import is_quantized
-from qcompiler.sites.find import Convolution, Linear, find_sites
+from qcompiler.sites.analyses import sites_of
+from qcompiler.sites.find import Convolution, Linear
 from qcompiler.statistics import (
     MSE,
     ChannelRange,
@@ -145,7 +146,7 @@ class QuantizeActivations(Pass):
         return changes
 
     def _sites(self, model: ir.Model) -> list[Quantizable]:
-        found = find_sites(model)
+        found = sites_of(model)
         return [site for site in found if isinstance(site, Linear | Convolution) and self.selects(site)]
 
     def _statistic(self, site: Quantizable) -> Statistic:

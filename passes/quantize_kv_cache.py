@@ -52,7 +52,8 @@ from qcompiler.rewriting import fused_cache
 from qcompiler.rewriting.attention_past import join_outside
 from qcompiler.rewriting.cache_storage import Coder, Storage
 from qcompiler.rewriting.contract import OPTIONS, CacheChange, Changed, Changes, Kind, Pass, Skipped, Tap
-from qcompiler.sites.caches import Cache, find_caches
+from qcompiler.sites.analyses import caches_of
+from qcompiler.sites.caches import Cache
 from qcompiler.sites.find import Unsupported
 from qcompiler.statistics import HeadRange, StatisticsStore
 
@@ -106,7 +107,7 @@ class QuantizeKvCache(Pass):
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
         changes, rw = Changes(), Rewriter(model, self.name)
-        for found in find_caches(model):
+        for found in caches_of(model):
             if isinstance(found, Unsupported) and self.selects(found):
                 changes.skipped.append(Skipped(found.name, found.reason))
         selected = self._selected(model)
@@ -130,7 +131,7 @@ class QuantizeKvCache(Pass):
         return changes
 
     def _selected(self, model: ir.Model) -> list[Cache]:
-        return [site for site in find_caches(model) if isinstance(site, Cache) and self.selects(site)]
+        return [site for site in caches_of(model) if isinstance(site, Cache) and self.selects(site)]
 
     def _storage(self, cache: Cache) -> Storage:
         granularity = self.key_granularity if cache.role == "key" else self.value_granularity

@@ -39,6 +39,7 @@ from qcompiler.sites.find import Linear, NormGroup
 from qcompiler.statistics import ChannelFolds, ChannelMoments, ChannelRange, Statistic, StatisticsStore
 
 GRID = tuple(np.arange(0, 21) / 20)
+HELD = 1 << 20  # bytes of a weight that is kept while the search looks at it
 UNSEEN = 4.0  # new text differs more from the calibration text than its stretches do: docs/decisions/0003
 
 
@@ -97,32 +98,37 @@ class SmoothQuant(Pass):
         if self.alpha != "auto":
             return float(self.alpha), _scales(measured.magnitude, peak, float(self.alpha))
         choices: list[float | None] = [None, *GRID]
-        errors = [self._expected_error(measured, weights, peak, alpha) for alpha in choices]
+        errors = self._expected_errors(measured, weights, peak, choices)
         best = choices[int(np.argmin(errors))]
         return best, _scales(measured.magnitude, peak, best)
 
-    def _expected_error(
-        self, measured: _Measured, weights: Sequence[_Weight], peak: np.ndarray, alpha: float | None
-    ) -> float:
-        """Σ over the layers of E‖y - ŷ‖² / E‖y‖², with rounding errors independent and uniform (variance step²/12).
+    def _expected_errors(
+        self, measured: _Measured, weights: Sequence[_Weight], peak: np.ndarray, choices: Sequence[float | None]
+    ) -> list[float]:
+        """For each α: Σ over the layers of E‖y - ŷ‖² / E‖y‖², with rounding errors independent and uniform.
 
-        The activation's error meets the scaled weight, Σ_j (s_j² Δx²/12 + 4 c_j) ‖W_j‖², and the weight's error meets
-        the scaled activation, Σ_j E[x_j²]/s_j² Σ_n Δw_n²/12 with Δw_n = 2 max_j |s_j W_jn| / (2^b - 1). c_j is what new
-        data is expected to lose by clipping (see `_Measured.clipped`): without it all channels would be made equally
-        loud on the calibration data, and the loudest of the next text would not fit.
+        A rounding's error has the variance step²/12. The activation's meets the scaled weight, Σ_j (s_j² Δx²/12 +
+        4 c_j) ‖W_j‖², and the weight's meets the scaled activation, Σ_j E[x_j²]/s_j² Σ_n Δw_n²/12 with
+        Δw_n = 2 max_j |s_j W_jn| / (2^b - 1). c_j is what new data is expected to lose by clipping (see
+        `_Measured.clipped`): without it all channels would be made equally loud on the calibration data, and the
+        loudest of the next text would not fit.
         """
-        scale = _scales(measured.magnitude, peak, alpha)
-        step = measured.span(scale) / (2**self.activation_bits - 1)
-        activation_error = scale**2 * step**2 / 12 + UNSEEN * measured.clipped(peak, alpha)
-        energy = measured.squares / scale**2
-        total = 0.0
-        for weight in weights:
-            from_activation = float(np.sum(activation_error * weight.row_energy))
-            steps = 2 * weight.column_peak(scale) / (2**self.weight_bits - 1)
-            from_weight = float(np.sum(energy)) * float(np.sum(steps**2)) / 12
-            signal = float(np.sum(measured.squares * weight.row_energy))
-            total += (from_activation + from_weight) / signal if signal > 0 else 0.0
-        return total
+        scales = [_scales(measured.magnitude, peak, alpha) for alpha in choices]
+        column_peaks = [weight.column_peaks(scales) for weight in weights]
+        errors = []
+        for index, (alpha, scale) in enumerate(zip(choices, scales, strict=True)):
+            step = measured.span(scale) / (2**self.activation_bits - 1)
+            activation_error = scale**2 * step**2 / 12 + UNSEEN * measured.clipped(peak, alpha)
+            energy = measured.squares / scale**2
+            total = 0.0
+            for weight, column_peak in zip(weights, column_peaks, strict=True):
+                from_activation = float(np.sum(activation_error * weight.row_energy))
+                steps = 2 * column_peak[index] / (2**self.weight_bits - 1)
+                from_weight = float(np.sum(energy)) * float(np.sum(steps**2)) / 12
+                signal = float(np.sum(measured.squares * weight.row_energy))
+                total += (from_activation + from_weight) / signal if signal > 0 else 0.0
+            errors.append(total)
+        return errors
 
 
 @dataclass(frozen=True)
@@ -179,7 +185,10 @@ class _Weight:
     """What the search needs of a weight [K, N], read a slice at a time so that no float64 copy of it is ever made."""
 
     def __init__(self, linear: Linear) -> None:
-        self.tensor = constant(linear.weight)
+        tensor = constant(linear.weight)
+        assert tensor is not None  # a Linear's weight is a constant
+        small = tensor.nbytes <= HELD
+        self.tensor = ir.Tensor(read(tensor, np.array), dtype=tensor.dtype) if small else tensor
         self.transposed = linear.transposed
         self.row_peak, self.row_energy = self._per_row()
 
@@ -193,20 +202,20 @@ class _Weight:
                 energy += np.square(part, dtype=np.float64).sum(axis=1)
             return peak, energy
 
-        assert self.tensor is not None  # a Linear's weight is a constant
         return read(self.tensor, compute)
 
-    def column_peak(self, scale: np.ndarray) -> np.ndarray:
-        """max_j |s_j W_jn| for every output channel n."""
+    def column_peaks(self, scales: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """For each of the scales, max_j |s_j W_jn| for every output channel n."""
 
-        def compute(data: np.ndarray) -> np.ndarray:
+        def compute(data: np.ndarray) -> list[np.ndarray]:
             rows = data.T if self.transposed else data
-            factors = scale.astype(np.float32)[:, None]
-            starts = range(0, rows.shape[1], COLUMNS_AT_ONCE)
-            parts = (np.abs(rows[:, i : i + COLUMNS_AT_ONCE].astype(np.float32) * factors) for i in starts)
-            return np.concatenate([part.max(axis=0) for part in parts])
+            found: list[list[np.ndarray]] = [[] for _ in scales]
+            for start in range(0, rows.shape[1], COLUMNS_AT_ONCE):
+                part = rows[:, start : start + COLUMNS_AT_ONCE].astype(np.float32)
+                for peaks, scale in zip(found, scales, strict=True):
+                    peaks.append(np.abs(part * scale.astype(np.float32)[:, None]).max(axis=0))
+            return [np.concatenate(peaks) for peaks in found]
 
-        assert self.tensor is not None
         return read(self.tensor, compute)
 
 

@@ -49,7 +49,8 @@ from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, 
 from qcompiler.rewriting.folding import is_shared, reader_of, weight_of
 from qcompiler.rewriting.products import add_product
 from qcompiler.sites.activations import is_quantized
-from qcompiler.sites.find import Linear, find_sites
+from qcompiler.sites.analyses import sites_of
+from qcompiler.sites.find import Linear
 from qcompiler.statistics import ChannelRange, StatisticsStore
 
 SHOWN = 8  # columns that the report names
@@ -99,7 +100,7 @@ class SplitOutliers(Pass):
     def _groups(self, model: ir.Model, changes: Changes) -> dict[ir.Value, list[Linear]]:
         """The layers that can be split, by the value that they read; the others go to `changes.skipped`."""
         groups: dict[ir.Value, list[Linear]] = {}
-        for linear in self.selected(find_sites(model).linears):
+        for linear in self.selected(sites_of(model).linears):
             obstacle = _not_for_codes(linear) if self.dynamic else _not_for_floats(linear)
             if obstacle is not None:
                 changes.skipped.append(Skipped(linear.name, obstacle))

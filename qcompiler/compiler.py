@@ -15,9 +15,10 @@ from qcompiler.calibration.calibrator import Calibrator, Hook, load_statistics, 
 from qcompiler.driver import inputs, pipeline
 from qcompiler.driver.compiled import Compiled
 from qcompiler.driver.inputs import Data
-from qcompiler.driver.observers import onlookers
+from qcompiler.driver.observers import Snapshots, onlookers
 from qcompiler.recipes import Recipe
 from qcompiler.report import build, check_gates
+from qcompiler.report.facts import inventory
 from qcompiler.statistics import StatisticsStore
 
 
@@ -45,20 +46,22 @@ def compile(
         store = load_statistics(Path(statistics), hashes["model"])
     calibrator = inputs.calibrator(measured_on, hooks, memory_limit, progress)
 
-    reference, facts, before = graph.clone(), build.inventory(graph), build.constant_bytes(graph)
-    observers = onlookers(plan.recipe, held_out, memory_limit, Path(dump_dir) if dump_dir is not None else None)
+    reference, facts, before = graph.clone(), inventory(graph), build.constant_bytes(graph)
+    snapshots = Snapshots(reference)
+    dumps = Path(dump_dir) if dump_dir is not None else None
+    observers = onlookers(plan.recipe, held_out, memory_limit, dumps, snapshots)
     checkpoint = inputs.checkpoint(plan, hashes, work_dir, resume)
     runs = pipeline.run(graph, plan.passes, store, calibrator, observers, checkpoint)
     if calibrator is not None:
         calibrator.run_hooks(reference)  # where nothing had to be measured, the hooks have not seen the data yet
-    portable = graph.clone()
+    portable = snapshots.of(graph)
     runs += pipeline.run(graph, plan.lowering, store, calibrator, observers)
     inputs.finish(graph, plan.recipe)
     comparison = build.comparison(reference, graph, portable, held_out, facts, runs, memory_limit, progress)
     report = build.report(plan.recipe, graph, facts, runs, comparison, before, hashes)
     report.gates, report.strict = check_gates(plan.recipe.gates, report.outputs), strict
     report.model = str(model) if source is not None else str(graph.graph.name)
-    report.pictures = build.pictures(report, reference, portable, graph, runs, store)
+    report.pictures = build.pictures(report, facts, reference, portable, graph, runs, store)
     report.seconds = round(time.perf_counter() - start, 2)
     return Compiled(graph, report, plan.recipe, source, checkpoint)
 

@@ -16,7 +16,8 @@ import onnx_ir as ir
 from qcompiler.diagnosis.regions import STORED, Region, StoredCache, Unmatched, flowing, region_of, same_values
 from qcompiler.graph.edit import constant
 from qcompiler.graph.operators import attends, has, quantized
-from qcompiler.sites.caches import CODES, find_caches
+from qcompiler.sites.analyses import caches_of
+from qcompiler.sites.caches import CODES
 from qcompiler.sites.kinds import Site, Unsupported
 
 FORMATS = {ir.DataType.INT8: "int8", ir.DataType.UINT8: "int4", ir.DataType.FLOAT8E4M3FN: "fp8_e4m3"}
@@ -25,7 +26,7 @@ FORMATS = {ir.DataType.INT8: "int8", ir.DataType.UINT8: "int4", ir.DataType.FLOA
 def find_cache_regions(reference: ir.Model, candidate: ir.Model) -> tuple[list[Region], list[Unmatched]]:
     """The caches that the quantized model stores as codes; those that cannot be measured, with the reason."""
     inputs = {str(value.name): value for value in candidate.graph.inputs}
-    stored = [cache for cache in find_caches(reference) if _is_stored(inputs.get(cache.name))]
+    stored = [cache for cache in caches_of(reference) if _is_stored(inputs.get(cache.name))]
     flows = flowing(candidate.graph)
     values = {str(value.name): value for value in flows}
     mine = {str(value.name): value for value in flowing(reference.graph)}

@@ -27,7 +27,8 @@ from qcompiler.evaluation.likelihood import Difference, Divergence
 from qcompiler.progress import progress_bar
 from qcompiler.sessions import segments
 from qcompiler.sessions.session import Kept, Session
-from qcompiler.sites.caches import Cache, find_caches
+from qcompiler.sites.analyses import caches_of
+from qcompiler.sites.caches import Cache
 from qcompiler.sites.find import Linear
 
 KEPT_BYTES = 1 << 30
@@ -101,7 +102,7 @@ def measure(
 
 def _main_outputs(reference: ir.Model, candidate: ir.Model) -> list[str]:
     """What the models are for: outputs of both that are no caches."""
-    caches = {str(cache.present.name) for cache in find_caches(reference) if isinstance(cache, Cache)}
+    caches = {str(cache.present.name) for cache in caches_of(reference) if isinstance(cache, Cache)}
     theirs = {str(value.name) for value in candidate.graph.outputs}
     numbers = (value for value in reference.graph.outputs if value.dtype is None or value.dtype.is_floating_point())
     mine = [str(value.name) for value in numbers if value.name not in caches]

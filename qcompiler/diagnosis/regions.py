@@ -19,7 +19,8 @@ import onnx_ir as ir
 
 from qcompiler.graph.edit import constant
 from qcompiler.graph.operators import has
-from qcompiler.sites.find import Convolution, Embedding, Linear, Site, find_sites
+from qcompiler.sites.analyses import sites_of
+from qcompiler.sites.find import Convolution, Embedding, Linear, Site
 
 MOST_NODES = 64
 """Nodes of a region; more of them are no longer one layer."""
@@ -71,7 +72,7 @@ class Unmatched:
 
 def find_regions(reference: ir.Model, candidate: ir.Model) -> tuple[list[Region], list[Unmatched]]:
     """The layers of the float model, in graph order, as the quantized model has them; both are canonicalized."""
-    layers = [site for site in find_sites(reference) if isinstance(site, Layer)]
+    layers = [site for site in sites_of(reference) if isinstance(site, Layer)]
     flows = flowing(candidate.graph)
     pairs = _pairs(reference, candidate, layers, flows)
     by_original = {original: value for value, original in pairs.items()}
@@ -119,7 +120,7 @@ def _pairs(
     """Values of the candidate, and the names of the same values in the reference, the ends of layers included."""
     pairs = same_values(reference, flows)
     known = set(pairs.values())
-    theirs = _by_path(find_sites(candidate))
+    theirs = _by_path(sites_of(candidate))
     ours = Counter(site.module_path for site in layers)
     for site in layers:
         twin = theirs.get(site.module_path) if ours[site.module_path] == 1 else None

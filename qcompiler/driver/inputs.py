@@ -22,9 +22,9 @@ from qcompiler.recipes import Recipe
 from qcompiler.report import build
 from qcompiler.rewriting.contract import Pass
 from qcompiler.rewriting.staged import StagedPass
-from qcompiler.sites.caches import find_caches
+from qcompiler.sites.analyses import caches_of, sites_of
 from qcompiler.sites.canonicalize import canonicalize
-from qcompiler.sites.find import check_patterns, find_sites
+from qcompiler.sites.find import check_patterns
 from qcompiler.targets import Target
 
 Data = str | Samples | Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
@@ -74,7 +74,7 @@ def check_plan(plan: Plan, graph: ir.Model) -> None:
     patterns = [*plan.recipe.exclude]
     for step in plan.passes:
         patterns += [*step.targets, *step.ignore]
-    check_patterns(patterns, [*find_sites(graph), *find_caches(graph)])
+    check_patterns(patterns, [*sites_of(graph), *caches_of(graph)])
 
 
 def samples(

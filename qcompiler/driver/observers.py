@@ -27,15 +27,35 @@ EXACT_SQNR_DB = {
 }
 
 
+class Snapshots:
+    """The model as it was before the step that runs, copied only where something has changed since."""
+
+    def __init__(self, first: ir.Model | None = None) -> None:
+        """`first` is a copy of the model that the first step finds, where there is one already."""
+        self._copy = first
+
+    def of(self, model: ir.Model) -> ir.Model:
+        """A copy that nobody may change."""
+        if self._copy is None:
+            self._copy = model.clone()
+        return self._copy
+
+    def changed(self) -> None:
+        """The model is another one now."""
+        self._copy = None
+
+
 class Verify:
     """After every pass the graph is well-formed; after an exact pass it computes what it did before."""
 
-    def __init__(self, samples: Samples | None, memory_limit: int | None = None) -> None:
+    def __init__(self, samples: Samples | None, memory_limit: int | None = None, snapshots: Snapshots | None = None):
         self._samples, self._memory_limit = samples, memory_limit
+        self._snapshots = snapshots or Snapshots()
         self._before: ir.Model | None = None
 
     def before(self, step: Pass, rest: Sequence[Pass], model: ir.Model, statistics: StatisticsStore) -> None:
-        self._before = model.clone() if step.kind == "exact" and self._samples is not None else None
+        exact = step.kind == "exact" and self._samples is not None
+        self._before = self._snapshots.of(model) if exact else None
 
     def after(self, step: Pass, model: ir.Model, changes: Changes) -> None:
         check_structure(model)
@@ -89,19 +109,24 @@ class Dump:
 
 
 class Reproducer:
-    """When a pass fails by its own fault: a folder with the model before it, the rest of the recipe, the statistics."""
+    """When a pass fails by its own fault: a folder with the model before it, the rest of the recipe, the statistics.
 
-    def __init__(self, folder: Path, recipe: Recipe) -> None:
-        self._folder, self._recipe = folder, recipe
+    A lowering pass is shown with those before it, on the portable model.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, snapshots: Snapshots) -> None:
+        self._folder, self._recipe, self._snapshots = folder, recipe, snapshots
         self._model: ir.Model | None = None
         self._rest: Sequence[Pass] = ()
         self._statistics: StatisticsStore | None = None
 
     def before(self, step: Pass, rest: Sequence[Pass], model: ir.Model, statistics: StatisticsStore) -> None:
-        self._model, self._rest, self._statistics = model.clone(), rest, statistics
+        if self._model is None or not (step.kind == "lowering" and self._rest and self._rest[0].kind == "lowering"):
+            self._model, self._rest, self._statistics = self._snapshots.of(model), rest, statistics
 
     def after(self, step: Pass, model: ir.Model, changes: Changes) -> None:
-        self._model = None
+        if changes.modified:
+            self._snapshots.changed()
 
     def failed(self, step: Pass, error: Exception) -> None:
         if self._model is None or self._statistics is None:
@@ -128,8 +153,8 @@ class Reproducer:
 
 
 def onlookers(
-    recipe: Recipe, held_out: Samples | None, memory_limit: int | None, dump_dir: Path | None
+    recipe: Recipe, held_out: Samples | None, memory_limit: int | None, dump_dir: Path | None, snapshots: Snapshots
 ) -> list[Verify | Dump | Reproducer]:
     """What looks on in a compilation, in this order."""
     dumps = [Dump(dump_dir)] if dump_dir is not None else []
-    return [Verify(held_out, memory_limit), *dumps, Reproducer(dump_dir or Path(), recipe)]
+    return [Verify(held_out, memory_limit, snapshots), *dumps, Reproducer(dump_dir or Path(), recipe, snapshots)]

@@ -15,6 +15,7 @@ from qcompiler.errors import DataError
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import Changes, Pass, PassRun, Tap
 from qcompiler.rewriting.staged import Computed, StagedPass, Unit, stages
+from qcompiler.sites.analyses import let_go
 from qcompiler.statistics import StatisticsStore
 
 
@@ -63,6 +64,7 @@ def run(
             for observer in observers:
                 observer.failed(step, error)
             raise
+        let_go(model)
         runs.append(PassRun(step, changes, time.perf_counter() - start, peak_rss()))
     return runs
 

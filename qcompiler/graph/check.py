@@ -26,27 +26,51 @@ def check_structure(model: ir.Model) -> None:
     for node in model.graph.all_nodes():
         _check_node(node, model)
     try:
-        onnx.checker.check_model(ir.to_proto(_without_weights(model)))
+        onnx.checker.check_model(_without_weights(model))
     except onnx.checker.ValidationError as error:
         raise PassError(f"onnx's checker refuses the model: {_first_line(error)}") from error
 
 
-def _without_weights(model: ir.Model) -> ir.Model:
-    """A copy whose larger constants are inputs, so that the checker reads no weights and looks for no files."""
-    copy = model.clone()
-    for node in copy.graph.all_nodes():
-        if node.domain == "" and node.op_type in RUNTIME_OPERATORS:
-            node.domain = "com.microsoft"  # which the checker passes over
-    copy.opset_imports.setdefault("com.microsoft", 1)
-    for name, value in list(copy.graph.initializers.items()):
+def _without_weights(model: ir.Model) -> onnx.ModelProto:
+    """The model with its larger constants as inputs, so that the checker reads no weights and looks for no files."""
+    proto = onnx.ModelProto(ir_version=model.ir_version)
+    for domain, version in {"com.microsoft": 1, **model.opset_imports}.items():
+        proto.opset_import.add(domain=domain, version=version)
+    graph = proto.graph
+    graph.name = model.graph.name or "graph"
+    for value in model.graph.inputs:
+        ir.serde.serialize_value_into(graph.input.add(), value)
+    for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None or (isinstance(tensor, ir.Tensor) and tensor.nbytes <= CHECKED_BYTES):
-            continue
-        value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
-        del copy.graph.initializers[name]
-        if not value.is_graph_input():
-            copy.graph.inputs.append(value)
-    return copy
+            if tensor is not None:
+                ir.serde.serialize_tensor_into(graph.initializer.add(), tensor)
+                graph.initializer[-1].name = name
+        elif not value.is_graph_input():
+            typed = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()))
+            ir.serde.serialize_value_into(graph.input.add(), typed)
+    for value in model.graph.outputs:
+        ir.serde.serialize_value_into(graph.output.add(), value)
+    for node in model.graph:
+        graph.node.append(ir.serde.serialize_node(node))
+        graph.value_info.extend(
+            ir.serde.serialize_value(value) for value in node.outputs
+            if value.name and value.type is not None and not value.is_graph_output()
+        )  # fmt: skip
+    for function in model.functions.values():
+        proto.functions.append(ir.serde.serialize_function(function))
+    _pass_over_runtime_operators(graph)
+    return proto
+
+
+def _pass_over_runtime_operators(graph: onnx.GraphProto) -> None:
+    """Move them to a domain that the checker does not look at."""
+    for node in graph.node:
+        if node.domain == "" and node.op_type in RUNTIME_OPERATORS:
+            node.domain = "com.microsoft"
+        for attribute in node.attribute:
+            for body in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
+                _pass_over_runtime_operators(body)
 
 
 def _first_line(error: BaseException) -> str:

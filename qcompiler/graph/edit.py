@@ -65,14 +65,21 @@ def set_constant(node: ir.Node, index: int, data: np.ndarray | ir.TensorProtocol
     """Replace the constant input `index` of `node`; other readers of the old constant keep it (copy-on-write).
 
     Exporters merge equal constants, so a norm's gain may well be another norm's gain, too. Where nobody else reads the
-    old constant, the new one takes its name.
+    old constant, it gets the new data.
     """
     old = node.inputs[index]
     if old is None or constant(old) is None or node.graph is None:
         raise ValueError(f"input {index} of {node.name!r} is not a constant")
     graph = owner(old) or node_graph(node)
+    if isinstance(data, np.ndarray | np.generic):
+        data = ir.tensor(np.ascontiguousarray(data) if np.ndim(data) else np.asarray(data), name=old.name)
+    if len(old.uses()) == 1 and not old.is_graph_output() and graph.initializers.get(old.name or "") is old:
+        del graph.initializers[old.name or ""]  # it goes to the end, as a new one would
+        old.const_value, old.type, old.shape = data, ir.TensorType(data.dtype), ir.Shape(data.shape.numpy())
+        old.metadata_props.clear()  # what an exporter noted was about the old numbers
+        graph.register_initializer(old)
+        return old
     node.replace_input_with(index, None)
-    remove_unused_constant(old)
     name = old.name or node.name or "constant"
     new = add_constant(graph, names.fresh(name) if name in graph.initializers else name, data)
     node.replace_input_with(index, new)

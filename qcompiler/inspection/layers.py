@@ -12,8 +12,9 @@ from qcompiler.graph.module_path import block_of, module_path
 from qcompiler.graph.operators import multiplied
 from qcompiler.inspection.weights import WeightStatistics, statistics_of
 from qcompiler.sites.activations import activation_scheme, coded_scheme
+from qcompiler.sites.analyses import sites_of
 from qcompiler.sites.embeddings import QuantizedEmbedding, find_quantized_embeddings
-from qcompiler.sites.find import Convolution, Embedding, Linear, Site, find_sites
+from qcompiler.sites.find import Convolution, Embedding, Linear, Site
 from qcompiler.sites.stored import StoredWeight, float_weight, quantized_weight, scheme, table_weight
 from qcompiler.sites.stored.kernels import reads_weight
 
@@ -49,7 +50,7 @@ class InspectedLayer:
 def layers_of(model: ir.Model, *, statistics: bool = True) -> list[InspectedLayer]:
     """The layers of a canonicalized model, in graph order: what passes work on, and what is quantized already."""
     sites: dict[ir.Node, Site] = {site.gather: site for site in find_quantized_embeddings(model)}
-    sites.update((site.node, site) for site in find_sites(model))
+    sites.update((site.node, site) for site in sites_of(model))
     found: list[InspectedLayer] = []
     computed: dict[ir.Value, WeightStatistics | None] = {}
     for node in model.graph.all_nodes():

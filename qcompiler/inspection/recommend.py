@@ -12,8 +12,8 @@ import onnx_ir as ir
 from qcompiler.driver.inputs import load
 from qcompiler.errors import TargetError
 from qcompiler.graph.edit import constant
-from qcompiler.sites.caches import find_caches
-from qcompiler.sites.find import Convolution, Unsupported, find_sites
+from qcompiler.sites.analyses import caches_of, sites_of
+from qcompiler.sites.find import Convolution, Unsupported
 from qcompiler.targets import Advice, Speed, Target, usable_targets
 from qcompiler.targets.kernels import CPU
 
@@ -69,8 +69,8 @@ def recommend(model: str | Path | ir.Model, target: str | None = None) -> list[R
 
 
 def _look(graph: ir.Model) -> _Known:
-    sites = find_sites(graph)
-    caches = [cache for cache in find_caches(graph) if not isinstance(cache, Unsupported)]
+    sites = sites_of(graph)
+    caches = [cache for cache in caches_of(graph) if not isinstance(cache, Unsupported)]
     weights: Counter[str] = Counter()
     for site in sites:
         tensor = constant(getattr(site, "weight", None))

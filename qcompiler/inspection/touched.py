@@ -11,8 +11,8 @@ import onnx_ir as ir
 from qcompiler.driver import inputs
 from qcompiler.rewriting.contract import Changes, Pass
 from qcompiler.rewriting.weights import WeightPass
-from qcompiler.sites.caches import find_caches
-from qcompiler.sites.find import Convolution, Embedding, Linear, Site, Unsupported, find_sites
+from qcompiler.sites.analyses import caches_of, sites_of
+from qcompiler.sites.find import Convolution, Embedding, Linear, Site, Unsupported
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def touched(
     """In the order of the passes, then of the graph. Passes that look at data or at what others made may skip more."""
     plan = inputs.plan(recipe, target, options, exclude, None, None)
     inputs.check_plan(plan, model)
-    sites = {site.name: site for site in find_sites(model)}
+    sites = {site.name: site for site in sites_of(model)}
     taken: set[str] = set()  # a weight is rounded once, by the first pass that wants it
     found: list[Touched] = []
     for step in plan.passes:
@@ -61,6 +61,6 @@ def _weights(step: WeightPass, model: ir.Model, sites: dict[str, Site], taken: s
 
 def _worked_on(step: Pass, model: ir.Model) -> list[Site]:
     if step.works_on == "caches":
-        return list(find_caches(model))
+        return list(caches_of(model))
     kinds = (Linear,) if step.kind == "exact" else (Linear, Convolution, Unsupported)
-    return [site for site in find_sites(model) if isinstance(site, kinds) and not isinstance(site, Embedding)]
+    return [site for site in sites_of(model) if isinstance(site, kinds) and not isinstance(site, Embedding)]

@@ -17,9 +17,9 @@ from qcompiler.graph.operators import QuantizedOperand, has, multiplied, multipl
 from qcompiler.model_diff.activations import Activation, of_value, through_quantization
 from qcompiler.model_diff.activations import of_operand as activation_of
 from qcompiler.model_diff.weights import Weight, as_table, of_codes, of_operand, type_name
-from qcompiler.sites.caches import Cache, find_caches
+from qcompiler.sites.analyses import caches_of, sites_of
+from qcompiler.sites.caches import Cache
 from qcompiler.sites.embeddings import QuantizedEmbedding, find_quantized_embeddings
-from qcompiler.sites.find import find_sites
 from qcompiler.sites.kinds import Linear
 from qcompiler.sites.stored import coded_weight, quantized_weight, table_weight
 from qcompiler.sites.stored.constants import source
@@ -68,7 +68,7 @@ def plain_name(name: str) -> str:
 
 def read_layers(model: ir.Model) -> list[Layer]:
     """Every layer with weights, in graph order; `model` has constants as initializers and named nodes."""
-    linears = {site.node: site for site in find_sites(model).linears}
+    linears = {site.node: site for site in sites_of(model).linears}
     embeddings = {site.gather: site for site in find_quantized_embeddings(model)}
     found: list[Layer] = []
     taken = {gather for site in embeddings.values() for gather in _gathers_of_scales(site)}
@@ -229,7 +229,7 @@ class CacheView:
 
 
 def read_caches(model: ir.Model) -> Iterator[CacheView]:
-    for site in find_caches(model):
+    for site in caches_of(model):
         past = next((value for value in model.graph.inputs if value.name == site.name), None)
         if past is None or past.dtype is None:
             continue

@@ -17,7 +17,7 @@ from qcompiler.model_diff.arithmetic import error_of
 from qcompiler.model_diff.layers import Layer
 from qcompiler.model_diff.pairing import LayerPair
 from qcompiler.model_diff.provenance import exact_passes
-from qcompiler.sites.find import find_linear_groups
+from qcompiler.sites.analyses import linear_groups_of
 from qcompiler.sites.kinds import Factor, NormGroup
 from qcompiler.sites.stored.layout import Array
 
@@ -67,7 +67,7 @@ def find_scalings(
     by_node = {layer.node: layer for pair in layers for layer in pair.before}
     pair_of = {layer: pair for pair in layers for layer in pair.before if pair.after}
     found: dict[Layer, Scaling] = {}
-    groups = find_linear_groups(model)
+    groups = linear_groups_of(model)
     for group in groups:
         readers = [by_node[linear.node] for linear in group.linears if linear.node in by_node]
         factors = _of_gains(group, nodes) if group.gains and readers else None

@@ -228,7 +228,9 @@ class Recipe(_Data):
         except SchemeError:
             target.check([self._build(step)])  # what the target refuses anyway need not go with what it prefers
             raise
-        return Step(name=step.name, options={key: _plain(value) for key, value in dataclasses.asdict(built).items()})
+        # An empty table of exceptions is not worth a line.
+        settled = {key: value for key, value in dataclasses.asdict(built).items() if value != {}}
+        return Step(name=step.name, options={key: _plain(value) for key, value in settled.items()})
 
     def _build(self, step: Step) -> Pass:
         where = f"{self.source or 'recipe ' + self.name}: pass {step.name}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib
 import inspect
 import json
@@ -73,7 +74,8 @@ def summary(name: str) -> str:
     return " ".join(manual(name).split("\n\n")[0].split())
 
 
-def options_of(cls: type[Pass]) -> list[Option]:
+@functools.cache
+def options_of(cls: type[Pass]) -> tuple[Option, ...]:
     """The options of a pass in the order of their declaration, its own before those that every pass has."""
     everyones = set(inspect.get_annotations(Pass))
     help_texts = _help_texts(cls)
@@ -87,7 +89,7 @@ def options_of(cls: type[Pass]) -> list[Option]:
         )
         for field in dataclasses.fields(cls)
     ]
-    return sorted(found, key=lambda option: option.inherited)
+    return tuple(sorted(found, key=lambda option: option.inherited))
 
 
 def _built_in() -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
@@ -11,20 +11,18 @@ import onnx_ir as ir
 
 from qcompiler.calibration.samples import Samples
 from qcompiler.evaluation.compare import Comparison, compare
-from qcompiler.graph.edit import constant
 from qcompiler.half.emulation import emulated
 from qcompiler.placement import predict
 from qcompiler.recipes import CONVERT, Recipe
 from qcompiler.report.cautions import float_inputs, warnings
 from qcompiler.report.distributions import channel_pictures, weight_pictures
 from qcompiler.report.drawing import by_name, drawings
+from qcompiler.report.facts import SiteFacts
 from qcompiler.report.kernels import with_kernels
 from qcompiler.report.pictures import Pictures
 from qcompiler.report.report import CacheSizes, PassReport, PassSkip, Report, SiteReport, Sizes
 from qcompiler.report.speed import speed_classes
 from qcompiler.rewriting.contract import PassRun
-from qcompiler.sites.caches import Cache, find_caches
-from qcompiler.sites.find import Embedding, Site, Unsupported, find_sites
 from qcompiler.statistics import StatisticsStore
 from qcompiler.targets import Target
 from qcompiler.targets.kernels import missing_on_cpu
@@ -32,53 +30,6 @@ from qcompiler.targets.kernels import missing_on_cpu
 DISTRIBUTIONS = ("onnx-qcompiler", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 RECIPE_LEAVES_IT_OUT = "the recipe leaves it out"
-
-
-@dataclass(frozen=True)
-class SiteFacts:
-    """What is known of a site before any pass ran."""
-
-    name: str
-    module_path: str
-    block: str
-    op: str
-    output: str
-    constant: str
-    bytes: int
-    unsupported: str
-    site: Site
-    works_on: str = "layers"
-    """Whose site it is: of the passes that quantize layers, or caches."""
-    cache_bytes: int = 0
-    """Of a cache: bytes of one position of one sequence."""
-
-
-def inventory(model: ir.Model) -> list[SiteFacts]:
-    """Every quantizable site of the canonicalized float model, in graph order; caches come last."""
-    facts = []
-    for site in find_sites(model):
-        weight = site.table if isinstance(site, Embedding) else getattr(site, "weight", None)
-        tensor = constant(weight)
-        output = site.node.outputs[0] if isinstance(site, Unsupported) else site.output  # type: ignore[attr-defined]
-        facts.append(
-            SiteFacts(
-                name=site.name, module_path=site.module_path, block=site.block, op=site.node.op_type,
-                output=output.name or "", constant=str(weight.name) if weight is not None else "",
-                bytes=tensor.nbytes if tensor is not None else 0,
-                unsupported=site.reason if isinstance(site, Unsupported) else "", site=site,
-            )
-        )  # fmt: skip
-    return facts + [_cache_facts(site) for site in find_caches(model)]
-
-
-def _cache_facts(site: Cache | Unsupported) -> SiteFacts:
-    facts = SiteFacts(
-        name=site.name, module_path=site.module_path, block=site.block, op=site.node.op_type, output="", constant="",
-        bytes=0, unsupported="", site=site, works_on="caches",
-    )  # fmt: skip
-    if isinstance(site, Unsupported):
-        return replace(facts, unsupported=site.reason)
-    return replace(facts, op=f"{site.role} cache", output=str(site.present.name), cache_bytes=site.bytes)
 
 
 def report(
@@ -106,14 +57,14 @@ def report(
 
 
 def pictures(
-    report: Report, reference: ir.Model, portable: ir.Model, graph: ir.Model, runs: Sequence[PassRun],
-    statistics: StatisticsStore,
+    report: Report, facts: Sequence[SiteFacts], reference: ir.Model, portable: ir.Model, graph: ir.Model,
+    runs: Sequence[PassRun], statistics: StatisticsStore,
 ) -> Pictures:  # fmt: skip
     """What the report draws; `statistics` are those at the end, of values as exact passes have rescaled them."""
     matching = by_name(reference, graph, (site.name for site in report.with_status("quantized")))
     blocks, undrawn = drawings(reference, graph, matching)
     return Pictures(
-        channels=channel_pictures(reference, runs, statistics), weights=weight_pictures(reference, portable),
+        channels=channel_pictures(facts, runs, statistics), weights=weight_pictures(facts, reference, portable),
         drawings=blocks, undrawn=undrawn, speed=speed_classes(Target.load(report.target), report.sites),
     )  # fmt: skip
 

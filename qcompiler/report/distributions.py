@@ -13,9 +13,10 @@ import onnx_ir as ir
 from qcompiler.functions.library import block_scales, codebook_format
 from qcompiler.graph.edit import constant
 from qcompiler.graph.lazy import read
+from qcompiler.report.facts import SiteFacts
 from qcompiler.report.pictures import ChannelPicture, WeightPicture
 from qcompiler.rewriting.contract import PassRun
-from qcompiler.sites.find import Convolution, Embedding, Linear, Site, find_sites
+from qcompiler.sites.find import Linear, weight_decoder
 from qcompiler.statistics import ChannelAbsMax, ChannelMoments, ChannelRange, SecondMoment, Statistic, StatisticsStore
 
 BARS = 96  # channels that are drawn apart, at most, for one value
@@ -30,15 +31,16 @@ Array = npt.NDArray[Any]
 
 
 def channel_pictures(
-    reference: ir.Model, runs: Sequence[PassRun], statistics: StatisticsStore
+    facts: Sequence[SiteFacts], runs: Sequence[PassRun], statistics: StatisticsStore
 ) -> tuple[ChannelPicture, ...]:
     """Every value that linear layers read and of whose channels something was measured, in graph order.
 
     `statistics` are those at the end: of the rescaled values.
     """
     readers: dict[str, list[str]] = defaultdict(list)
-    for linear in find_sites(reference).linears:
-        readers[str(linear.input.name)].append(linear.name)
+    for item in facts:
+        if isinstance(item.site, Linear):
+            readers[item.input].append(item.name)
     measured: dict[str, list[Statistic]] = defaultdict(list)
     for value, statistic in statistics:
         measured[value].append(statistic)
@@ -59,21 +61,22 @@ def channel_pictures(
     return tuple(pictures)
 
 
-def weight_pictures(reference: ir.Model, portable: ir.Model) -> tuple[WeightPicture, ...]:
+def weight_pictures(facts: Sequence[SiteFacts], reference: ir.Model, portable: ir.Model) -> tuple[WeightPicture, ...]:
     """Every site with a weight; the scales are the portable model's, where each weight has its DequantizeLinear."""
-    after = {site.name: site for site in find_sites(portable)}
+    after = {node.name: node for node in portable.graph.all_nodes()}
     pictures = []
-    for site in find_sites(reference):
-        tensor = _weight(site)
+    for item in facts:
+        tensor = constant(reference.graph.initializers.get(item.constant))
         if tensor is None or not tensor.dtype.is_floating_point() or 0 in tuple(tensor.shape.numpy()):
             continue
         sample = _sampled(tensor)
         absmax = float(np.abs(sample).max())
         counts = np.histogram(sample, BINS, (-absmax, absmax))[0] if absmax else np.zeros(BINS, int)
-        scales = _scales(after.get(site.name))
+        node = after.get(item.name)
+        scales = _scales(weight_decoder(node) if node is not None else None)
         pictures.append(
             WeightPicture(
-                site=site.name, absmax=_digits(absmax), rms=_digits(float(np.sqrt(np.mean(np.square(sample))))),
+                site=item.name, absmax=_digits(absmax), rms=_digits(float(np.sqrt(np.mean(np.square(sample))))),
                 histogram=tuple(int(count) for count in counts),
                 scales=tuple(_digits(float(q)) for q in np.percentile(scales, QUANTILES)) if scales.size else (),
                 scale_count=scales.size,
@@ -111,12 +114,6 @@ def _spread(channels: Array) -> float:
     return _digits(float(channels.max()) / median) if median > 0 else float("inf")
 
 
-def _weight(site: Site) -> ir.TensorProtocol | None:
-    if isinstance(site, Embedding):
-        return constant(site.table)
-    return constant(site.weight) if isinstance(site, Linear | Convolution) else None
-
-
 def _sampled(tensor: ir.TensorProtocol) -> Array:
     """Numbers of evenly spread rows, at most SAMPLED_VALUES."""
 
@@ -130,8 +127,7 @@ def _sampled(tensor: ir.TensorProtocol) -> Array:
     return read(tensor, compute)
 
 
-def _scales(site: Site | None) -> Array:
-    dequantize = getattr(site, "dequantize", None)
+def _scales(dequantize: ir.Node | None) -> Array:
     if dequantize is None or len(dequantize.inputs) < 2:
         return np.zeros(0)
     if codebook_format(dequantize) is not None:

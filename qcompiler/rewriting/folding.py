@@ -27,7 +27,8 @@ from qcompiler.graph.edit import (
 from qcompiler.graph.lazy import derived, read
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import Changes, Pass
-from qcompiler.sites.find import Linear, NormGroup, find_linear_groups
+from qcompiler.sites.analyses import linear_groups_of
+from qcompiler.sites.find import Linear, NormGroup
 from qcompiler.sites.kinds import Factor
 
 NO_ROOM = "the rescaled gain or weight does not fit its float type"
@@ -43,7 +44,7 @@ def rescalable(
     With `products_only` a linear layer takes a factor where it is one side of a product (a gated MLP), and neither
     through attention nor on behalf of the next layer in a chain.
     """
-    groups = [group for group in find_linear_groups(model) if any(step.selects(linear) for linear in group.linears)]
+    groups = [group for group in linear_groups_of(model) if any(step.selects(linear) for linear in group.linears)]
     if products_only:
         groups = [group if _is_product(group) else replace(group, factor=None) for group in groups]
     found = []

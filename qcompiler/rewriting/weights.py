@@ -24,7 +24,8 @@ from qcompiler.graph.edit import constant, node_graph, remove_unused_constant
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Pass, Skipped
 from qcompiler.rewriting.write_codes import BinaryCodes, Codes, lazy_codes, packed_codes, storage
-from qcompiler.sites.find import Convolution, Embedding, Linear, Sites, find_sites
+from qcompiler.sites.analyses import sites_of
+from qcompiler.sites.find import Convolution, Embedding, Linear, Sites
 
 if TYPE_CHECKING:
     from qcompiler.targets import Target
@@ -110,7 +111,7 @@ class WeightPass(Pass):
         operators = _Operators.of(self.format, model)
         if self.format != BINARY:
             operators.check(self.format)
-        sites = find_sites(model)
+        sites = sites_of(model)
         changes.skipped.extend(Skipped(site.name, site.reason) for site in self.selected(sites.unsupported))
         by_constant: dict[ir.Value, list[Reader]] = {}
         for site in self.wanted(sites):

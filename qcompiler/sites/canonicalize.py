@@ -25,7 +25,8 @@ from qcompiler.errors import ModelError
 from qcompiler.graph.edit import Names, insert_before, new_node, remove_unused_constant
 from qcompiler.graph.lazy import read
 from qcompiler.graph.opset import OPSET, upgrade
-from qcompiler.sites.find import Embedding, Linear, find_sites
+from qcompiler.sites.analyses import sites_of
+from qcompiler.sites.find import Embedding, Linear
 
 TILE = 512  # rows and columns that are compared at once: few enough that few pages of the files are in memory
 
@@ -152,7 +153,7 @@ def tie_embeddings(model: ir.Model) -> None:
     Exporters fold the transpose of a tied table into a second array: twice the memory, and two arrays that
     quantization would round apart.
     """
-    sites = find_sites(model)
+    sites = sites_of(model)
     tables = [site for site in sites.embeddings if not site.transposed]
     names = Names(model.graph)
     transposes: dict[ir.Value, ir.Value] = {}

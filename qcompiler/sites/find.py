@@ -73,6 +73,12 @@ def find_norm_groups(model: ir.Model) -> tuple[NormGroup, ...]:
     return tuple(group for group in find_linear_groups(model) if group.gains)
 
 
+def weight_decoder(node: ir.Node) -> ir.Node | None:
+    """What decodes the weight of a linear layer or convolution, once it is quantized."""
+    weight = _trace(node.inputs[1], frozenset()) if len(node.inputs) > 1 else None
+    return weight.dequantize if isinstance(weight, _Weight) else None
+
+
 Derived = frozenset[ir.Value]
 
 
@@ -111,7 +117,7 @@ def _trace(value: ir.Value | None, derived: Derived) -> _Weight | str | None:
     if node is not None and _is(node, "Transpose") and _swaps(node):
         transpose, value = node, node.inputs[0]
         node = value.producer() if value is not None else None
-    if node is not None and _dequantizes(node) and constant(node.inputs[0]) is not None:
+    if node is not None and decodes_weight(node) and constant(node.inputs[0]) is not None:
         dequantize, value = node, node.inputs[0]
     if value is not None and constant(value) is not None:
         return _Weight(value, dequantize, transpose) if dequantize is not None or _is_float(value) else None
@@ -124,7 +130,8 @@ def _is(node: ir.Node, *op_types: str) -> bool:
     return node.domain in ("", "com.microsoft") and node.op_type in op_types
 
 
-def _dequantizes(node: ir.Node) -> bool:
+def decodes_weight(node: ir.Node) -> bool:
+    """Whether a node makes numbers of codes, as the weights of quantized layers are made."""
     return _is(node, "DequantizeLinear") or codebook_format(node) is not None or is_binary(node)
 
 

@@ -344,7 +344,7 @@ def test_the_expected_error_is_the_true_one(loud: float, share: float, seed: int
     weights = [_Weight(linear) for linear in find_sites(model).linears]
     peak = np.max([weight.row_peak for weight in weights], axis=0)
     true = np.array([oracle.product_error(X, Ws, oracle.scales(X, Ws, alpha)) for alpha in GRID])
-    expected = np.array([SmoothQuant()._expected_error(measured, weights, peak, alpha) for alpha in GRID])
+    expected = np.array(SmoothQuant()._expected_errors(measured, weights, peak, GRID))
     # Far from the best, whole channels round to 0 and errors are no longer uniform.
     near = true < 4 * true.min()
     ratio = expected[near] / true[near]

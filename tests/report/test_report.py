@@ -12,7 +12,8 @@ from rich.console import Console
 
 import qcompiler
 from qcompiler.report import Gate, PassReport, PassSkip, Report, SiteReport, Sizes, check_gates, render
-from qcompiler.report.build import SiteFacts, sizes
+from qcompiler.report.build import sizes
+from qcompiler.report.facts import SiteFacts
 from qcompiler.report.table import size
 from qcompiler.rewriting.contract import CacheChange
 from tests import tiny
