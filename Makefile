@@ -21,7 +21,7 @@ demo: .venv/.ready
 
 # A process for each core, one thread each: tiny matrices gain nothing from a second thread.
 test: .venv/.ready .venv/.browser lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # What to run before each commit: no model of an exporter is compiled, so that it takes less than a minute.
 quick: .venv/.ready lint

@@ -14,6 +14,7 @@ from qcompiler.evaluation.evaluate import evaluate
 from qcompiler.graph import files as model_io
 from qcompiler.sites.canonicalize import canonicalize
 from qcompiler.sites.find import find_sites
+from tests import compilations
 
 VARIANTS = ["dynamo", "dynamo-past", "opset23", "optimum", "fp16", pytest.param("genai", marks=pytest.mark.exporters)]
 INTEGER = ["int8-dynamic", "llm-int8"]
@@ -26,10 +27,7 @@ TEXT, TOKENIZER = str(CHECKPOINT / "heldout.txt"), CHECKPOINT / "tokenizer.json"
 
 
 def compiled(variant: str, recipe: str) -> qcompiler.Compiled:
-    return qcompiler.compile(
-        model_path(variant), recipe, target="ort-cpu", calibration=str(CHECKPOINT / "calibration.txt"),
-        tokenizer=TOKENIZER, samples=8, sequence_length=64,
-    )  # fmt: skip
+    return compilations.compiled(variant, recipe, "ort-cpu")
 
 
 def layers(variant: str) -> set[str]:

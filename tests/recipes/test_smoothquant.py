@@ -12,8 +12,13 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from models.export import CHECKPOINT, model_path
+from qcompiler.calibration.samples import open_samples
+from qcompiler.graph.files import load
 from qcompiler.report import Report
+from qcompiler.sites.canonicalize import canonicalize
 from qcompiler.sites.find import Linear, find_sites
+from tests import compilations
 
 VARIANTS = ["dynamo", "dynamo-past", "opset23", "optimum", "fp16", pytest.param("genai", marks=pytest.mark.exporters)]
 FLOAT_BYTES = 4
@@ -34,17 +39,9 @@ class CompiledVariant:
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CompiledVariant:
     import onnxruntime as ort
 
-    import qcompiler
-    from models.export import CHECKPOINT, model_path
-    from qcompiler.graph.files import load
-    from qcompiler.sites.canonicalize import canonicalize
-
     source = model_path(request.param)
     folder = tmp_path_factory.mktemp(request.param)
-    result = qcompiler.compile(
-        source, "smoothquant", target="ort-cpu", calibration=str(CHECKPOINT / "calibration.txt"),
-        tokenizer=CHECKPOINT / "tokenizer.json", samples=8, sequence_length=64,
-    )  # fmt: skip
+    result = compilations.compiled(request.param, "smoothquant", "ort-cpu")
     result.save(folder / "out")
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
@@ -140,9 +137,6 @@ def test_the_report_is_written(compiled: CompiledVariant) -> None:
 def test_plain_onnxruntime_computes_what_was_verified(compiled: CompiledVariant) -> None:
     """Verification runs every operator by itself; users run the optimized graph, whose fusions could be wrong."""
     import onnxruntime as ort
-
-    from models.export import CHECKPOINT
-    from qcompiler.calibration.samples import open_samples
 
     (sample,) = open_samples(
         str(CHECKPOINT / "heldout.txt"), model=compiled.before, tokenizer=CHECKPOINT, limit=1, sequence_length=48

@@ -20,6 +20,7 @@ from qcompiler.report import Report
 from qcompiler.sites.canonicalize import canonicalize
 from qcompiler.sites.find import find_sites
 from qcompiler.statistics import StatisticsStore
+from tests.compilations import compiled
 
 VARIANTS = ["dynamo", "dynamo-past", "opset23", "optimum", "fp16", pytest.param("genai", marks=pytest.mark.exporters)]
 RECIPES = ["rtn-w4", "gptq-w4-act-order", "awq-w4", "hqq-w4", "nf4", "w8", "gptq-w3", "gptq-w2"]
@@ -36,14 +37,10 @@ class Portable:
 
 
 def portable(variant: str, recipe: str) -> Portable:
-    source = model_path(variant)
-    compiled = qcompiler.compile(
-        source, recipe, target="portable", calibration=str(CHECKPOINT / "calibration.txt"),
-        tokenizer=CHECKPOINT / "tokenizer.json", samples=8, sequence_length=64,
-    )  # fmt: skip
-    before = model_io.load(source)
+    found = compiled(variant, recipe, "portable")
+    before = model_io.load(model_path(variant))
     canonicalize(before)
-    return Portable(before, compiled.model, compiled.report)
+    return Portable(before, found.model, found.report)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
