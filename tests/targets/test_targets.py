@@ -13,7 +13,7 @@ from qcompiler.errors import TargetError
 from qcompiler.recipes import Recipe
 from qcompiler.recipes.registry import options_of, pass_class
 from qcompiler.targets import FOLDER, Target, target_names
-from qcompiler.targets.conditions import FUSED, conditions
+from qcompiler.targets.conditions import CONDITIONS, FUSED, conditions
 from qcompiler.targets.kernels import (
     KernelTable,
     OperatorSignature,
@@ -188,6 +188,12 @@ def test_the_words_of_a_rule_say_what_its_conditions_do() -> None:
     for bits, fused in FUSED.items():
         assert rules[f"fpA_intB-{bits}"].otherwise.startswith(f"from {fused.tokens} tokens on")
         assert rules[f"fpA_intB-{bits}"].when == {"bits": bits}
+
+
+def test_every_condition_is_of_use() -> None:
+    rules = [rule for name in ALL for rule in Target.load(name).rules]
+    used = {rule.requires for rule in rules} | {rule.fallback.requires for rule in rules if rule.fallback}
+    assert used - {""} == CONDITIONS.keys()
 
 
 def test_a_target_is_read_once() -> None:
