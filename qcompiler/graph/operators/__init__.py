@@ -83,7 +83,7 @@ def attends(node: ir.Node) -> bool:
 def quantized(node: ir.Node) -> tuple[QuantizedOperand, ...]:
     """The quantized operands that the operator can have, whether this node has them or not."""
     row = operator_of(node)
-    return row.quantized_of(len(node.inputs)) if row is not None and row.repeated else row.quantized if row else ()
+    return row.quantized_of(len(node.inputs)) if row is not None else ()
 
 
 def weight(node: ir.Node) -> QuantizedOperand | None:
@@ -110,7 +110,7 @@ def weights(node: ir.Node) -> tuple[int, ...]:
     if row is None:
         return ()
     if row.repeated:
-        return tuple(index for index in range(len(node.inputs)) if (port := row.input(index)) and port.role == "weight")
+        return tuple(index for index in range(len(node.inputs)) if (slot := row.input(index)) and slot.role == "weight")
     return row.places("weight")
 
 
@@ -128,8 +128,8 @@ def continuations(node: ir.Node) -> dict[int, int]:
     row = operator_of(node)
     if row is None:
         return {}
-    inputs = {port.name: index for index, port in enumerate(row.inputs) if port.role == "past"}
-    return {inputs[port.of]: index for index, port in enumerate(row.outputs) if port.role == "present"}
+    inputs = {slot.name: index for index, slot in enumerate(row.inputs) if slot.role == "past"}
+    return {inputs[slot.of]: index for index, slot in enumerate(row.outputs) if slot.role == "present"}
 
 
 def holds(node: ir.Node, index: int) -> Literal["key", "value"] | None:
@@ -140,7 +140,7 @@ def holds(node: ir.Node, index: int) -> Literal["key", "value"] | None:
     row = operator_of(node)
     if row is None:
         return {1: "key", 2: "value"}.get(index) if attends(node) else None  # type: ignore[return-value]
-    port = row.input(index)
-    if port is not None and port.role == "past" and port.of:
-        port = next(other for other in row.inputs if other.name == port.of)
-    return port.role if port is not None and port.role in ("key", "value") else None
+    slot = row.input(index)
+    if slot is not None and slot.role == "past" and slot.of:
+        slot = next(other for other in row.inputs if other.name == slot.of)
+    return slot.role if slot is not None and slot.role in ("key", "value") else None

@@ -52,7 +52,7 @@ Trait = Literal[
 ]  # fmt: skip
 TRAITS: frozenset[str] = frozenset(get_args(Trait))
 ROLES: frozenset[str] = frozenset(get_args(Role))
-_PORT = re.compile(r"(?P<name>\w+)(?P<half>~?)(?::(?P<role>[a-z]+)(?:\((?P<of>\w+)\))?)?")
+_SLOT = re.compile(r"(?P<name>\w+)(?P<half>~?)(?::(?P<role>[a-z]+)(?:\((?P<of>\w+)\))?)?")
 
 
 @dataclass(frozen=True)
@@ -110,47 +110,44 @@ class Operator:
 
     def places(self, *roles: Role) -> tuple[int, ...]:
         """The inputs that have one of the roles."""
-        return tuple(index for index, port in enumerate(self.inputs) if port.role in roles)
+        return tuple(index for index, slot in enumerate(self.inputs) if slot.role in roles)
 
     @cached_property
     def quantized(self) -> tuple[QuantizedOperand, ...]:
         """Its quantized operands, but for repeated ones, in the order of the operator; the result comes last."""
-        return tuple(self._quantized(self.inputs, 0))
+        return tuple(_quantized([*_placed(self.inputs), *_placed(self.outputs, output=True)]))
+
+    def quantized_of(self, count: int) -> tuple[QuantizedOperand, ...]:
+        """The quantized operands of a node with so many inputs; the result comes last."""
+        if not self.repeated:
+            return self.quantized
+        starts = range(len(self.inputs), count, len(self.repeated))
+        repeated = [operand for start in starts for operand in _quantized(_placed(self.repeated, start))]
+        return tuple(sorted((*self.quantized, *repeated), key=lambda operand: operand.codes.output))
 
     @cached_property
     def coded(self) -> bool:
         """Whether it works on codes by its nature; attention with codes in its cache does so only where they are."""
-        ports = (*self.inputs, *self.outputs, *self.repeated)
-        caches = {port.name for port in ports if port.role == "past"}
-        return any(port.role in ("code", "scale", "zero") and port.of not in caches for port in ports)
+        slots = (*self.inputs, *self.outputs, *self.repeated)
+        caches = {slot.name for slot in slots if slot.role == "past"}
+        return any(slot.role in ("code", "scale", "zero") and slot.of not in caches for slot in slots)
 
-    def quantized_of(self, count: int) -> tuple[QuantizedOperand, ...]:
-        """The quantized operands of a node with so many inputs; the result comes last."""
-        found = list(self.quantized)
-        if self.repeated:
-            for start in range(len(self.inputs), count, len(self.repeated)):
-                found += self._quantized(self.repeated, start)
-        return tuple(sorted(found, key=lambda operand: operand.codes.output))
 
-    def _quantized(self, ports: tuple[Slot, ...], start: int) -> list[QuantizedOperand]:
-        sides = ((ports, False), (self.outputs, True)) if ports is self.inputs else ((ports, False),)
-        places = {
-            (port.name, output): Place(index + (0 if output else start), output)
-            for side, output in sides
-            for index, port in enumerate(side)
-        }
-        roles = {port.name: port.role for side, _ in sides for port in side}
-        belonging: dict[str, dict[str, Place]] = {}
-        for side, output in sides:
-            for port in side:
-                if port.role in ("scale", "zero"):
-                    belonging.setdefault(port.of, {})[port.role] = places[port.name, output]
-        found = []
-        for (name, _), place in sorted(places.items(), key=lambda item: (item[1].output, item[1].index)):
-            if name in belonging:
-                parts = belonging.pop(name)
-                found.append(QuantizedOperand(name, roles[name], place, parts.get("scale"), parts.get("zero")))
-        return found
+Placed = list[tuple[Slot, Place]]
+
+
+def _placed(slots: tuple[Slot, ...], start: int = 0, *, output: bool = False) -> Placed:
+    return [(slot, Place(start + index, output)) for index, slot in enumerate(slots)]
+
+
+def _quantized(placed: Placed) -> list[QuantizedOperand]:
+    """The operands that a scale or zero point belongs to."""
+    parts = {(slot.of, slot.role): place for slot, place in placed if slot.role in ("scale", "zero")}
+    owners = {name for name, _ in parts}
+    return [
+        QuantizedOperand(slot.name, slot.role, place, parts.get((slot.name, "scale")), parts.get((slot.name, "zero")))
+        for slot, place in placed if slot.name in owners
+    ]  # fmt: skip
 
 
 def row(domain: str, name: str, inputs: str, outputs: str, traits: str = "") -> Operator:
@@ -159,16 +156,17 @@ def row(domain: str, name: str, inputs: str, outputs: str, traits: str = "") -> 
     unknown = set(traits.split()) - TRAITS
     if unknown:
         raise ValueError(f"{name}: no trait is called {', '.join(sorted(unknown))}")
-    sides = [tuple(_port(name, text) for text in side.split()) for side in (fixed, outputs, repeated)]
-    known = {port.name for side in sides for port in side}
-    for port in (port for side in sides for port in side):
-        if port.of and port.of not in known:
-            raise ValueError(f"{name}: {port.name} belongs to {port.of}, which the operator does not have")
+    sides = [tuple(_slot(name, text) for text in side.split()) for side in (fixed, outputs, repeated)]
+    slots = [slot for side in sides for slot in side]
+    known = {slot.name for slot in slots}
+    for slot in slots:
+        if slot.of and slot.of not in known:
+            raise ValueError(f"{name}: {slot.name} belongs to {slot.of}, which the operator does not have")
     return Operator(domain, name, sides[0], sides[1], frozenset(traits.split()), sides[2])
 
 
-def _port(operator: str, text: str) -> Slot:
-    match = _PORT.fullmatch(text)
+def _slot(operator: str, text: str) -> Slot:
+    match = _SLOT.fullmatch(text)
     role = match["role"] or "data" if match is not None else ""
     if match is None or role not in ROLES:
         raise ValueError(f"{operator}: {text!r} is no input or output")
