@@ -145,7 +145,7 @@ class Fp8(Pass):
                 changes.skipped.append(Skipped(site.name, "its input is quantized already"))
                 continue
             pairs.read(site, self._pair(statistics, rw))
-            changes.changed.append(Changed(site.name, scheme=f"activations {self.activation_scheme()}"))
+            changes.changed.append(Changed(site.name, activation=self.activation_scheme()))
 
     def _pair(self, statistics: StatisticsStore, rw: Rewriter) -> Build:
         scheme = self.activation_scheme()

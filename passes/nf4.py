@@ -37,7 +37,7 @@ from pydantic.dataclasses import dataclass as options
 
 from qcompiler.errors import DataError
 from qcompiler.formats.arithmetic import dequantize, quantize, scale_and_zero_point, slices
-from qcompiler.formats.scheme import PerGroup, Scheme
+from qcompiler.formats.scheme import PerGroup, PerTensor, Scheme
 from qcompiler.formats.search import quantize_weight
 from qcompiler.functions.library import DOMAIN, add_function
 from qcompiler.graph.edit import (
@@ -106,7 +106,7 @@ class Nf4(StagedPass):
             else:
                 source = turned = turned or self._transpose(site, dequantized, rw)
             self._connect(site, source, rw)
-            changes.changed.append(Changed(site.name, scheme=str(blocks), detail=blocks.size))
+            changes.changed.append(Changed(site.name, weight=blocks.scheme, detail=blocks.size))
         remove_unused_constant(weight)
 
     def _wanted(self, sites: Sites) -> list[Linear]:
@@ -171,8 +171,12 @@ class Blocks:
     mean: np.float32
     """What is added to the restored scales."""
 
-    def __str__(self) -> str:
-        return f"{self.format.removesuffix('_bnb')} blocks of {self.block_size}"
+    @property
+    def scheme(self) -> Scheme:
+        scales = None
+        if self.scale_codes is not None:
+            scales = Scheme("int8", PerGroup(SCALES_TOGETHER) if self.scale.size > 1 else PerTensor())
+        return Scheme(self.format, PerGroup(self.block_size), scales=scales)
 
     @property
     def size(self) -> str:

@@ -138,7 +138,7 @@ class QuantizeActivations(Pass):
                 changes.skipped.append(Skipped(site.name, obstacle))
                 continue
             pairs.read(site, self._build(model, site, statistics, rw))
-            changes.changed.append(Changed(site.name, scheme=f"activations {scheme}"))
+            changes.changed.append(Changed(site.name, activation=scheme))
         if self.outputs and not scheme.dynamic:
             for site in sites:
                 if isinstance(site, Convolution) and site.dequantize is not None:
@@ -160,7 +160,7 @@ class QuantizeActivations(Pass):
             case "percentile":
                 return Percentile(percent=self.percent)
             case "mse":
-                return MSE(format=scheme.format, symmetric=scheme.symmetric)
+                return MSE(format=scheme.format, symmetric=bool(scheme.symmetric))
             case "entropy":
                 return Entropy(bits=min(scheme.number_format.bits, 8))
             case path:

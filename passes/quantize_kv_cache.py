@@ -213,8 +213,9 @@ def _changed(cache: Cache, storage: Storage) -> Changed:
     change = CacheChange(
         past=str(cache.past.name), present=str(cache.present.name), before=cache.dtype.name.lower(),
         after=storage.dtype.name.lower(), bytes_before=cache.bytes, bytes_after=storage.bytes(cache),
+        scheme=storage.reported,
     )  # fmt: skip
-    return Changed(cache.name, scheme=str(storage), detail=str(change), cache=change)
+    return Changed(cache.name, detail=str(change), cache=change)
 
 
 def _quantize_joined(

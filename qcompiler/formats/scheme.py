@@ -2,13 +2,19 @@
 
     Scheme.from_options("int4", "group", group_size=128)            int4 group(128) symmetric
     Scheme(format="uint8", granularity=PerTensor(), symmetric=False)  uint8 per-tensor asymmetric
+    Scheme("fp4", PerGroup(32), scale_type="e8m0")                  fp4 group(32) symmetric, scales e8m0
+    Scheme("nf4", PerGroup(64), scales=Scheme("int8", PerGroup(256)))
+                                                                    nf4 group(64) symmetric, scales int8 group(256)
 
-Everything here is data: how numbers are rounded to a scheme is `quantize.py`'s business.
+Everything here is data: how numbers are rounded to a scheme is the business of `arithmetic.py` and `search.py`.
+
+A scheme is what the numbers are, however their codes are stored: 128 may be added to int8 codes and their zero point,
+and 3 bits may lie in 4. So symmetric integers go by the name of the signed format, others by that of the unsigned one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -85,6 +91,8 @@ FORMATS: dict[str, NumberFormat] = {
 class PerTensor:
     """One scale for the whole tensor: x [8, 64] has a scale of shape []."""
 
+    kind: Literal["tensor"] = field(default="tensor", kw_only=True, repr=False)
+
     def __str__(self) -> str:
         return "per-tensor"
 
@@ -93,6 +101,8 @@ class PerTensor:
 class PerChannel:
     """One scale for each output channel: a weight [out 8, in 64] has scales [8]."""
 
+    kind: Literal["channel"] = field(default="channel", kw_only=True, repr=False)
+
     def __str__(self) -> str:
         return "per-channel"
 
@@ -100,6 +110,8 @@ class PerChannel:
 @dataclass(frozen=True)
 class PerToken:
     """One scale for each row of an activation, found at run time: x [2, 10, 64] has scales [2, 10, 1]."""
+
+    kind: Literal["token"] = field(default="token", kw_only=True, repr=False)
 
     def __str__(self) -> str:
         return "per-token"
@@ -113,6 +125,7 @@ class PerGroup:
     """
 
     size: int
+    kind: Literal["group"] = field(default="group", kw_only=True, repr=False)
 
     def __str__(self) -> str:
         return f"group({self.size})"
@@ -124,14 +137,27 @@ class PerBlock:
 
     rows: int
     columns: int
+    kind: Literal["block"] = field(default="block", kw_only=True, repr=False)
 
     def __str__(self) -> str:
         return f"block({self.rows}×{self.columns})"
 
 
-Granularity = PerTensor | PerChannel | PerToken | PerGroup | PerBlock
+@dataclass(frozen=True)
+class UnknownGranularity:
+    """Scales that lie in no way that has a name, or are not constants: in models that other tools wrote."""
+
+    kind: Literal["unknown"] = field(default="unknown", kw_only=True, repr=False)
+
+    def __str__(self) -> str:
+        return ""
+
+
+Granularity = PerTensor | PerChannel | PerToken | PerGroup | PerBlock | UnknownGranularity
 
 GRANULARITIES = ("tensor", "channel", "token", "group", "block")
+
+ScaleType = Literal["", "float32", "float16", "e8m0", "e4m3"]
 
 
 @dataclass(frozen=True)
@@ -143,10 +169,17 @@ class Scheme:
 
     format: str
     granularity: Granularity
-    symmetric: bool = True
+    symmetric: bool | None = True
+    """None where it is not known, in models that other tools wrote."""
     dynamic: bool = False
     positive: bool = False
     """No scale may be negative (see `quantize.scale_and_zero_point`), because some runtimes take none that is."""
+    scale_type: ScaleType = ""
+    """What the scales are stored in; empty: the float type of the model."""
+    scales: Scheme | None = None
+    """What the scales themselves are quantized to, where there are two levels of them."""
+    normalized: bool = False
+    """Of a cache: every channel is put into -1 … 1 by its calibrated range first."""
 
     def __post_init__(self) -> None:
         number_format = find_format(self.format)
@@ -156,20 +189,50 @@ class Scheme:
                 f"not {self.granularity!r}."
             )
         _check_sizes(self.granularity)
-        if not self.symmetric and (number_format.kind != "integer" or number_format.name == "int32"):
+        if self.symmetric is False and (number_format.kind != "integer" or number_format.name == "int32"):
             raise SchemeError(f"{self.format} has no zero point: make it symmetric, or choose an integer format.")
         if isinstance(self.granularity, PerToken) and not self.dynamic:
             raise SchemeError("per-token scales are only known at run time: set dynamic to true, or choose per-tensor.")
         if self.dynamic and isinstance(self.granularity, PerChannel | PerBlock):
             raise SchemeError(f"{self.granularity} scales cannot be dynamic: choose per-tensor, per-token or group.")
+        if self.scale_type and self.scales is not None:
+            raise SchemeError(f"scales are {self.scale_type} or quantized to {self.scales}: leave one of the two out.")
+        if self.scales is not None and self.scales.scales is not None:
+            raise SchemeError("scales have two levels at most: let those of the scales be floats.")
 
     @property
     def number_format(self) -> NumberFormat:
         return FORMATS[self.format]
 
+    @property
+    def numbers(self) -> Scheme:
+        """The scheme without what only says how codes are stored and scales were chosen: equal for equal numbers."""
+        name = self.format
+        if self.number_format.kind == "integer" and self.symmetric is not None:
+            name = f"{'' if self.symmetric else 'u'}{name.removeprefix('u')}"
+        scale_type: ScaleType = "" if self.scale_type.startswith("float") else self.scale_type
+        return replace(self, format=name, positive=False, scale_type=scale_type)
+
+    def over(self, features: int) -> Scheme:
+        """The scheme of a weight with that many input features: a group that holds them all is a channel.
+
+        Groups of a codebook stay groups, because they run on over the ends of channels.
+        """
+        grain = self.granularity
+        if isinstance(grain, PerGroup) and grain.size >= features and self.number_format.kind != "codebook":
+            return replace(self, granularity=PerChannel())
+        return self
+
     def __str__(self) -> str:
-        symmetry = "symmetric" if self.symmetric else "asymmetric"
-        return f"{self.format} {self.granularity} {symmetry}{' dynamic' if self.dynamic else ''}"
+        symmetry = {True: "symmetric", False: "asymmetric", None: ""}[self.symmetric]
+        said = (self.numbers.format, str(self.granularity), symmetry, "dynamic" if self.dynamic else "")
+        scales: str = self.numbers.scale_type
+        if self.scales is not None:
+            scales = f"{self.scales.numbers.format} {self.scales.granularity}".rstrip()
+        return ", ".join(filter(None, (
+            " ".join(filter(None, said)), f"scales {scales}" if scales else "",
+            "channels normalized" if self.normalized else "",
+        )))  # fmt: skip
 
     @classmethod
     def from_options(
@@ -198,6 +261,12 @@ class Scheme:
             )
         plain: dict[str, Granularity] = {"tensor": PerTensor(), "channel": PerChannel(), "token": PerToken()}
         return cls(format, plain[granularity], symmetric, dynamic)
+
+
+def in_words(weight: Scheme | None, activation: Scheme | None = None, cache: Scheme | None = None) -> str:
+    """How a layer is quantized: ``int8 per-channel symmetric, activations uint8 per-tensor asymmetric``; or empty."""
+    activations = f"activations {activation}" if activation is not None else ""
+    return ", ".join(str(part) for part in (weight, cache, activations) if part)
 
 
 def find_format(name: str) -> NumberFormat:

@@ -52,7 +52,7 @@ def _weights(step: WeightPass, model: ir.Model, sites: dict[str, Site], taken: s
     for constant in step.constants(model, changes):
         for reader in constant.readers:
             again = "an earlier pass of the recipe quantizes it" if reader.name in taken else ""
-            found.append(Touched(step.name, reader.name, reader.module_path, str(constant.scheme), again))
+            found.append(Touched(step.name, reader.name, reader.module_path, str(constant.reported), again))
             taken.add(reader.name)
     skipped = [Touched(step.name, item.site, sites[item.site].module_path if item.site in sites else item.site, "",
                        item.reason) for item in changes.skipped]  # fmt: skip

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from qcompiler.calibration.samples import Samples
 from qcompiler.evaluation.compare import Comparison, compare
+from qcompiler.formats.scheme import Scheme, in_words
 from qcompiler.half.emulation import emulated
 from qcompiler.placement import predict
 from qcompiler.recipes import CONVERT, Recipe
@@ -107,7 +108,8 @@ def _divided(runs: Sequence[PassRun]) -> dict[str, np.ndarray]:
 
 
 def _site_report(item: SiteFacts, runs: Sequence[PassRun], sqnr_db: float | None, float_input: bool) -> SiteReport:
-    schemes: list[str] = []
+    weight: Scheme | None = None
+    activation: Scheme | None = None
     pass_name = kernel = ""
     details: dict[str, str] = {}
     reasons: dict[str, str] = {}
@@ -118,8 +120,8 @@ def _site_report(item: SiteFacts, runs: Sequence[PassRun], sqnr_db: float | None
         for changed in run.changes.changed:
             if changed.site == item.name:
                 cache = changed.cache or cache
+                weight, activation = changed.weight or weight, changed.activation or activation
                 if changed.scheme:
-                    schemes.append(changed.scheme)
                     pass_name = pass_name or run.step.name
                 kernel = changed.kernel or kernel
                 if changed.detail:
@@ -132,11 +134,11 @@ def _site_report(item: SiteFacts, runs: Sequence[PassRun], sqnr_db: float | None
                 left_out[run.step.name] = excluded.reason
     rounding = [run.step for run in runs if run.step.kind == "rounding" and run.step.works_on == item.works_on]
     if float_input:
-        schemes = [scheme for scheme in schemes if not scheme.startswith("activations ")]
+        activation = None
     if undone:
         status, (pass_name, reason) = "skipped", next(iter(undone.items()))
-        schemes, kernel = [], ""
-    elif schemes:
+        weight, activation, cache, kernel = None, None, None, ""
+    elif weight is not None or activation is not None or cache is not None:
         status, reason = "quantized", ""
         details |= {name: f"skipped: {reason}" for name, reason in reasons.items()}
     elif item.unsupported or any(step.name in reasons for step in rounding):
@@ -148,10 +150,11 @@ def _site_report(item: SiteFacts, runs: Sequence[PassRun], sqnr_db: float | None
     else:
         status = "excluded"
         pass_name, reason = next(iter(left_out.items()), ("", RECIPE_LEAVES_IT_OUT))
+    scheme = in_words(weight, activation, cache.scheme if cache is not None else None)
     return SiteReport(
         name=item.name, module_path=item.module_path, op=item.op, status=status,  # type: ignore[arg-type]
-        block=item.block, reason=reason, scheme=", ".join(dict.fromkeys(schemes)), pass_name=pass_name, kernel=kernel,
-        sqnr_db=sqnr_db, details=details, cache=cache,
+        block=item.block, reason=reason, scheme=scheme, pass_name=pass_name, kernel=kernel,
+        sqnr_db=sqnr_db, details=details, weight=weight, activation=activation, cache=cache,
     )  # fmt: skip
 
 

@@ -66,10 +66,10 @@ def float_input_warnings(target: Target, sites: Sequence[SiteReport], runs: Sequ
 
 def binary_warnings(sites: Sequence[SiteReport], outputs: Mapping[str, Mapping[str, float]]) -> list[str]:
     """What one bit a weight has cost, in one sentence; empty where no layer has binary weights."""
-    schemes = [part for site in sites for part in site.scheme.split(", ") if part.startswith(f"{BINARY} ")]
-    if not schemes:
+    count = sum(site.weight is not None and site.weight.format == BINARY for site in sites)
+    if not count:
         return []
-    layers = "1 layer has" if len(schemes) == 1 else f"{len(schemes)} layers have"
+    layers = "1 layer has" if count == 1 else f"{count} layers have"
     cost = "; ".join(_cost(name, measures) for name, measures in outputs.items() if "kl" in measures)
     cost = cost or "; ".join(_cost(name, measures) for name, measures in outputs.items())
     measured = f"the error against the float model is {cost}" if cost else "what that costs here was not measured"

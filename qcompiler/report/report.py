@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
+from qcompiler.formats.scheme import Scheme
 from qcompiler.placement.placed import Placement
 from qcompiler.recipes.gates import GATES, GateKind
 from qcompiler.report.compact_json import dumps
@@ -32,6 +33,7 @@ class SiteReport:
     reason: str = ""
     """Why it is excluded or skipped."""
     scheme: str = ""
+    """`weight`, `activation` and the cache's, in words."""
     pass_name: str = ""
     """The pass that quantized it, skipped it, or left it out by an option of its own; ``pass`` in JSON."""
     kernel: str = ""
@@ -44,6 +46,10 @@ class SiteReport:
     """Signal-to-noise ratio of the site's output against the float model in dB; None where it was not measured."""
     details: dict[str, str] = field(default_factory=dict)
     """What other passes noted about the site, by pass."""
+    weight: Scheme | None = None
+    """What its weight is quantized to; None where that is float, and in reports of older versions, as below."""
+    activation: Scheme | None = None
+    """What its input is quantized to."""
     cache: CacheChange | None = None
     """Of a cache that was quantized: its types and bytes."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -16,9 +15,9 @@ def speed_warnings(target: Target, sites: Sequence[SiteReport]) -> list[str]:
     warnings = []
     quantized = [site for site in sites if site.status == "quantized"]
     for kernel in target.kernels:
-        if not kernel.sites or all(speed.ratio >= 1 for speed in kernel.speed):
+        if all(speed.ratio >= 1 for speed in kernel.speed):
             continue
-        run = [site for site in quantized if re.search(kernel.sites, f"{site.kernel}: {site.scheme}")]
+        run = [site for site in quantized if _runs(kernel, site)]
         if run:
             warnings.append(_sentence(target, kernel, len(run), "cache" if run[0].is_cache else "layer"))
     return warnings
@@ -29,8 +28,7 @@ def speed_classes(target: Target, sites: Sequence[SiteReport]) -> tuple[SpeedCla
     groups: dict[tuple[str, Kernel | None], int] = defaultdict(int)
     for site in sites:
         if site.status == "quantized" and site.cache is None:
-            text = f"{site.kernel}: {site.scheme}"
-            rows = (kernel for kernel in target.kernels if kernel.sites and re.search(kernel.sites, text))
+            rows = (kernel for kernel in target.kernels if _runs(kernel, site))
             groups[site.kernel, next(rows, None)] += 1
     classes = []
     for (name, kernel), count in sorted(groups.items(), key=lambda item: -item[1]):
@@ -39,6 +37,12 @@ def speed_classes(target: Target, sites: Sequence[SiteReport]) -> tuple[SpeedCla
         scheme = kernel.scheme if kernel is not None else ""
         classes.append(SpeedClass(name, scheme, count, tuple(one.ratio for one in speeds), cases))
     return tuple(classes)
+
+
+def _runs(kernel: Kernel, site: SiteReport) -> bool:
+    """Whether a row of the kernel table is what runs a site."""
+    cache = site.cache.scheme if site.cache is not None else None
+    return kernel.sites is not None and kernel.sites.matches(site.kernel, site.weight, site.activation, cache)
 
 
 def _sentence(target: Target, kernel: Kernel, count: int, what: str) -> str:

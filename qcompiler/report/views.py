@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from qcompiler.formats.scheme import FORMATS
 from qcompiler.recipes.gates import GATES
 from qcompiler.report import svg
 from qcompiler.report.pictures import ChannelPicture, SpeedClass, WeightPicture
@@ -216,8 +215,8 @@ class View:
 
     def bits(self, site: SiteReport) -> str:
         """Bits of the codes of a quantized site; empty for one that is not."""
-        name = site.scheme.split(" ")[0]
-        return str(FORMATS[name].bits) if name in FORMATS else ""
+        scheme = site.weight or (site.cache.scheme if site.cache is not None else None)
+        return str(scheme.number_format.bits) if scheme is not None else ""
 
     def cell(self, site: SiteReport) -> str:
         """What a cell of the map says: decibels, or why there are none."""

@@ -10,7 +10,7 @@ step to step as these do, in values of their own. The functions are those of `ca
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -74,8 +74,10 @@ class Storage:
         last = shape[-1]
         return ir.Shape([*shape[:-1], last // 2 if isinstance(last, int) else None])
 
-    def __str__(self) -> str:
-        return f"{self.scheme}{', channels normalized' if self.normalize else ''}"
+    @property
+    def reported(self) -> Scheme:
+        """The scheme as it is told: with what is done before numbers become codes."""
+        return replace(self.scheme, normalized=self.normalize)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as options
 
+from qcompiler.formats.scheme import Scheme, in_words
 from qcompiler.sites.find import Site, matches
 from qcompiler.statistics import Statistic, StatisticsStore
 
@@ -44,6 +45,8 @@ class CacheChange:
     after: str
     bytes_before: int
     bytes_after: int
+    scheme: Scheme | None = None
+    """None in reports of older versions."""
 
     def __str__(self) -> str:
         return f"{self.before} → {self.after}, {self.bytes_before} → {self.bytes_after} bytes a token"
@@ -51,16 +54,25 @@ class CacheChange:
 
 @dataclass(frozen=True)
 class Changed:
-    """A site that a pass changed. `scheme` is set where the pass quantized it; `detail` is one line for the report."""
+    """A site that a pass changed, with a scheme of each thing that it quantized; `detail` is one line for the report.
+
+    A later pass may say the scheme again, where it has changed it.
+    """
 
     site: str
-    scheme: str = ""
+    weight: Scheme | None = None
+    activation: Scheme | None = None
     kernel: str = ""
     detail: str = ""
     cache: CacheChange | None = None
     """Set where the site is a cache."""
     float_input: bool = False
     """The site's activation was quantized, and this lowering has made it float again."""
+
+    @property
+    def scheme(self) -> str:
+        """What the pass quantized the site to, in words; empty where it did not."""
+        return in_words(self.weight, self.activation, self.cache.scheme if self.cache is not None else None)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,11 @@ class WeightConstant:
         return self.readers[0].channel_axis
 
     @property
+    def reported(self) -> Scheme:
+        """The scheme as it is told: a group that holds all inputs is a channel."""
+        return self.scheme.over(self.linears[0].in_features) if self.linears else self.scheme
+
+    @property
     def linears(self) -> tuple[Linear, ...]:
         return tuple(reader for reader in self.readers if isinstance(reader, Linear))
 
@@ -162,7 +167,7 @@ class WeightPass(Pass):
             _install_codes(constant, quantized, rw, nearest)
         for site in constant.readers:
             detail = (details or {}).get(site.name, "")
-            changes.changed.append(Changed(site.name, scheme=str(constant.scheme), detail=detail))
+            changes.changed.append(Changed(site.name, weight=constant.reported, detail=detail))
         remove_unused_constant(constant.value)
 
     def _obstacle(self, site: Reader, before: list[Reader], operators: _Operators) -> str | None:

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qcompiler.errors import TargetError, closest
+from qcompiler.formats.scheme import Scheme
 from qcompiler.targets.conditions import conditions
 
 FOLDER = Path(__file__).parent
@@ -48,6 +49,45 @@ class Speed(_Data):
     """ISO date of the measurement."""
 
 
+class SchemeRow(_Data):
+    """Schemes of one tensor, by their fields; a field that is left out may be anything."""
+
+    format: tuple[str, ...] = ()
+    """As the pass was asked for it: int8, uint8 …"""
+    bits: tuple[int, ...] = ()
+    granularity: tuple[Literal["tensor", "channel", "token", "group", "block"], ...] = ()
+    symmetric: bool | None = None
+    dynamic: bool | None = None
+
+    def matches(self, scheme: Scheme | None) -> bool:
+        """Whether a tensor is quantized so; one that is float (None) is not."""
+        return (
+            scheme is not None
+            and (not self.format or scheme.format in self.format)
+            and (not self.bits or scheme.number_format.bits in self.bits)
+            and (not self.granularity or scheme.granularity.kind in self.granularity)
+            and (self.symmetric is None or scheme.symmetric == self.symmetric)
+            and (self.dynamic is None or scheme.dynamic == self.dynamic)
+        )
+
+
+class SiteRow(_Data):
+    """Layers or caches of a report, by the operator that runs them and their schemes."""
+
+    kernel: tuple[str, ...]
+    """Any of these; an empty text is the operators of the portable model."""
+    weight: SchemeRow | None = None
+    activation: SchemeRow | None = None
+    cache: SchemeRow | None = None
+
+    def matches(
+        self, kernel: str, weight: Scheme | None = None, activation: Scheme | None = None, cache: Scheme | None = None
+    ) -> bool:
+        """Whether a site that the operator runs, with these schemes, is one of them."""
+        rows = ((self.weight, weight), (self.activation, activation), (self.cache, cache))
+        return kernel in self.kernel and all(row is None or row.matches(scheme) for row, scheme in rows)
+
+
 class Kernel(_Data):
     """A way in which the target runs a scheme."""
 
@@ -57,8 +97,8 @@ class Kernel(_Data):
     types: str
     conditions: str = ""
     note: str = ""
-    sites: str = ""
-    """A regular expression for `kernel: scheme` of a layer in a report that runs so; empty where no report tells.
+    sites: SiteRow | None = None
+    """The layers of a report that run so; None where no report tells.
 
     A report warns of layers whose kernel was measured slower than float; a layer that was not lowered has no kernel.
     """

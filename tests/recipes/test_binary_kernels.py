@@ -18,6 +18,7 @@ from passes.lower_weight_only import LowerWeightOnly
 from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
 from qcompiler.calibration.samples import open_samples
+from qcompiler.formats.scheme import PerChannel, Scheme
 from qcompiler.graph import files as model_io
 from qcompiler.report.cautions import binary_warnings
 from qcompiler.report.report import SiteReport
@@ -144,15 +145,12 @@ def test_dynamic_activations(text: str, K: int, granularity: Literal["token", "t
 # ---------------------------------------------------------------------------------------------------------- the report
 
 
-def site(scheme: str) -> SiteReport:
-    return SiteReport(name="fc", module_path="fc", op="MatMul", status="quantized", scheme=scheme)
+def site(weight: Scheme) -> SiteReport:
+    return SiteReport(name="fc", module_path="fc", op="MatMul", status="quantized", weight=weight)
 
 
 def test_the_report_says_what_it_costs() -> None:
-    layers = [
-        site("binary per-channel symmetric, activations int8 per-token symmetric dynamic"),
-        site("int8 per-channel"),
-    ]
+    layers = [site(Scheme("binary", PerChannel())), site(Scheme("int8", PerChannel()))]
     logits = {"sqnr_db": 5.0, "kl": 2.958, "top1": 0.117, "perplexity_ratio": 17.1}
     (warning,) = binary_warnings(layers, {"logits": logits, "present.0.key": {"sqnr_db": 1.0}})
     assert warning.startswith("1 layer has binary weights, which ruins")
