@@ -144,8 +144,8 @@ def test_operators_that_no_pass_handles_are_listed_with_the_reason() -> None:
 def test_what_a_recipe_would_touch(model: ir.Model) -> None:
     found = inspect(model, recipe="rtn-w4", exclude=["extra"]).touched
     done = {(item.pass_name, item.module_path): item.does for item in found if not item.obstacle}
-    assert done["quantize-weights", "layers.0.up"] == "int4 group(128) symmetric"
-    assert done["quantize-weights", "embed"].startswith("uint8 per-channel")
+    assert done["quantize-weights", "layers.0.up"] == "int4 per-channel symmetric"  # groups as wide as K
+    assert done["quantize-weights", "embed"].startswith("int8 per-channel")
     assert ("quantize-weights", "extra") not in done
     static = inspect(model, recipe="int8-static").touched
     assert {item.pass_name for item in static} == {"quantize-weights", "quantize-activations"}
@@ -172,7 +172,7 @@ def test_the_command(
     ir.save(model, tmp_path / "model.onnx")
     assert run(monkeypatch, "inspect", tmp_path / "model.onnx", "--recipe", "rtn-w4") == 0
     printed = capsys.readouterr().out
-    for text in ("layers.0.up", "MatMul", "IR 10", "quantize-weights: 3 layers → int4 group(128) symmetric"):
+    for text in ("layers.0.up", "MatMul", "IR 10", "quantize-weights: 3 layers → int4 per-channel symmetric"):
         assert text in printed
     assert run(monkeypatch, "inspect", tmp_path / "model.onnx", "--json", "--no-weights") == 0
     found = json.loads(capsys.readouterr().out)
