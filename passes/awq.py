@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from qcompiler.targets import Target
 
 CHANNELS = 512  # output channels of a layer that the search looks at
+INSTEAD = "insert_mul: true multiplies explicitly"
 GROUP_SIZE = 128
 
 Matrix = npt.NDArray[np.float32]
@@ -97,7 +98,7 @@ class Awq(StagedPass):
 
     def units(self, model: ir.Model, changes: Changes) -> Sequence[Unit]:
         found: list[Unit] = []
-        for group, obstacle in folding.rescalable(model, self, insert_mul=self.insert_mul):
+        for group, obstacle in folding.rescalable(model, self, insert_mul=self.insert_mul, instead=INSTEAD):
             if obstacle is not None:
                 changes.skipped.extend(Skipped(linear.name, obstacle) for linear in self.selected(group.linears))
                 continue

@@ -39,6 +39,7 @@ from qcompiler.sites.find import Linear, NormGroup
 from qcompiler.statistics import ChannelFolds, ChannelMoments, ChannelRange, Statistic, StatisticsStore
 
 GRID = tuple(np.arange(0, 21) / 20)
+INSTEAD = "insert_mul: true multiplies explicitly"
 HELD = 1 << 20  # bytes of a weight that is kept while the search looks at it
 UNSEEN = 4.0  # new text differs more from the calibration text than its stretches do: docs/decisions/0003
 
@@ -90,7 +91,7 @@ class SmoothQuant(Pass):
 
     def _groups(self, model: ir.Model) -> list[tuple[NormGroup, str | None]]:
         # As in the paper, attention's o_proj is left alone.
-        return folding.rescalable(model, self, insert_mul=self.insert_mul, products_only=True)
+        return folding.rescalable(model, self, insert_mul=self.insert_mul, instead=INSTEAD, products_only=True)
 
     def _choose(self, measured: _Measured, weights: Sequence[_Weight]) -> tuple[float | None, np.ndarray]:
         """The chosen α and scales [K]; α is None where leaving the group alone is expected to be best."""

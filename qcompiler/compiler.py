@@ -30,9 +30,34 @@ def compile(
     dump_dir: str | Path | None = None, hooks: Sequence[Hook] = (), progress: bool = False,
     work_dir: str | Path | None = None, resume: bool = False,
 ) -> Compiled:  # fmt: skip
-    """Quantize a model by a recipe for a target; the parameters are those of ``qcompiler compile --help``.
+    """Quantize a model by a recipe for a target, and say what became of every layer.
 
-    An `ir.Model` that is given stays as it was. Raises QCompilerError (see `qcompiler.errors`).
+    What goes in:
+        model: a .onnx file, the folder that an exporter wrote, or an `ir.Model`, which stays as it was.
+        recipe: the name of a built-in one (`qcompiler recipes`), a YAML file, or a `Recipe`.
+        target: what the result runs on, ort-cpu, ort-cuda, tensorrt or portable; default: the recipe's.
+        dtype: fp16 or bf16, to convert what is left in float32; default: float types stay.
+        options: settings of passes, each ``pass.option=value``, over those of the recipe.
+        exclude: patterns of layers that no pass touches: module path, node name, glob or ``re:…``.
+
+    Data, where a pass measures:
+        calibration: a SPEC (data.npz, a folder of them, data.jsonl, text.txt, pb:DIR, py:module:function, random), or
+            samples: an iterable, or a function that returns one, of dicts from input name to array, shaped as the
+            model's inputs. The last `held_out` of them (4, the recipe says) are kept for comparing.
+        tokenizer: a tokenizer.json, where the data is text.
+        samples, sequence_length: samples to calibrate on (32) and tokens of each, where the data is text (256).
+        statistics: a file that `calibrate` wrote for this model, in the place of data.
+        hooks: functions of your own that see values while they are measured (`Hook`).
+
+    How it is done:
+        memory_limit: bytes that the process may use while it measures; a larger model runs piece by piece.
+        work_dir, resume: a folder for what long passes have finished, and whether to go on with what is there.
+        dump_dir: a folder for the graph as text after each pass.
+        strict: layers that were skipped, and nodes that run elsewhere than asked, make `report.exit_code` 1.
+        progress: show progress bars on stderr.
+
+    Raises QCompilerError: ModelError, DataError, RecipeError, TargetError, OutputError for what the caller can mend,
+    PassError for a defect of a pass (see `qcompiler.errors`).
     """
     start, has_data = time.perf_counter(), calibration is not None
     plan = inputs.plan(recipe, target, options, exclude, samples, sequence_length, dtype, has_data)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qcompiler.errors import OutputError, TargetError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -100,3 +102,23 @@ def print_json(data: dict[str, Any]) -> None:
     from qcompiler.report.report import finite
 
     typer.echo(json.dumps(finite(data), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def device_settings(device: Device, recipe: str) -> list[str]:
+    """The settings that move linear algebra to the device. Raises TargetError where the recipe has none to move."""
+    if device is Device.cpu:
+        return []
+    from qcompiler.recipes import Recipe
+    from qcompiler.recipes.registry import options_of, pass_class
+
+    names = dict.fromkeys(step.name for step in Recipe.load(recipe).passes)
+    movable = [name for name in names if any(option.name == "device" for option in options_of(pass_class(name)))]
+    if not movable:
+        raise TargetError(f"--device cuda: no pass of the recipe {recipe} computes on a GPU; leave the option out")
+    return [f"{name}.device={device.value}" for name in movable]
+
+
+def check_output(output: Path, model: Path) -> None:
+    """Raise OutputError where a folder that may be overwritten holds the input, too."""
+    if model.exists() and model.resolve().is_relative_to(output.resolve()):
+        raise OutputError(f"{output} holds the input model, which would be overwritten; choose another name")

@@ -33,6 +33,9 @@ class Compiled:
         if self.checkpoint is not None:
             self.checkpoint.remove()
 
+    def __repr__(self) -> str:
+        return f"Compiled({self.report})"
+
     def _repr_html_(self) -> str:
         from qcompiler.report.html import card
 

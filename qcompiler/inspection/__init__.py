@@ -26,6 +26,7 @@ from qcompiler.sites.canonicalize import canonicalize
 __all__ = ["Inspection", "InspectedLayer", "Port", "Touched", "WeightStatistics", "inspect"]
 
 LONGEST = 200  # characters of a metadata entry
+MOST_SHOWN = 4  # operators in a repr
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,14 @@ class Inspection:
     layers: tuple[InspectedLayer, ...]
     touched: tuple[Touched, ...]
     """What each pass of the recipe would work on; empty where no recipe was given."""
+
+    def __repr__(self) -> str:
+        operators = ", ".join(f"{count} {name}" for name, count in list(self.operators.items())[:MOST_SHOWN])
+        size = f"{sum(self.bytes.values()) / 1e6:.1f} MB of constants"
+        return (
+            f"Inspection({self.file or 'a model'}: {len(self.layers)} layers, {size}; {operators} …;\n"
+            f"  {len(self.inputs)} inputs, {len(self.outputs)} outputs, {self.producer or 'unknown producer'})"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

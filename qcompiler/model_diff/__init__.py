@@ -10,6 +10,7 @@ Both models are brought into one form first, on copies: functions inlined, const
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,11 @@ class Diff:
     """Of each block, those that look the same once; for the page."""
     undrawn: str = ""
     """Why blocks are missing among the drawings; empty where none is."""
+
+    def __repr__(self) -> str:
+        fates = Counter(story.fate for story in self.layers)
+        told = ", ".join(f"{count} {fate}" for fate, count in fates.most_common())
+        return f"Diff({len(self.layers)} layers: {told or 'none'}; {len(self.nodes)} changes of nodes)"
 
     def __bool__(self) -> bool:
         return bool(self.nodes or self.initializers or self.ports or self.quantization)

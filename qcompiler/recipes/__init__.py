@@ -69,6 +69,12 @@ class Recipe(_Data):
     source: str = Field(default="", exclude=True, repr=False)
     """Where the recipe was read from, for messages."""
 
+    def __repr__(self) -> str:
+        steps = ", ".join(step.name for step in self.passes)
+        return f"Recipe({self.name} for {self.target}: {steps})"
+
+    __str__ = __repr__
+
     @field_validator("passes", "lowering", mode="before")
     @classmethod
     def _steps(cls, value: object) -> object:

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import TypeAdapter
 
@@ -19,6 +19,7 @@ from qcompiler.report.pictures import Pictures
 from qcompiler.rewriting.contract import CacheChange
 
 Status = Literal["quantized", "excluded", "skipped"]
+MOST_SHOWN = 3  # outputs in a repr
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,16 @@ class Report:
     """The recipe in YAML, nothing left open."""
     pictures: Pictures = field(default_factory=Pictures)
     """What report.html draws beyond the above."""
+
+    def __repr__(self) -> str:
+        """A few lines: what was quantized, how large it is, how far it is from the float model."""
+        counts = ", ".join(f"{len(self.with_status(status))} {status}" for status in get_args(Status))
+        megabytes = f"{self.sizes.float_bytes / 1e6:.1f} → {self.sizes.bytes / 1e6:.1f} MB"
+        lines = [f"Report({self.recipe} for {self.target}: {counts}; {megabytes}"]
+        for name, measures in list(self.outputs.items())[:MOST_SHOWN]:
+            lines.append(f"  {name}: {', '.join(f'{key} {value:.4g}' for key, value in measures.items())}")
+        lines += [f"  {text}" for text in self.failures]
+        return "\n".join(lines) + ")"
 
     def with_status(self, status: Status) -> list[SiteReport]:
         return [site for site in self.sites if site.status == status]

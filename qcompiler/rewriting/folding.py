@@ -37,19 +37,20 @@ SILENT = 1e-6  # channels that stay this far below the loudest one say nothing a
 
 
 def rescalable(
-    model: ir.Model, step: Pass, *, insert_mul: bool, products_only: bool = False
+    model: ir.Model, step: Pass, *, insert_mul: bool, instead: str = "", products_only: bool = False
 ) -> list[tuple[NormGroup, str | None]]:
     """The groups of layers of which the pass selects any, and why it cannot rescale a group, or None.
 
-    With `products_only` a linear layer takes a factor where it is one side of a product (a gated MLP), and neither
-    through attention nor on behalf of the next layer in a chain.
+    `instead` says what the pass could do where nothing takes the division; with `insert_mul` it does. With
+    `products_only` a linear layer takes a factor where it is one side of a product (a gated MLP), and neither through
+    attention nor on behalf of the next layer in a chain.
     """
     groups = [group for group in linear_groups_of(model) if any(step.selects(linear) for linear in group.linears)]
     if products_only:
         groups = [group if _is_product(group) else replace(group, factor=None) for group in groups]
     found = []
     for group in groups:
-        obstacle, no_fold = _obstacle(group, step), _no_fold(group, step)
+        obstacle, no_fold = _obstacle(group, step), _no_fold(group, step, f" ({instead})" if instead else "")
         if no_fold is not None and insert_mul:
             found.append((replace(group, gains=(), factor=None), obstacle))
         else:
@@ -73,20 +74,20 @@ def _obstacle(group: NormGroup, step: Pass) -> str | None:
     return None
 
 
-def _no_fold(group: NormGroup, step: Pass) -> str | None:
+def _no_fold(group: NormGroup, step: Pass, instead: str) -> str | None:
     """Why nothing that is there can take the division, or None."""
     if not group.gains and group.factor is None:
         why = group.refusal or "no norm writes its input, so the scales cannot be folded"
-        return f"{why} (insert_mul: true multiplies explicitly)"
+        return f"{why}{instead}"
     if group.factor is not None:
         writer = group.factor.linear
         if not step.selects(writer):
-            return f"{writer.module_path} would take the scales and is excluded (insert_mul: true would multiply)"
+            return f"{writer.module_path} would take the scales and is excluded{instead}"
         if writer.dequantize is not None or is_shared(writer):
             return f"the weight of {writer.module_path}, which would take the scales, is shared or quantized already"
     if group.others:
         kinds = ", ".join(sorted({node.op_type for node in group.others}))
-        return f"its input is read by {kinds}, too (insert_mul: true multiplies explicitly)"
+        return f"its input is read by {kinds}, too{instead}"
     return None
 
 

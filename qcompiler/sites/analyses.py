@@ -29,6 +29,7 @@ _KEPT = "qcompiler.analyses"  # in the graph's `meta`, which is never saved
 
 
 def sites_of(model: ir.Model) -> Sites:
+    """Every quantizable site of the graph, and every node that would be one if its form were another."""
     return _kept(model, find_sites)
 
 
@@ -40,14 +41,17 @@ def quantized_linears_of(model: ir.Model) -> tuple[Linear, ...]:
 
 
 def linear_groups_of(model: ir.Model) -> tuple[NormGroup, ...]:
+    """Every value that linear layers read; `gains` is empty where its producer has none that could take a factor."""
     return _kept(model, _linear_groups)
 
 
 def norm_groups_of(model: ir.Model) -> tuple[NormGroup, ...]:
+    """Every value that linear layers read and that gains scale."""
     return tuple(group for group in linear_groups_of(model) if group.gains)
 
 
 def caches_of(model: ir.Model) -> Sequence[Cache | Unsupported]:
+    """Every cache, in the order of the graph's inputs; what looks like one and is of another form, with the reason."""
     return _kept(model, find_caches)
 
 
