@@ -24,6 +24,7 @@ def warnings(
     found += comparison_warnings(comparison)
     outputs = {name: item.to_dict() for name, item in comparison.outputs.items()} if comparison is not None else {}
     found += binary_warnings(sites, outputs) + range_warnings(recipe) + float_input_warnings(target, sites, runs)
+    found += runtime_warnings(target, runs)
     if not sites:
         return [
             *found,
@@ -45,6 +46,14 @@ def comparison_warnings(comparison: Comparison | None) -> list[str]:
         absent = ", ".join(comparison.not_run)
         found.append(f"compared with the float model before lowering, as ONNX Runtime has no {absent} for CPUs")
     return found
+
+
+def runtime_warnings(target: Target, runs: Sequence[PassRun]) -> list[str]:
+    """That a model for no runtime in particular has operators of one, as the recipe names them."""
+    kernels = sorted({item.kernel for run in runs for item in run.changes.changed if item.kernel})
+    if target.lowering or not kernels:
+        return []
+    return [f"the recipe brings {', '.join(kernels)}, which ONNX Runtime alone has: other runtimes cannot run it"]
 
 
 def float_inputs(runs: Sequence[PassRun]) -> set[str]:

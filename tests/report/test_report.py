@@ -16,7 +16,7 @@ from qcompiler.report.build import sizes
 from qcompiler.report.facts import SiteFacts
 from qcompiler.report.table import size
 from qcompiler.rewriting.contract import CacheChange
-from tests import tiny
+from tests import compilations, tiny
 
 
 def example(layers: int = 3, **changes: object) -> Report:
@@ -243,3 +243,10 @@ def test_a_recipe_that_quantizes_nothing_says_so() -> None:
     assert "nothing is quantized (2 of 2 layers: the recipe leaves it out)" in report.warnings
     report = qcompiler.compile(model, "rtn-w4", exclude=["embed"]).report
     assert not [text for text in report.warnings if "nothing" in text]
+
+
+@pytest.mark.parametrize(("target", "warned"), [("portable", True), ("ort-cpu", False)])
+def test_a_portable_model_with_an_operator_of_a_runtime_says_so(target: str, warned: bool) -> None:
+    said = compilations.compiled("dynamo-past", "kv-int8-fused", target).report.warnings
+    sentence = "the recipe brings GroupQueryAttention, which ONNX Runtime alone has: other runtimes cannot run it"
+    assert (sentence in said) == warned
