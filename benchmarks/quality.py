@@ -30,10 +30,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from models.export import model_path  # noqa: E402
-from qcompiler import compiler, runtime  # noqa: E402
+from qcompiler import compiler  # noqa: E402
 from qcompiler.calibration.samples import Samples, open_samples  # noqa: E402
 from qcompiler.evaluation.evaluate import evaluate  # noqa: E402
 from qcompiler.graph.files import load  # noqa: E402
+from qcompiler.sessions import runtime  # noqa: E402
 
 DEMO, CACHE = ROOT / "models" / "demo", ROOT / "benchmarks" / ".cache"
 VARIANTS = ("dynamo", "dynamo-outliers")

@@ -39,7 +39,8 @@ from qcompiler.formats.arithmetic import slices
 from qcompiler.graph.edit import constant
 from qcompiler.graph.operators import multiplies_floats
 from qcompiler.half.constants import MASK
-from qcompiler.half.plan import HALF_TYPES, HalfPlan, plan
+from qcompiler.half.decided import HalfPlan
+from qcompiler.half.plan import HALF_TYPES, plan
 from qcompiler.half.rewrite import convert
 from qcompiler.half.types import FLOAT, fill_in_types
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap

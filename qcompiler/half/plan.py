@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -25,12 +23,12 @@ from qcompiler.functions.cache import UNPACK
 from qcompiler.graph.edit import constant
 from qcompiler.graph.operators import has, multiplies_floats
 from qcompiler.half.constants import FITTING, Fit, fit, largest, mask_value
+from qcompiler.half.decided import HalfPlan, ValueKind
 from qcompiler.half.norms import Mode, is_read_wide
-from qcompiler.half.types import FLOAT, HalfPorts, form_of, gives_output_dtype
+from qcompiler.half.types import FLOAT, form_of, gives_output_dtype
 from qcompiler.sites.find import Sites
 from qcompiler.sites.stored.kernels import gives_sums
 
-Kind = Literal["data", "table", "constant"]
 HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 SMALL_CODES = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.UINT4)
 """Whole numbers that 16 bits hold exactly."""
@@ -47,33 +45,6 @@ NO_BFLOAT16_DECODERS = ("DequantizeLinear", UNPACK)
 """What decodes and has no kernel for bfloat16 in the CUDA provider: UnpackInt4 is made of Floor, among others."""
 COUNTED = 1 << 16
 """Constants of up to so many numbers are looked at to bound a table."""
-
-
-@dataclass
-class HalfPlan:
-    """What `plan` decided."""
-
-    dtype: ir.DataType
-    modes: dict[ir.Node, Mode] = field(default_factory=dict)
-    kinds: dict[ir.Value, Kind] = field(default_factory=dict)
-    """Of every float32 value that is no constant."""
-    forms: dict[ir.Node, HalfPorts] = field(default_factory=dict)
-    reasons: dict[ir.Node, str] = field(default_factory=dict)
-    """Why a node stays in float32 that would compute in 16 bits by its operator."""
-    bounds: dict[ir.Value, float] = field(default_factory=dict)
-    """No number of a table is larger; infinite where that is not known."""
-    large: set[ir.Value] = field(default_factory=set)
-    """Values with numbers that are too large."""
-
-    def is_half(self, value: ir.Value) -> bool:
-        """Whether a value is written in 16 bits."""
-        producer = value.producer()
-        if producer is None:
-            return value in self.kinds and value not in self.large
-        if self.modes.get(producer) == "half":
-            form = self.forms.get(producer)
-            return form is None or value.index() in form.outputs
-        return False
 
 
 def plan(
@@ -139,7 +110,7 @@ class _Planner:
     def is_float(self, value: ir.Value) -> bool:
         return value.dtype == FLOAT
 
-    def kind(self, value: ir.Value) -> Kind:
+    def kind(self, value: ir.Value) -> ValueKind:
         return self.plan.kinds.get(value, "constant")
 
     # ----------------------------------------------------------------------------------------------------- one node
@@ -168,7 +139,7 @@ class _Planner:
             if self._too_large(value):
                 self.plan.large.add(value)
 
-    def _set(self, node: ir.Node, mode: Mode, kind: Kind, reason: str = "") -> None:
+    def _set(self, node: ir.Node, mode: Mode, kind: ValueKind, reason: str = "") -> None:
         self.plan.modes[node] = mode
         if reason:
             self.plan.reasons[node] = reason

@@ -19,7 +19,7 @@ from qcompiler.graph.metadata import PART_OF
 from qcompiler.graph.operators import OPERATORS
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.half.constants import mask_value, rounded
-from qcompiler.half.plan import HalfPlan
+from qcompiler.half.decided import HalfPlan
 from qcompiler.half.types import FLOAT, following, gives_output_dtype
 
 TYPE_ATTRIBUTES = ("to", "output_dtype")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from qcompiler.graph.edit import constant
 from qcompiler.graph.model_inputs import IDS, Input, Signature
 from qcompiler.graph.operators import has
 from qcompiler.sites.attention import CachedAttention, Mask
+from qcompiler.sites.attention_cases import MaskCase, far_cases, mask_cases
 
 MASK, POSITIONS = "attention_mask", ("position_ids", "cache_position")
 TOLERANCES = {ir.DataType.FLOAT: 1e-4, ir.DataType.FLOAT16: 2e-2}
@@ -74,19 +75,19 @@ def _prove(model: ir.Model, site: CachedAttention, signature: Signature) -> Proo
     if unknown:
         raise _RefusedError(f"its mask is computed from the input {unknown[0]!r}")
     padded = MASK in read
-    cases = list(_cases(signature.inputs[ids], padded))
+    cases = list(mask_cases(signature.inputs[ids], padded))
     scale = _scale(model, site, signature, cases[0])
 
     leaves = {value: f"leaf.{value.name}" for value in (site.query, site.key.new, site.value.new)}
     part = _Part(model, [site.output], leaves, signature)
     for case in cases:
         _check_numbers(site, part, scale, case, leaves)
-    for case in _far_cases(signature.inputs[ids], masks.numbers(), padded):
+    for case in far_cases(signature.inputs[ids], masks.numbers(), padded):
         _check_reach(site, masks, case)
     return Proof(scale, by_name[MASK] if padded else None, by_name[ids], frozenset(part.nodes))
 
 
-def _scale(model: ir.Model, site: CachedAttention, signature: Signature, case: _Case) -> float:
+def _scale(model: ir.Model, site: CachedAttention, signature: Signature, case: MaskCase) -> float:
     if site.scale is not None:
         return site.scale
     if site.node.op_type == "Attention":
@@ -103,69 +104,6 @@ def _scale(model: ir.Model, site: CachedAttention, signature: Signature, case: _
 
 
 # ------------------------------------------------------------------------------------------- what is run
-
-
-@dataclass(frozen=True)
-class _Case:
-    """A run: `kept` is attention_mask [batch, past + new]."""
-
-    past: int
-    kept: np.ndarray
-    positions: np.ndarray
-
-    @property
-    def batch(self) -> int:
-        return int(self.kept.shape[0])
-
-    @property
-    def new(self) -> int:
-        return int(self.kept.shape[1]) - self.past
-
-    @property
-    def visible(self) -> np.ndarray:
-        """[batch, new, past + new]: what each query should see; queries that are padded see what they like."""
-        total = self.kept.shape[1]
-        causal = np.arange(total)[None] <= (self.past + np.arange(self.new))[:, None]
-        seen: np.ndarray = causal[None] & (self.kept != 0)[:, None]
-        return seen
-
-    @property
-    def real(self) -> np.ndarray:
-        """[batch, new]: which queries count."""
-        counted: np.ndarray = self.kept[:, self.past :] != 0
-        return counted
-
-
-def _cases(ids: Input, padded: bool) -> Iterator[_Case]:
-    batch, new = (ids.dims or (None, None))[:2]
-    for past, count in ((0, 5), (4, 1), (4, 3)):
-        count = new if isinstance(new, int) else count
-        total = past + count
-        rows = [np.ones(total, np.int64)]
-        if padded:
-            left, right = rows[0].copy(), rows[0].copy()
-            left[:2] = 0
-            right[slice(2, past) if past else slice(max(1, total - 2), total)] = 0
-            rows += [left, right] if total > 2 else []
-        yield from _stacked(past, rows, batch)
-
-
-def _far_cases(ids: Input, numbers: Sequence[int], padded: bool) -> Iterator[_Case]:
-    batch = (ids.dims or (None,))[0]
-    for number in numbers:
-        yield from _stacked(2 * number + 2, [np.ones(2 * number + 3, np.int64)], batch)
-
-
-def _stacked(past: int, rows: Sequence[np.ndarray], batch: object) -> Iterator[_Case]:
-    """The rows in batches of a fixed size where the model has one, each with both customs of counting positions."""
-    size = batch if isinstance(batch, int) else len(rows)
-    for start in range(0, len(rows), size):
-        kept = np.stack([rows[min(start + index, len(rows) - 1)] for index in range(size)])
-        counted = np.tile(np.arange(kept.shape[1]), (size, 1))
-        after_padding = np.maximum(np.cumsum(kept, axis=1) - 1, 0)
-        yield _Case(past, kept, counted[:, past:])
-        if not np.array_equal(counted, after_padding):
-            yield _Case(past, kept, after_padding[:, past:])
 
 
 class _Part:
@@ -242,7 +180,7 @@ class _Part:
                 found |= {int(number) for number in array if 2 < number < LONGEST}
         return sorted(found)
 
-    def run(self, case: _Case, leaves: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    def run(self, case: MaskCase, leaves: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         feed = dict(leaves)
         symbols: dict[str, int] = {}
         for item in self._signature.inputs.values():
@@ -260,7 +198,7 @@ class _Part:
             raise _RefusedError(f"it cannot be run apart ({_first_sentence(error)})") from error
         return [np.asarray(array) for array in arrays]
 
-    def input(self, name: str, case: _Case) -> np.ndarray:
+    def input(self, name: str, case: MaskCase) -> np.ndarray:
         """What a run of the case feeds to a graph input."""
         return _fill(self._signature.inputs[name], case, {})
 
@@ -309,7 +247,7 @@ class _Part:
         return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=self._model.ir_version or 10)
 
 
-def _fill(item: Input, case: _Case, symbols: dict[str, int]) -> np.ndarray:
+def _fill(item: Input, case: MaskCase, symbols: dict[str, int]) -> np.ndarray:
     """A graph input; the caches among them are random, so that what reads them is seen to."""
     dims = item.dims or ()
     if item.name == MASK:
@@ -343,7 +281,7 @@ def _first_sentence(error: Exception) -> str:
 
 
 def _check_numbers(
-    site: CachedAttention, part: _Part, scale: float, case: _Case, leaves: Mapping[ir.Value, str]
+    site: CachedAttention, part: _Part, scale: float, case: MaskCase, leaves: Mapping[ir.Value, str]
 ) -> None:
     """Raise unless the part gives what causal attention gives."""
     rng = np.random.default_rng(0)
@@ -391,7 +329,7 @@ def attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, scale: floa
     return result
 
 
-def _check_reach(site: CachedAttention, masks: _Part, case: _Case) -> None:
+def _check_reach(site: CachedAttention, masks: _Part, case: MaskCase) -> None:
     """Raise where the mask hides what is far away."""
     shown = np.ones((1, 1, 1, 1), bool)
     for mask, array in zip(site.masks, masks.run(case, {}), strict=True):

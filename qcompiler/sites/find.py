@@ -28,7 +28,6 @@ from qcompiler.sites.kinds import (
     check_patterns,
     matches,
 )
-from qcompiler.sites.norms import group_linears
 
 __all__ = [
     "Convolution",
@@ -39,8 +38,6 @@ __all__ = [
     "Sites",
     "Unsupported",
     "check_patterns",
-    "find_linear_groups",
-    "find_norm_groups",
     "find_sites",
     "matches",
 ]
@@ -57,20 +54,6 @@ def find_sites(model: ir.Model) -> Sites:
         if site is not None:
             found.append(site)
     return Sites(tuple(found))
-
-
-def find_linear_groups(model: ir.Model) -> tuple[NormGroup, ...]:
-    """Every value that linear layers read; `gains` is empty where its producer has none that could take a factor.
-
-    `node` is the producer of the value (of the norm, where a Reshape or Cast follows it), or the first linear layer
-    where the value is an input of the graph.
-    """
-    return group_linears(find_sites(model).linears)
-
-
-def find_norm_groups(model: ir.Model) -> tuple[NormGroup, ...]:
-    """Every value that linear layers read and that gains scale: where nothing else reads it, a factor can be folded."""
-    return tuple(group for group in find_linear_groups(model) if group.gains)
 
 
 def weight_decoder(node: ir.Node) -> ir.Node | None:

@@ -142,7 +142,7 @@ class NormGroup(Site):
     """The value that the linear layers read, [..., K]."""
     gains: tuple[tuple[ir.Node, int], ...]
     """(node, input index) of every constant of K numbers to divide so that `output` is divided: gain, and bias where
-    there is one. Empty where nothing can be folded into the producer (`find_linear_groups` alone lists such groups)."""
+    there is one. Empty where nothing can be folded into the producer (`linear_groups_of` alone lists such groups)."""
     linears: tuple[Linear, ...]
     others: tuple[ir.Node, ...]
     """Readers of the value that are no linear layers; while there are any, nothing can be folded."""

@@ -17,7 +17,7 @@ Gains = tuple[tuple[ir.Node, int], ...]
 
 
 def group_linears(linears: Iterable[Linear]) -> tuple[NormGroup, ...]:
-    """The linear layers by the value that they read, with the gains that scale it (`match.find_linear_groups`)."""
+    """The linear layers by the value that they read, with the gains that scale it (`analyses.linear_groups_of`)."""
     by_input: dict[ir.Value, list[Linear]] = {}
     writers: dict[ir.Value, Linear] = {}
     for linear in linears:

@@ -13,8 +13,9 @@ from passes.awq import Awq
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting import folding
 from qcompiler.rewriting.contract import Changes
+from qcompiler.sites.analyses import linear_groups_of
 from qcompiler.sites.canonicalize import canonicalize
-from qcompiler.sites.find import NormGroup, find_linear_groups
+from qcompiler.sites.find import NormGroup
 from tests import tiny
 
 # Attention over [B, S, 8] with heads of 4: four of queries, and as many of keys and values as HEADS says.
@@ -48,7 +49,7 @@ def attention(body: str, heads: int, **constants: Any) -> ir.Model:
 
 
 def group_of(model: ir.Model, name: str) -> NormGroup:
-    return next(group for group in find_linear_groups(model) if any(linear.name == name for linear in group.linears))
+    return next(group for group in linear_groups_of(model) if any(linear.name == name for linear in group.linears))
 
 
 def heads_of(heads: int) -> list[int]:
@@ -209,7 +210,7 @@ def test_elementwise_factors(form: str) -> None:
     for name in ("parts", "flat"):
         constants[name] = np.array([-1, 6])
     model = tiny.build(text, **constants)
-    group = next(group for group in find_linear_groups(model) if group.linears[0].node.outputs[0].name == "y")
+    group = next(group for group in linear_groups_of(model) if group.linears[0].node.outputs[0].name == "y")
     assert group.factor is not None
     assert not group.factor.through_attention
     assert group.factor.linear.name == writer
@@ -263,7 +264,7 @@ def export(variant: str) -> ir.Model:
 @pytest.mark.parametrize("variant", ["dynamo", "opset23", "fp16", "dynamo-past"])
 def test_exports(variant: str) -> None:
     model = export(variant)
-    groups = [group for group in find_linear_groups(model) if group.gains or group.factor]
+    groups = [group for group in linear_groups_of(model) if group.gains or group.factor]
     groups = [group for group in groups if len(group.linears[0].weight.uses()) == 1]  # not the tied lm_head
     through = [group for group in groups if group.factor is not None and group.factor.through_attention]
     assert len(groups) == (12 if variant == "dynamo-past" else 16)
@@ -290,7 +291,7 @@ def test_exports(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ["dynamo-past", "optimum", pytest.param("genai", marks=pytest.mark.exporters)])
 def test_caches_of_exports(variant: str) -> None:
-    groups = find_linear_groups(export(variant))
+    groups = linear_groups_of(export(variant))
     refused = [group for group in groups if group.refusal]
     assert {linear.module_path.rsplit(".", 1)[-1] for group in refused for linear in group.linears} == {"o_proj"}
     assert len(refused) == 4

@@ -12,6 +12,7 @@ import pytest
 from qcompiler.errors import RecipeError
 from qcompiler.graph.edit import constant
 from qcompiler.graph.files import load
+from qcompiler.sites.analyses import linear_groups_of, norm_groups_of
 from qcompiler.sites.canonicalize import canonicalize
 from qcompiler.sites.find import (
     Convolution,
@@ -20,8 +21,6 @@ from qcompiler.sites.find import (
     Sites,
     Unsupported,
     check_patterns,
-    find_linear_groups,
-    find_norm_groups,
     find_sites,
     matches,
 )
@@ -390,7 +389,7 @@ def normed(body: str, tail: str = "y = MatMul(n, W) z = MatMul(n, V)") -> ir.Mod
 @pytest.mark.parametrize("norm", NORMS)
 def test_norms(norm: str) -> None:
     body, places = NORMS[norm]
-    (group,) = find_norm_groups(normed(body))
+    (group,) = norm_groups_of(normed(body))
     assert [index for _, index in group.gains] == places
     assert [node.inputs[index].name for node, index in group.gains] == ["G", "B"][: len(places)]
     assert [linear.name for linear in group.linears] == ["y", "z"]
@@ -410,8 +409,8 @@ def test_norms(norm: str) -> None:
 )
 def test_producers_that_take_no_factor(body: str) -> None:
     model = normed(body)
-    assert find_norm_groups(model) == ()
-    (group,) = find_linear_groups(model)
+    assert norm_groups_of(model) == ()
+    (group,) = linear_groups_of(model)
     assert group.gains == ()
     assert len(group.linears) == 2
     assert group.node.outputs[0].name is not None
@@ -420,27 +419,25 @@ def test_producers_that_take_no_factor(body: str) -> None:
 def test_an_output_takes_no_factor() -> None:
     model = normed("n = LayerNormalization(x, G)")
     model.graph.outputs.append(model.graph[0].outputs[0])
-    assert find_norm_groups(model) == ()
+    assert norm_groups_of(model) == ()
 
 
 def test_other_readers_are_listed() -> None:
-    (group,) = find_norm_groups(normed("n = LayerNormalization(x, G)", "y = MatMul(n, W) z = Relu(n)"))
+    (group,) = norm_groups_of(normed("n = LayerNormalization(x, G)", "y = MatMul(n, W) z = Relu(n)"))
     assert [node.name for node in group.others] == ["z"]
-    (group,) = find_norm_groups(
-        normed("v = LayerNormalization(x, G) n = Cast<to=1>(v)", "y = MatMul(n, W) z = Relu(v)")
-    )
+    (group,) = norm_groups_of(normed("v = LayerNormalization(x, G) n = Cast<to=1>(v)", "y = MatMul(n, W) z = Relu(v)"))
     assert [node.name for node in group.others] == ["z"]
-    (group,) = find_norm_groups(normed("n = LayerNormalization(x, G)", "y = MatMul(n, W) z = Shape(n)"))
+    (group,) = norm_groups_of(normed("n = LayerNormalization(x, G)", "y = MatMul(n, W) z = Shape(n)"))
     assert group.others == ()  # a shape does not change
 
 
 def test_the_bias_of_a_norm_must_be_its_own() -> None:
     body = "u = Relu(x) v = Mul(u, G) n = Add(v, B)"
-    assert find_norm_groups(normed(body, "y = MatMul(n, W) z = Neg(v)")) == ()
+    assert norm_groups_of(normed(body, "y = MatMul(n, W) z = Neg(v)")) == ()
 
 
 def test_groups_of_graph_inputs() -> None:
-    (group,) = find_linear_groups(normed("n = Relu(x)", "y = MatMul(x, W) z = MatMul(x, V)"))
+    (group,) = linear_groups_of(normed("n = Relu(x)", "y = MatMul(x, W) z = MatMul(x, V)"))
     assert group.output.name == "x"
     assert group.node is group.linears[0].node
     assert [node.op_type for node in group.others] == ["Relu"]
@@ -469,7 +466,7 @@ def test_exports(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for method in ("numpy", "tobytes", "_load"):
         monkeypatch.setattr(ir.ExternalTensor, method, refuse)
     sites = find_sites(model)
-    groups = find_norm_groups(model)
+    groups = norm_groups_of(model)
 
     per_layer = 5 if variant == "genai" else 7
     assert len(sites.linears) == 4 * per_layer + 1
