@@ -1,15 +1,18 @@
 """What the finished stages of long passes have computed, on disk: a run that was killed goes on where it was.
 
 A folder beside the output holds one file for each stage, written whole or not at all, and the fingerprint of the run:
-model, data, recipe and versions. Only a run with the same fingerprint goes on with it, and gives the same bytes. Steps
-of a recipe are told apart by their position, as one pass may run twice.
+model, data, recipe and versions. Only a run with the same fingerprint goes on with it, and gives the same bytes. The
+fingerprint is written first and removed last, so stages without one are nobody's, and are removed. Steps of a recipe
+are told apart by their position, as one pass may run twice.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from qcompiler.errors import DataError, OutputError
 from qcompiler.rewriting.staged import Computed
 
 FINGERPRINT = "run.json"
+STAGE_FILE = re.compile(r"\d+-[\w.-]+\.\d{5}\.(safetensors|partial)")
 _BYTES_ONLY = {"bfloat16": ml_dtypes.bfloat16}  # types that the file format's numpy side does not know
 
 
@@ -33,6 +37,7 @@ class Checkpoint:
         self._folder, self._fingerprint = folder, dict(fingerprint)
         noted = folder / FINGERPRINT
         if not noted.exists():
+            self._remove_stages()
             return
         if not resume:
             raise OutputError(
@@ -69,7 +74,8 @@ class Checkpoint:
         partial = path.with_suffix(".partial")
         try:
             self._begin()
-            save_file(tensors, partial, metadata={"entries": json.dumps(entries)})
+            text = json.dumps(entries)
+            save_file(tensors, partial, metadata={"entries": text, "sha256": _checksum(text, tensors)})
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             partial.replace(path)
@@ -77,9 +83,16 @@ class Checkpoint:
             raise OutputError(f"{path} cannot be written: {error}") from error
 
     def remove(self) -> None:
-        """The run is finished and its output written."""
-        if self._folder.exists():
-            shutil.rmtree(self._folder)
+        """The run is finished and its output written. What somebody else put into the folder stays."""
+        self._remove_stages()
+        (self._folder / FINGERPRINT).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty, or not there
+            self._folder.rmdir()
+
+    def _remove_stages(self) -> None:
+        for path in self._folder.glob("*"):
+            if STAGE_FILE.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def _file(self, position: int, pass_name: str, stage: int) -> Path:
         return self._folder / f"{position:02}-{pass_name}.{stage:05}.safetensors"
@@ -98,14 +111,24 @@ def _read(path: Path) -> dict[str, Computed]:
     found: dict[str, Computed] = {}
     try:
         with safe_open(path, framework="numpy") as file:
-            for number, entry in enumerate(json.loads((file.metadata() or {})["entries"])):
-                arrays = {
-                    key: _typed(file.get_tensor(f"{number}.{key}"), dtype) for key, dtype in entry["types"].items()
-                }
+            noted = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+            if noted["sha256"] != _checksum(noted["entries"], tensors):
+                raise ValueError("its checksum is not that of what it holds")
+            for number, entry in enumerate(json.loads(noted["entries"])):
+                arrays = {key: _typed(tensors[f"{number}.{key}"], dtype) for key, dtype in entry["types"].items()}
                 found[entry["name"]] = Computed(arrays, entry["facts"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error}); remove it, and its layers are computed again") from error
     return found
+
+
+def _checksum(entries: str, tensors: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(entries.encode())
+    for key in sorted(tensors):
+        digest.update(f"{key}:{tensors[key].dtype}{tensors[key].shape};".encode())
+        digest.update(np.ascontiguousarray(tensors[key]).tobytes())
+    return digest.hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -14,10 +14,13 @@ import onnx_ir as ir
 from qcompiler.errors import ModelError
 from qcompiler.graph import files as model_io
 from qcompiler.graph.metadata import DISABLED_OPTIMIZERS, SESSION_OPTIONS
+from qcompiler.targets import usable_targets
 
 if TYPE_CHECKING:
     import onnxruntime
 
+WORD = r"[A-Za-z0-9_.-]{1,100}"
+SHOWN = 60  # characters of an odd value in a message
 Recorded = TypeVar("Recorded", dict[str, object], list[object])
 
 
@@ -30,10 +33,38 @@ class RecordedOptions:
 
 
 def session_options_of(model: ir.Model) -> RecordedOptions:
-    """What the metadata of a model records; empty where it records nothing. Raises ModelError where it is damaged."""
+    """What the metadata of a model records; empty where it records nothing.
+
+    Raises ModelError where it is damaged, or asks for more than our targets do: session options of onnxruntime can
+    write files, and a model may be a stranger's.
+    """
     entries = _json(model, SESSION_OPTIONS, dict[str, object]())
     disabled = _json(model, DISABLED_OPTIMIZERS, list[object]())
+    known = {key for target in usable_targets()[0] for key in target.session_options}
+    for key, value in entries.items():
+        if key not in known:
+            raise ModelError(
+                f"the model's metadata asks for the session option {_shown(key)}, which no target sets "
+                f"(they set {', '.join(sorted(known))}); take the entry {SESSION_OPTIONS!r} out of the model"
+            )
+        _check_word(value, SESSION_OPTIONS)
+    for name in disabled:
+        _check_word(name, DISABLED_OPTIMIZERS)
     return RecordedOptions({key: str(value) for key, value in entries.items()}, tuple(map(str, disabled)))
+
+
+def _check_word(value: object, key: str) -> None:
+    """A name or number, as our targets write them."""
+    if not isinstance(value, str) or re.fullmatch(WORD, value) is None:
+        raise ModelError(
+            f"the model's metadata entry {key!r} holds {_shown(value)}, where a word is due; take it out of the model"
+        )
+
+
+def _shown(value: object) -> str:
+    """For a message: never long, never with characters that a terminal obeys."""
+    text = ascii(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} …"
 
 
 def _json(model: ir.Model, key: str, default: Recorded) -> Recorded:
@@ -42,10 +73,11 @@ def _json(model: ir.Model, key: str, default: Recorded) -> Recorded:
         return default
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ModelError(f"the model's metadata entry {key!r} is not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"the model's metadata entry {key!r} is not JSON ({_shown(str(error))})") from error
     if not isinstance(value, type(default)):
-        raise ModelError(f"the model's metadata entry {key!r} holds {text!r}, where a {type(default).__name__} is due")
+        kind = type(default).__name__
+        raise ModelError(f"the model's metadata entry {key!r} holds {_shown(text)}, where a {kind} is due")
     return value
 
 

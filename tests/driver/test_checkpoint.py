@@ -12,7 +12,7 @@ import pytest
 import qcompiler
 from passes.awq import Awq
 from qcompiler.driver.checkpoint import Checkpoint
-from qcompiler.errors import OutputError
+from qcompiler.errors import DataError, OutputError
 from qcompiler.formats.arithmetic import Quantized
 from qcompiler.recipes import Recipe
 from qcompiler.recipes.registry import pass_class
@@ -215,3 +215,41 @@ def test_awq_holds_the_moments_of_one_stage_at_a_time(monkeypatch: pytest.Monkey
     compiled(tmp_path, recipe={**RECIPE, "passes": [{"awq": {"group_size": 16, "grid": 2, "insert_mul": True}}]})
     together = ["a_1", "h_1", "h_2"]  # an Add reads h_1 once a_1 is there, so nothing divides them
     assert held == [["x"], ["a_0"], together, together, together, ["a_2"]]
+
+
+def interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of the one stage that was finished."""
+    with monkeypatch.context() as patched:
+        interrupt(patched, after=4)
+        with pytest.raises(Killed):
+            compiled(folder)
+    (stage,) = folder.glob("*.safetensors")
+    return stage
+
+
+def test_stages_without_a_fingerprint_are_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a run dies while it cleans up: with another model they would be wrong, so they are not taken."""
+    whole = compiled(tmp_path / "whole")
+    stage = interrupted(tmp_path / "work", monkeypatch)
+    (tmp_path / "work" / "run.json").unlink()
+    stage.write_bytes(b"of another run")
+    for resume in (False, True):
+        assert weights(compiled(tmp_path / "work", resume=resume)) == weights(whole)
+        (tmp_path / "work" / "run.json").unlink()
+
+
+@pytest.mark.parametrize("place", [-1, -200, 200])
+def test_a_flipped_bit_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    stage = interrupted(tmp_path / "work", monkeypatch)
+    content = bytearray(stage.read_bytes())
+    content[place] ^= 1
+    stage.write_bytes(content)
+    with pytest.raises(DataError, match=r"is damaged .*remove it"):
+        compiled(tmp_path / "work", resume=True)
+
+
+def test_nothing_of_somebody_else_is_removed(tmp_path: Path) -> None:
+    result = compiled(tmp_path / "work")
+    (tmp_path / "work" / "notes.txt").write_text("mine")
+    result.save(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["notes.txt"]

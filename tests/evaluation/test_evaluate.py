@@ -243,6 +243,38 @@ def test_a_session_that_cannot_be_opened(
         load_session(folder, providers=providers)
 
 
+ODD: list[tuple[str, str]] = [
+    (SESSION_OPTIONS, json.dumps({"session.collect_node_memory_stats_to_file": "VICTIM"})),
+    (SESSION_OPTIONS, json.dumps({"session.node_partition_config_file": "VICTIM"})),
+    (SESSION_OPTIONS, json.dumps({"optimization.minimal_build_optimizations": "save"})),
+    (SESSION_OPTIONS, json.dumps({"": "1"})),
+    (SESSION_OPTIONS, json.dumps({"session.qdqisint8allowed": ""})),
+    (SESSION_OPTIONS, json.dumps({"session.qdqisint8allowed": {"a": 1}})),
+    (SESSION_OPTIONS, json.dumps({"session.qdqisint8allowed": "1" * 5000})),
+    (SESSION_OPTIONS, json.dumps({"\ud800": "1"})),
+    (SESSION_OPTIONS, json.dumps({"\x1b[2J": "1"})),
+    (SESSION_OPTIONS, ""),
+    (SESSION_OPTIONS, "[" * 100_000),
+    (SESSION_OPTIONS, '{"session.qdqisint8allowed": ' + "9" * 5000 + "}"),
+    (DISABLED_OPTIMIZERS, json.dumps([["a"]])),
+    (DISABLED_OPTIMIZERS, json.dumps(["\ud800"])),
+    (DISABLED_OPTIMIZERS, "[" * 100_000),
+]
+
+
+@pytest.mark.parametrize(("key", "text"), ODD)
+def test_a_strangers_model_sets_no_options(tmp_path: Path, key: str, text: str) -> None:
+    """Session options of onnxruntime can write files: those that our targets write are taken, and no other."""
+    victim = tmp_path / "victim.txt"
+    victim.write_text("precious")
+    folder, _ = saved(tmp_path / "m", metadata={key: text.replace("VICTIM", str(victim))})
+    with pytest.raises(ModelError, match=key) as caught:
+        load_session(folder)
+    assert len(str(caught.value)) < 400
+    assert str(caught.value).isprintable()
+    assert victim.read_text() == "precious"
+
+
 def test_a_model_that_onnxruntime_refuses(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path / "m")
     model = ir.load(folder / "model.onnx")
