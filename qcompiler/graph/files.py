@@ -59,7 +59,7 @@ def load(path: str | Path) -> ir.Model:
     Every reason why the model cannot be worked on later is a ModelError here: a missing or damaged file, missing,
     short or linked-away external data, an opset or operator that ONNX Runtime would not run.
     """
-    file = find_model(path)
+    file = find_model(path).absolute()  # without a folder, onnx_ir would not look where external data is
     try:
         # IR of a half-read file would be an arbitrary model, so any failure is the file's.
         model = ir.load(file, format="protobuf")
@@ -113,10 +113,25 @@ def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 yield value.const_value
-    for node in model.graph.all_nodes():
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
-                yield attribute.value
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        for node in graph.all_nodes():
+            for attribute in node.attributes.values():
+                yield from _external_in(attribute)
+
+
+def _external_in(attribute: ir.Attr) -> Iterator[ir.ExternalTensor]:
+    """In the attribute itself, and among the constants of a body; the nodes of a body are visited by themselves."""
+    held: list[object] = []
+    match attribute.type:
+        case ir.AttributeType.TENSOR:
+            held = [attribute.value]
+        case ir.AttributeType.TENSORS:
+            held = [*attribute.value]
+        case ir.AttributeType.GRAPH:
+            held = [value.const_value for value in attribute.as_graph().initializers.values()]
+        case ir.AttributeType.GRAPHS:
+            held = [value.const_value for body in attribute.as_graphs() for value in body.initializers.values()]
+    yield from (tensor for tensor in held if isinstance(tensor, ir.ExternalTensor))
 
 
 def _check_external(tensor: ir.ExternalTensor, folder: Path) -> None:
@@ -125,8 +140,10 @@ def _check_external(tensor: ir.ExternalTensor, folder: Path) -> None:
     where = f"the weights {tensor.name!r} should be in {path}"
     if Path(tensor.location).is_absolute() or ".." in Path(tensor.location).parts:
         raise ModelError(f"{where}, which is outside of the model's folder; move them beside the model")
-    if not path.is_file():
+    if not path.exists():
         raise ModelError(f"{where}, which does not exist; put the file beside the model")
+    if not path.is_file():
+        raise ModelError(f"{where}, which is no file (but a folder, pipe or device); export the model again")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ModelError(
             f"{where}, but that is a link to {path.resolve()} outside of the model's folder, which ONNX Runtime "

@@ -387,3 +387,58 @@ def test_what_onnx_runtime_refuses(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="ONNX Runtime refuses") as excinfo:
         session(model)
     sentence(excinfo)
+
+
+PLACES = {
+    "dotdot": ("../secret.bin", "outside of the model's folder"),
+    "absolute": ("{outside}/secret.bin", "outside of the model's folder"),
+    "device": ("/dev/zero", "outside of the model's folder"),
+    "missing": ("nope.bin", "does not exist"),
+    "pipe": ("pipe", "is no file"),
+    "folder": ("inner", "is no file"),
+    "link": ("link.bin", "a link to"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("where", ["graph", "constant", "function", "body of an If"])
+@pytest.mark.parametrize("named", ["with its folder", "alone"])
+def test_weights_outside_of_the_folder_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, where: str, named: str
+) -> None:
+    folder, (location, message) = tmp_path / "m", PLACES[place]
+    (folder / "inner").mkdir(parents=True)
+    (tmp_path / "secret.bin").write_bytes(bytes(range(256)) * 8)
+    os.mkfifo(folder / "pipe")
+    (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
+    tensor = onnx.TensorProto(name="k", data_type=1, dims=[16, 8], data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value=location.format(outside=tmp_path))
+    onnx.save_model(_with_external(tensor, where), folder / "model.onnx")
+    monkeypatch.chdir(folder)
+    with pytest.raises(ModelError, match=message):
+        model_io.load("model.onnx" if named == "alone" else folder)
+
+
+def _with_external(tensor: onnx.TensorProto, where: str) -> onnx.ModelProto:
+    """y = x k, with the external constant k in a place of its own."""
+    info, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
+    constant = onnx.NodeProto(op_type="Constant", output=["k"], name="constant")
+    constant.attribute.add(name="value", type=onnx.AttributeProto.TENSOR).t.CopyFrom(tensor)
+    opsets, functions, kept = [onnx.helper.make_opsetid("", 21)], [], []
+    nodes = [constant, node("MatMul", ["x", "k"], ["y"], name="fc")]
+    if where == "graph":
+        nodes, kept = nodes[1:], [tensor]
+    elif where == "function":
+        functions = [onnx.helper.make_function("local", "Proj", ["x"], ["y"], nodes, opsets)]
+        nodes, opsets = [node("Proj", ["x"], ["y"], name="fc", domain="local")], [
+            *opsets, onnx.helper.make_opsetid("local", 1),
+        ]  # fmt: skip
+    elif where == "body of an If":
+        bodies = [
+            onnx.helper.make_graph([node("MatMul", ["x", "k"], [name])], name, [], [info(name, 1, ["n", 8])], [tensor])
+            for name in ("a", "b")
+        ]
+        nodes = [node("If", ["c"], ["y"], name="fc", then_branch=bodies[0], else_branch=bodies[1])]
+    inputs = [info("x", 1, ["n", 16]), info("c", onnx.TensorProto.BOOL, [])]
+    graph = onnx.helper.make_graph(nodes, "g", inputs, [info("y", 1, ["n", 8])], kept)
+    return onnx.helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10)
