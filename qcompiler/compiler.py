@@ -71,8 +71,8 @@ def compile(
         store = load_statistics(Path(statistics), hashes["model"])
     calibrator = inputs.calibrator(measured_on, hooks, memory_limit, progress)
 
-    reference, facts, before = graph.clone(), inventory(graph), build.constant_bytes(graph)
-    snapshots = Snapshots(reference)
+    snapshots = Snapshots()
+    reference, facts, before = snapshots.of(graph), inventory(graph), build.constant_bytes(graph)
     dumps = Path(dump_dir) if dump_dir is not None else None
     observers = onlookers(plan.recipe, held_out, memory_limit, dumps, snapshots)
     checkpoint = inputs.checkpoint(plan, hashes, work_dir, resume)

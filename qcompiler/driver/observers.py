@@ -16,6 +16,7 @@ from qcompiler.evaluation.compare import check_structure, compare
 from qcompiler.graph.files import save
 from qcompiler.recipes import Recipe, Step
 from qcompiler.rewriting.contract import Changes, Pass
+from qcompiler.sites.analyses import let_go
 from qcompiler.statistics import StatisticsStore
 
 # An exact pass moves factors between constants, which changes the last bits of a float and nothing else.
@@ -30,14 +31,14 @@ EXACT_SQNR_DB = {
 class Snapshots:
     """The model as it was before the step that runs, copied only where something has changed since."""
 
-    def __init__(self, first: ir.Model | None = None) -> None:
-        """`first` is a copy of the model that the first step finds, where there is one already."""
-        self._copy = first
+    def __init__(self) -> None:
+        self._copy: ir.Model | None = None
 
     def of(self, model: ir.Model) -> ir.Model:
         """A copy that nobody may change."""
         if self._copy is None:
             self._copy = model.clone()
+            let_go(self._copy)  # what was found in the model, whose weights would live as long as the copy
         return self._copy
 
     def changed(self) -> None:

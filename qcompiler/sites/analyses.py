@@ -7,7 +7,7 @@
     caches_of(model)               the KV-cache
 
 What was found is kept with the model's graph and holds as long as nothing of what the recognisers look at has changed:
-nodes, their operators, inputs and attributes, types and shapes. Numbers of constants may change.
+nodes, their operators, inputs, attributes and metadata, names, types and shapes. Numbers of constants may change.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 
 import onnx_ir as ir
 
-from qcompiler.graph.metadata import PART_OF
+from qcompiler.graph.metadata import PROVENANCE
 from qcompiler.sites.caches import Cache, find_caches
 from qcompiler.sites.find import Sites, decodes_weight, find_sites
 from qcompiler.sites.kinds import Linear, NormGroup, Unsupported
@@ -82,11 +82,19 @@ def _state(model: ir.Model) -> list[Any]:
 
     Nodes and values are compared by identity; as the state holds them, no new one takes the place of one that is gone.
     """
-    state: list[Any] = [tuple(model.graph.inputs), tuple(model.graph.outputs), dict(model.opset_imports)]
+    state: list[Any] = [dict(model.opset_imports)]
     for graph in model.graphs():
-        state.append({value: (value.dtype, value.shape) for value in graph.initializers.values()})
+        for values in (graph.inputs, graph.outputs, graph.initializers.values()):
+            state.append([_said_of(value) for value in values])
     for node in model.graph.all_nodes():
-        written = [(value.name, value.dtype, value.shape) for value in node.outputs]
-        said = (node.name, node.op_type, node.metadata_props.get(PART_OF), *node.attributes.values())
-        state.append((node, node.inputs, said, written))
+        noted = {key: text for key, text in node.metadata_props.items() if key != PROVENANCE}
+        said = (node.name, node.op_type, node.domain, noted, *node.attributes.values())
+        state.append((node, node.inputs, said, [_said_of(value) for value in node.outputs]))
     return state
+
+
+def _said_of(value: ir.Value) -> tuple[Any, ...]:
+    """A value, and what is said of it; sizes as they are now, as some shapes can be changed in place."""
+    shapes = (value.shape, None if value.const_value is None else value.const_value.shape)
+    sizes = [None if shape is None else tuple(shape) for shape in shapes]
+    return value, value.name, type(value.type), value.dtype, sizes

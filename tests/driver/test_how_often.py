@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from collections import Counter
+from collections.abc import Callable
 from types import FrameType
 
 import numpy as np
@@ -12,7 +15,10 @@ import pytest
 
 import qcompiler
 from passes.smooth_quant import SmoothQuant
+from qcompiler.driver.observers import Snapshots
 from qcompiler.sites import analyses
+from qcompiler.sites.caches import Cache
+from qcompiler.sites.kinds import Unsupported
 from qcompiler.statistics import StatisticsStore
 from tests import tiny
 
@@ -107,7 +113,71 @@ def one_node_less(model: ir.Model) -> None:
     model.graph.remove(model.graph[2], safe=True)
 
 
-CHANGES = [another_attribute, another_name, another_input, another_shape, one_node_less]
+def another_path(model: ir.Model) -> None:
+    model.graph[1].metadata_props["pkg.torch.onnx.name_scopes"] = "['', 'mlp.up_proj', 'matmul']"
+
+
+def another_name_of_a_weight(model: ir.Model) -> None:
+    model.graph.initializers["W"].name = "mlp.up_proj.weight"
+
+
+def a_weight_that_is_given(model: ir.Model) -> None:
+    model.graph.inputs.append(model.graph.initializers["V"])
+
+
+def a_weight_without_numbers(model: ir.Model) -> None:
+    model.graph.initializers["V"].const_value = None
+
+
+def another_size_in_place(model: ir.Model) -> None:
+    shape = ir.Shape([None, 32])
+    model.graph[-1].outputs[0].shape = shape
+    analyses.sites_of(model)
+    shape[0] = 5
+
+
+CHANGES = [
+    another_attribute, another_name, another_input, another_shape, another_path, another_name_of_a_weight,
+    another_size_in_place, one_node_less,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [a_weight_that_is_given, a_weight_without_numbers])
+def test_a_layer_goes_with_its_constant(change: Callable[[ir.Model], None]) -> None:
+    model = three()
+    assert len(analyses.sites_of(model).linears) == 2
+    change(model)
+    assert len(analyses.sites_of(model).linears) == 1
+
+
+CACHE = """g (float[B,2,P,8] past_key, float[B,2,1,8] k, float[B,2,1,8] q)
+    => (float[B,2,1,L] y, float[B,2,L,8] present_key) {
+    present_key = Concat<axis=-2>(past_key, k)  t = Transpose<perm=[0,1,3,2]>(present_key)  y = MatMul(q, t) }"""
+
+
+def test_a_cache_is_what_the_graphs_input_is_now() -> None:
+    model = tiny.build(CACHE)
+    past = model.graph.inputs[0]
+    (cache,) = analyses.caches_of(model)
+    past.name = "past_key_0"
+    past.shape = ir.Shape(["B", 3, "P", 8])
+    (now,) = analyses.caches_of(model)
+    assert isinstance(cache, Cache)
+    assert isinstance(now, Cache)
+    assert (cache.name, cache.heads, now.name, now.heads) == ("past_key", 2, "past_key_0", 3)
+    past.dtype = ir.DataType.INT8
+    (now,) = analyses.caches_of(model)
+    assert isinstance(now, Unsupported)
+
+
+def test_a_copy_keeps_no_weight_of_the_model_alive() -> None:
+    model = three()
+    analyses.sites_of(model)
+    copy, weight = Snapshots().of(model), weakref.ref(model.graph.initializers["V"])
+    del model
+    gc.collect()
+    assert weight() is None
+    assert len(analyses.sites_of(copy).linears) == 2
 
 
 def test_a_copy_finds_its_own() -> None:
