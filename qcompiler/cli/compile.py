@@ -28,6 +28,8 @@ from qcompiler.cli.common import (
     device_settings,
 )
 
+SHOWN = 6  # names of files
+
 
 def compile_(
     model: Model,
@@ -84,5 +86,18 @@ def compile_(
         from qcompiler.report import render
 
         render(compiled.report, console())
-        console().print(f"\nwritten to {output}", markup=False, highlight=False, soft_wrap=True)
+        beside = _beside(compiled.source)
+        console().print(f"\nwritten to {output}{beside}", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(compiled.report.exit_code)
+
+
+def _beside(source: Path | None) -> str:
+    """What went along with the model, and what lay there and did not."""
+    if source is None:
+        return ""
+    from qcompiler.graph.model_folder import companions_in
+
+    taken, left = ([ascii(path.name)[1:-1] for path in files] for files in companions_in(source))
+    told = [f"{verb} {', '.join(files[:SHOWN])}{' …' if len(files) > SHOWN else ''}"
+            for verb, files in (("with", taken), ("without", left)) if files]  # fmt: skip
+    return "".join(f", {text}" for text in told)

@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompiler.errors import ModelError, OutputError
+from qcompiler.graph.model_folder import copy_companions
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -25,11 +26,6 @@ INLINE_MODEL = 1 << 20  # bytes of constants up to which a model is one file
 INLINE_TENSOR = 1 << 10  # bytes up to which a constant stays in the .onnx file of a larger model
 INLINE_SESSION = 512 << 20  # bytes of new constants that a session may be handed in memory (protobuf's limit is 2 GiB)
 SCANNED_MODEL = 64 << 20  # larger .onnx files of a source folder hold their weights and refer to no others
-
-# Weights and caches that an exporter's folder may hold beside the model; the output has its own weights.
-NOT_COPIED = frozenset(
-    {".onnx", ".onnx_data", ".data", ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".lock"}
-)
 
 
 # ---------------------------------------------------------------------------------------------------- load
@@ -175,8 +171,8 @@ def save(
     """Write `model.onnx`, `model.onnx.data` where the constants are large, and other files, into a folder.
 
     The folder appears whole or not at all: it is built beside its place and moved there at the end. Tensors are
-    written one by one. The files at the top of `source_folder` (tokenizer, configuration) are copied, except for
-    models, weights and hidden files; `extra_files` (name → content) come last and win. The model is left as it was.
+    written one by one. The companions of the model in `source_folder` (tokenizer, configuration, see
+    `model_folder`) are copied; `extra_files` (name → content) come last and win. The model is left as it was.
     OutputError if the place is taken, is the source itself, or cannot be written.
     """
     folder = Path(folder)
@@ -191,7 +187,7 @@ def save(
         partial.chmod(0o755)  # mkdtemp gives 0o700
         _write_model(model, partial)
         if source_folder is not None:
-            _copy_others(Path(source_folder), partial)
+            copy_companions(Path(source_folder), partial)
         for name, content in (extra_files or {}).items():
             (partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
         _move(partial, folder)
@@ -242,24 +238,6 @@ def _write_model(model: ir.Model, folder: Path) -> None:
     data = folder / DATA_FILE
     if data.exists() and data.stat().st_size == 0:
         data.unlink()
-
-
-def _copy_others(source: Path, folder: Path) -> None:
-    data = set(_data_locations(source))
-    for file in source.iterdir():
-        if not file.is_file() or file.name.startswith(".") or file.suffix in NOT_COPIED or file.name in data:
-            continue
-        shutil.copyfile(file, folder / file.name)
-
-
-def _data_locations(source: Path) -> Iterator[str]:
-    """The external data files of all models of a folder, whatever they are called."""
-    for file in source.glob("*.onnx"):
-        if file.stat().st_size > SCANNED_MODEL:
-            continue
-        proto = onnx.load(file, load_external_data=False)
-        for tensor in proto.graph.initializer:
-            yield from (entry.value for entry in tensor.external_data if entry.key == "location")
 
 
 def _move(partial: Path, folder: Path) -> None:

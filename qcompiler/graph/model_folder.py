@@ -1,13 +1,25 @@
-"""What lies beside a language model: its tokenizer, the tokens that end a text, the longest text it can read."""
+"""What lies beside a model: its tokenizer, the tokens that end a text, the longest text; and what goes along."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from qcompiler.errors import ModelError
+
+WEIGHTS = frozenset({".onnx", ".onnx_data", ".data", ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".lock"})
+"""Of the model, or of the one that it was exported from; the output has its own."""
+COMPANIONS = (
+    "tokenizer*.json", "tokenizer.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json",
+    "vocab*.json", "vocab*.txt", "merges.txt", "spiece.model", "sentencepiece*.model", "source.spm", "target.spm",
+    "config.json", "*_config.json", "preprocessor_config.json", "chat_template.*", "audio_processor_config.json",
+    "labels.txt", "labels.json", "LICENSE*", "NOTICE*", "README.md",
+)  # fmt: skip
+"""What belongs to a model and is no weight: these files go along to the output, and no others."""
 
 
 @dataclass(frozen=True)
@@ -57,3 +69,25 @@ def _read(file: Path) -> Mapping[str, object]:
     if not isinstance(content, dict):
         raise ModelError(f"{file} holds no JSON object; repair it, or take it away")
     return content
+
+
+def companions_in(source: Path) -> tuple[list[Path], list[Path]]:
+    """(what goes along with a model, what else lies at the top of its folder): models, weights and hidden files aside.
+
+    What a link outside of the folder leads to is somebody else's, and stays.
+    """
+    taken: list[Path] = []
+    left: list[Path] = []
+    inside = source.resolve()
+    for file in sorted(source.iterdir()):
+        if file.name.startswith(".") or file.suffix in WEIGHTS:
+            continue
+        named = any(fnmatchcase(file.name, pattern) for pattern in COMPANIONS)
+        own = file.is_file() and file.resolve().is_relative_to(inside)
+        (taken if named and own else left).append(file)
+    return taken, left
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    for file in companions_in(source)[0]:
+        shutil.copyfile(file, folder / file.name)

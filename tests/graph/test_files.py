@@ -15,6 +15,7 @@ import pytest
 from qcompiler.errors import ModelError, OutputError, QCompilerError
 from qcompiler.graph import files as model_io
 from qcompiler.graph.files import DATA_FILE, MODEL_FILE, check_free, find_model, load, save, session
+from qcompiler.graph.model_folder import companions_in
 
 K, N = 300, 1000  # 1.2 MB: beyond what stays in one file
 WEIGHT = np.random.default_rng(0).standard_normal((K, N)).astype(np.float32)
@@ -295,7 +296,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("existing", [False, True])
-@pytest.mark.parametrize("step", ["_write_model", "_copy_others", "_move"])
+@pytest.mark.parametrize("step", ["_write_model", "copy_companions", "_move"])
 def test_a_full_disk_leaves_what_was_there(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, step: str, existing: bool
 ) -> None:
@@ -442,3 +443,23 @@ def _with_external(tensor: onnx.TensorProto, where: str) -> onnx.ModelProto:
     inputs = [info("x", 1, ["n", 16]), info("c", onnx.TensorProto.BOOL, [])]
     graph = onnx.helper.make_graph(nodes, "g", inputs, [info("y", 1, ["n", 8])], kept)
     return onnx.helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10)
+
+
+def test_only_what_belongs_to_a_model_goes_along(tmp_path: Path) -> None:
+    """Calibration data, scripts, and what links outside of the folder lead to are somebody's own."""
+    source = tmp_path / "source"
+    (source / "inner").mkdir(parents=True)
+    (tmp_path / "secret.json").write_text("secret")
+    mine = ["tokenizer.json", "tokenizer_config.json", "genai_config.json", "chat_template.jinja", "vocab.txt",
+            "merges.txt", "preprocessor_config.json", "config.json", "LICENSE"]  # fmt: skip
+    other = ["calibration.npz", "train.py", "notes.txt", "data.jsonl"]
+    for name in (*mine, *other, ".hidden.json", "weights.bin"):
+        (source / name).write_text(name)
+    (source / "special_tokens_map.json").symlink_to(tmp_path / "secret.json")
+    (source / "vocab.json").symlink_to(source / "vocab.txt")
+    save(small(), tmp_path / "out", source_folder=source)
+    copied = {path.name for path in (tmp_path / "out").iterdir()} - {MODEL_FILE, DATA_FILE}
+    assert copied == {*mine, "vocab.json"}
+    taken, left = companions_in(source)
+    assert {path.name for path in taken} == copied
+    assert {path.name for path in left} == {*other, "special_tokens_map.json", "inner"}
