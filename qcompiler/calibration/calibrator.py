@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from qcompiler.progress import progress_bar
 from qcompiler.rewriting.contract import Tap
 from qcompiler.sessions import segments
 from qcompiler.sessions.stages import run_stages
+from qcompiler.sites.kinds import searched
 from qcompiler.statistics import Statistic, StatisticsStore
 
 
@@ -176,11 +176,7 @@ def _hooks_by_value(graph: ir.Graph, hooks: Sequence[Hook]) -> dict[str, list[Ho
 
 def _matching(pattern: str, names: Sequence[str]) -> list[str]:
     if pattern.startswith("re:"):
-        try:
-            expression = re.compile(pattern[3:])
-        except re.error as error:
-            raise RecipeError(f"the hook's pattern {pattern!r} is no regular expression ({error})") from error
-        return [name for name in names if expression.search(name)]
+        return [name for name in names if searched(pattern, name)]
     if pattern in names:
         return [pattern]
     return [name for name in names if fnmatch.fnmatchcase(name, pattern)]

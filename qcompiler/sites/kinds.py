@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,8 +11,11 @@ from fnmatch import fnmatchcase
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import regex
 
 from qcompiler.errors import RecipeError
+
+PATIENCE = 1.0  # seconds for one pattern and one name
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,8 +190,7 @@ def matches(pattern: str, site: Site) -> bool:
     """
     names = (site.module_path, site.name)
     if pattern.startswith("re:"):
-        expression = _compiled(pattern)
-        return any(expression.search(name) for name in names)
+        return any(searched(pattern, name) for name in names)
     return pattern in names or any(fnmatchcase(name, pattern) for name in names)
 
 
@@ -212,9 +213,20 @@ def _some(names: list[str]) -> str:
     )
 
 
-@functools.cache
-def _compiled(pattern: str) -> re.Pattern[str]:
+def searched(pattern: str, name: str) -> bool:
+    """Whether a pattern ``re:…`` is found in a name. RecipeError where it is none, or backtracks without end."""
     try:
-        return re.compile(pattern.removeprefix("re:"))
-    except re.error as error:
+        return _compiled(pattern).search(name, timeout=PATIENCE) is not None
+    except TimeoutError as error:
+        raise RecipeError(
+            f"the pattern {pattern!r} is still undecided about {name!r} after {PATIENCE:g} s; "
+            "write it without repeats of repeats"
+        ) from error
+
+
+@functools.cache
+def _compiled(pattern: str) -> regex.Pattern[str]:
+    try:
+        return regex.compile(pattern.removeprefix("re:"))
+    except (regex.error, RecursionError) as error:
         raise RecipeError(f"the pattern {pattern!r} is no valid regular expression: {error}") from error

@@ -144,7 +144,7 @@ def test_hooks_run_without_taps_and_see_what_is_not_finite() -> None:
 def test_hook_patterns_that_match_nothing() -> None:
     for pattern, message in (
         ("block.0/g", "'block.0/g' matches no value; did you mean 'block.0/h'"),
-        ("re:(", "is no regular expression"),
+        ("re:(", "is no valid regular expression"),
     ):
         with pytest.raises(RecipeError, match=message):
             calibrator(hooks=[Hook(pattern, print)]).run_hooks(linear_model())

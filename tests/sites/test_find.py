@@ -488,3 +488,13 @@ def test_exports(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
             tensor = constant(node.inputs[index])
             assert tensor is not None
             assert tensor.size == group.linears[0].in_features
+
+
+def test_a_pattern_that_backtracks_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcompiler.sites.kinds.PATIENCE", 0.2)
+    model = tiny.build(
+        "g (float[M,4] x, float[4,4] W) => (float[M,4] y) { [" + "a" * 60 + "b] y = MatMul(x, W) }", W="normal"
+    )
+    (site,) = find_sites(model)
+    with pytest.raises(RecipeError, match=r"is still undecided about 'a+b' after 0\.2 s; write it without"):
+        matches("re:(a|aa)+$", site)
