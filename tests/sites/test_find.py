@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -490,11 +491,8 @@ def test_exports(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
             assert tensor.size == group.linears[0].in_features
 
 
-def test_a_pattern_that_backtracks_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pattern_that_backtracks_without_end_is_given_up(two: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qcompiler.sites.kinds.PATIENCE", 0.2)
-    model = tiny.build(
-        "g (float[M,4] x, float[4,4] W) => (float[M,4] y) { [" + "a" * 60 + "b] y = MatMul(x, W) }", W="normal"
-    )
-    (site,) = find_sites(model)
+    site = dataclasses.replace(two.all[0], name="a" * 60 + "b")
     with pytest.raises(RecipeError, match=r"is still undecided about 'a+b' after 0\.2 s; write it without"):
         matches("re:(a|aa)+$", site)
