@@ -32,12 +32,15 @@ def check_structure(model: ir.Model) -> None:
 
 
 def _without_weights(model: ir.Model) -> onnx.ModelProto:
-    """The model with its larger constants as inputs, so that the checker reads no weights and looks for no files."""
+    """The model with its larger constants as inputs, so that the checker reads no weights and looks for no files.
+
+    Those of bodies of If and Loop, too: a body may read what the main graph is given.
+    """
     proto = onnx.ModelProto(ir_version=model.ir_version)
     for domain, version in {"com.microsoft": 1, **model.opset_imports}.items():
         proto.opset_import.add(domain=domain, version=version)
     graph = proto.graph
-    graph.name = model.graph.name or "graph"
+    graph.name = model.graph.name or ""
     for value in model.graph.inputs:
         ir.serde.serialize_value_into(graph.input.add(), value)
     for name, value in model.graph.initializers.items():
@@ -59,18 +62,29 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
         )  # fmt: skip
     for function in model.functions.values():
         proto.functions.append(ir.serde.serialize_function(function))
-    _pass_over_runtime_operators(graph)
+    constants: dict[str, onnx.TensorProto] = {}
+    _pass_over(graph, constants)
+    for name, constant in constants.items():
+        graph.input.append(onnx.helper.make_tensor_value_info(name, constant.data_type, constant.dims))
     return proto
 
 
-def _pass_over_runtime_operators(graph: onnx.GraphProto) -> None:
-    """Move them to a domain that the checker does not look at."""
+def _pass_over(graph: onnx.GraphProto, constants: dict[str, onnx.TensorProto]) -> None:
+    """Move the runtime's operators to a domain that the checker does not look at, and take `constants` from bodies."""
     for node in graph.node:
         if node.domain == "" and node.op_type in RUNTIME_OPERATORS:
             node.domain = "com.microsoft"
         for attribute in node.attribute:
             for body in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
-                _pass_over_runtime_operators(body)
+                _pass_over(body, constants)
+                large = [tensor for tensor in body.initializer if _is_large(tensor)]
+                constants.update((tensor.name, tensor) for tensor in large)
+                for tensor in large:
+                    body.initializer.remove(tensor)
+
+
+def _is_large(tensor: onnx.TensorProto) -> bool:
+    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.ByteSize() > CHECKED_BYTES)
 
 
 def _first_line(error: BaseException) -> str:

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 def canonicalize(model: ir.Model) -> None:
     """Rewrite the model in place; ModelError where it holds what cannot be brought into this form."""
+    model.graph.name = model.graph.name or "graph"  # ONNX wants one, and some tools leave it out
     inline_functions(model)
     if model.opset_imports.get("", OPSET) < OPSET:
         upgrade(model)

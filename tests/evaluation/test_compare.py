@@ -14,6 +14,7 @@ from qcompiler.calibration.samples import Samples, from_python
 from qcompiler.errors import ModelError, PassError
 from qcompiler.evaluation.compare import VALUE_ELEMENTS, check_structure, compare
 from qcompiler.evaluation.likelihood import Difference, Divergence, Likelihood
+from qcompiler.graph.edit import add_constant
 from tests import tiny
 
 
@@ -312,6 +313,28 @@ def test_checking_changes_nothing_and_reads_no_weights(tmp_path: Path) -> None:
     check_structure(model)
     assert list(model.graph.initializers) == order
     assert [value.name for value in model.graph.inputs] == ["input_ids", "attention_mask"]
+
+
+def test_weights_of_bodies_are_not_read_either(tmp_path: Path) -> None:
+    weight = ir.tensor(np.ones((32, 32), np.float32), name="W")
+    model = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 21]>
+        g (float[n,32] x, bool choose) => (float[n,32] z) {
+            z = If (choose) <
+                then_branch = t () => (float[n,32] u) { u = MatMul (x, x) },
+                else_branch = e () => (float[n,32] v) { v = Identity (x) }
+            >
+        }"""
+    )
+    product = model.graph[0].attributes["then_branch"].as_graph()[0]
+    product.replace_input_with(1, add_constant(product.graph, "W", weight))
+    ir.save(model, tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
+    model = ir.load(tmp_path / "m.onnx")
+    (tmp_path / "m.data").unlink()
+    check_structure(model)
+    model.graph[0].attributes["then_branch"].as_graph()[0].attributes["alpha"] = ir.AttrInt64("alpha", 1)
+    with pytest.raises(PassError, match="alpha"):  # what is left of the body is checked
+        check_structure(model)
 
 
 def test_bodies_are_checked_with_what_they_see() -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompiler.errors import ModelError
+from qcompiler.errors import ModelError, PassError
+from qcompiler.graph.check import check_structure
 from qcompiler.graph.files import load, session
 from qcompiler.sites.canonicalize import _same_table, canonicalize
 from qcompiler.sites.find import find_sites
@@ -275,3 +276,14 @@ def test_exports_compute_the_same(variant: str) -> None:
     canonicalize(model)
     for old, new in zip(before, run(model, inputs), strict=True):
         np.testing.assert_allclose(new.astype(np.float32), old.astype(np.float32), rtol=1e-3, atol=1e-4)
+
+
+def test_a_graph_without_a_name_gets_one() -> None:
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[n] x) => (float[n] y) { y = Relu (x) }'
+    )
+    model.graph.name = None
+    with pytest.raises(PassError, match="name"):
+        check_structure(model)
+    canonicalize(model)
+    check_structure(model)
