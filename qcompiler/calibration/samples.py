@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from qcompiler.calibration import sources
 from qcompiler.calibration.sources import Source
-from qcompiler.errors import DataError
+from qcompiler.errors import DataError, OutputError
 from qcompiler.graph.model_inputs import Signature
 
 Sample = dict[str, np.ndarray]
@@ -145,6 +146,18 @@ def _source(
         f"the data {spec!r} has an unknown suffix: give .npz, .jsonl, .txt, a folder of .npz, pb:DIR, "
         "py:module:function, or random"
     )
+
+
+def write_samples(folder: Path, samples: Iterable[Mapping[str, np.ndarray]]) -> None:
+    """Write samples as ONNX test data, which `pb:FOLDER` reads. Raises OutputError."""
+    try:
+        for number, sample in enumerate(samples):
+            (place := folder / f"test_data_set_{number}").mkdir(parents=True, exist_ok=True)
+            for index, (name, array) in enumerate(sample.items()):
+                tensor = onnx.numpy_helper.from_array(array, name)
+                (place / f"input_{index}.pb").write_bytes(tensor.SerializeToString())
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
 class Reader(Protocol):

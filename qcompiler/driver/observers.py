@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import onnx_ir as ir
 
 from qcompiler.calibration.calibrator import model_hash, save_statistics
-from qcompiler.calibration.samples import Samples
+from qcompiler.calibration.samples import Samples, write_samples
 from qcompiler.driver.inputs import load
-from qcompiler.errors import OutputError, PassError, QCompilerError
+from qcompiler.errors import DataError, OutputError, PassError, QCompilerError
 from qcompiler.evaluation.compare import check_structure, compare
 from qcompiler.graph.files import save
+from qcompiler.graph.model_inputs import Signature
 from qcompiler.recipes import Recipe, Step
 from qcompiler.rewriting.contract import Changes, Pass
 from qcompiler.sites.analyses import let_go
@@ -110,13 +112,14 @@ class Dump:
 
 
 class Reproducer:
-    """When a pass fails by its own fault: a folder with the model before it, the rest of the recipe, the statistics.
+    """When a pass fails by its own fault: a folder with what shows it again.
 
-    A lowering pass is shown with those before it, on the portable model.
+    That is the model before it, the rest of the recipe, what was measured, and two samples, as an exact pass fails by
+    numbers alone. A lowering pass is shown with those before it, on the portable model.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, snapshots: Snapshots) -> None:
-        self._folder, self._recipe, self._snapshots = folder, recipe, snapshots
+    def __init__(self, folder: Path, recipe: Recipe, snapshots: Snapshots, samples: Samples | None = None) -> None:
+        self._folder, self._recipe, self._snapshots, self._samples = folder, recipe, snapshots, samples
         self._model: ir.Model | None = None
         self._rest: Sequence[Pass] = ()
         self._statistics: StatisticsStore | None = None
@@ -136,21 +139,30 @@ class Reproducer:
             return  # the user's input is at fault, and the message says so
         folder = self._folder / f"reproduce-{step.name}"
         try:
-            self._write(folder, step, self._model, self._statistics)
+            data = self._write(folder, step, self._model, self._statistics)
         except OutputError as obstacle:
             raise PassError(f"the pass {step.name} failed: {error} (no reproducer, as {obstacle})") from error
         raise PassError(
             f"the pass {step.name} failed: {error} (this is a defect of the pass; "
             f"qcompiler compile {folder} --recipe {folder / 'recipe.yaml'} "
-            f"--statistics {folder / 'statistics.safetensors'} -o OUT shows it again)"
+            f"--statistics {folder / 'statistics.safetensors'}{data} -o OUT shows it again)"
         ) from error
 
-    def _write(self, folder: Path, step: Pass, model: ir.Model, statistics: StatisticsStore) -> None:
+    def _write(self, folder: Path, step: Pass, model: ir.Model, statistics: StatisticsStore) -> str:
+        """The folder; returns what the command says of samples."""
         steps = tuple(Step(name=item.name, options=asdict(item)) for item in self._rest)
         recipe = self._recipe.model_copy(update={"passes": steps, "lowering": (), "name": f"reproduce-{step.name}"})
         save(model, folder, overwrite=True, extra_files={"recipe.yaml": recipe.to_yaml()})
         again, _ = load(folder)  # statistics are taken for the model as it is read
         save_statistics(folder / "statistics.safetensors", statistics, model_hash(again), "")
+        if self._samples is None:
+            return ""
+        try:
+            adopted = [Signature(again).adopt(sample, "the sample") for sample in islice(self._samples, 2)]
+        except DataError:  # the inputs are others by now (a filled cache in codes), and the graph alone has to show it
+            return ""
+        write_samples(folder / "samples", [adopted[-1], adopted[0]])  # the second is held out again
+        return f" --calibration pb:{folder / 'samples'}"
 
 
 def onlookers(
@@ -158,4 +170,8 @@ def onlookers(
 ) -> list[Verify | Dump | Reproducer]:
     """What looks on in a compilation, in this order."""
     dumps = [Dump(dump_dir)] if dump_dir is not None else []
-    return [Verify(held_out, memory_limit, snapshots), *dumps, Reproducer(dump_dir or Path(), recipe, snapshots)]
+    return [
+        Verify(held_out, memory_limit, snapshots),
+        *dumps,
+        Reproducer(dump_dir or Path(), recipe, snapshots, held_out),
+    ]

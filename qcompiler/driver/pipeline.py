@@ -52,14 +52,14 @@ def run(
         step = planned.decided(bits) if bits else planned
         start = time.perf_counter()
         for observer in observers:
-            observer.before(step, passes[index:], model, statistics)
+            observer.before(step, [step, *passes[index + 1 :]], model, statistics)
         try:
             changes = _apply(step, index, model, statistics, calibrator, checkpoint)
             bits |= changes.bits
-            for value, divisor in changes.rescaled.items():
-                statistics.rescale(value, divisor)
             for observer in observers:
                 observer.after(step, model, changes)
+            for value, divisor in changes.rescaled.items():  # until here they are those of the model before
+                statistics.rescale(value, divisor)
         except Exception as error:
             for observer in observers:
                 observer.failed(step, error)

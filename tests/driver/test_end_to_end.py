@@ -11,6 +11,7 @@ import pytest
 from pydantic.dataclasses import dataclass as options
 
 import qcompiler
+from qcompiler.api import Changed, ChannelRange, Rewriter, Tap, WeightPass, array, sites_of
 from qcompiler.errors import DataError, ModelError, PassError
 from qcompiler.evaluation.evaluate import evaluate
 from qcompiler.recipes import Recipe, Step
@@ -91,19 +92,60 @@ class Explode(Pass):
         raise KeyError("boom")
 
 
-def test_the_reproducer_shows_the_failure_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("qcompiler.recipes.pass_class", lambda name: Explode if name == "explode" else pass_class(name))
+@options(frozen=True, config=OPTIONS)
+class ForgetToMultiply(Pass):
+    """Moves a scale that was measured out of a layer's input, says so, and not quite into its weight."""
+
+    name: ClassVar[str] = "forget-to-multiply"
+    kind: ClassVar[Kind] = "exact"
+
+    def taps(self, model: ir.Model) -> list[Tap]:
+        return [Tap("x", ChannelRange())]
+
+    def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
+        scale, linear = statistics.get("x", ChannelRange()).result()[1], sites_of(model).linears[0]
+        Rewriter(model, self.name).set_constant(linear.node, 1, array(linear.weight) * scale[:, None])
+        return Changes(changed=[Changed(linear.name, detail=f"peak {scale.max():.6f}")], rescaled={"x": scale})
+
+
+@options(frozen=True, config=OPTIONS)
+class FewBits(WeightPass):
+    name: ClassVar[str] = "few-bits"
+    kind: ClassVar[Kind] = "rounding"
+
+    def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
+        if self.bits:
+            raise KeyError(f"{len(self.bits)} layers in bits of their own")
+        return Changes()
+
+
+WRONG = {step.name: step for step in (Explode, ForgetToMultiply, FewBits)}
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (["quantize-weights", "quantize-activations", "explode"], "boom"),
+        (["forget-to-multiply"], r"output 'y' now differs from before by [-\d.]+ dB"),
+        ([{"mixed-precision": {"layers": ["linear"]}}, "few-bits"], "3 layers in bits of their own"),
+    ],
+)
+def test_the_reproducer_shows_the_failure_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, steps: list[object], message: str
+) -> None:
+    monkeypatch.setattr("qcompiler.recipes.pass_class", lambda name: WRONG.get(name) or pass_class(name))
     model = build("chain")
-    recipe = Recipe(
-        name="r", passes=(Step(name="quantize-weights"), Step(name="quantize-activations"), Step(name="explode"))
-    )
-    with pytest.raises(PassError, match=r"explode failed: .*boom"):
-        qcompiler.compile(model, recipe, calibration=tiny.feeds(model, 4), dump_dir=tmp_path)
-    folder = tmp_path / "reproduce-explode"
-    with pytest.raises(PassError, match=r"explode failed: .*boom"):
+    recipe = Recipe.from_dict({"name": "r", "passes": steps})
+    with pytest.raises(PassError, match=message) as first:
+        qcompiler.compile(model, recipe, calibration=tiny.feeds(model, 8), dump_dir=tmp_path)
+    (folder,) = tmp_path.glob("reproduce-*")
+    said = str(first.value).partition("--calibration ")[2].split()[0]
+    with pytest.raises(PassError, match=message) as again:
         qcompiler.compile(
-            folder, folder / "recipe.yaml", statistics=folder / "statistics.safetensors", dump_dir=tmp_path / "again"
-        )
+            folder, folder / "recipe.yaml", statistics=folder / "statistics.safetensors", calibration=said,
+            dump_dir=tmp_path / "again",
+        )  # fmt: skip
+    assert str(again.value).partition("(this")[0] == str(first.value).partition("(this")[0]
 
 
 def test_a_reproducer_that_cannot_be_written_hides_no_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
