@@ -60,11 +60,11 @@ for name, command in COMMANDS.items():
 
 def main() -> None:
     """The console script."""
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(f"warning: {_printable(message)}", file=sys.stderr)
     try:
         app(prog_name="qcompiler")
     except PassError as error:
-        _fail(f"{error}\n{ISSUES}")
+        _fail(str(error), ISSUES)
     except QCompilerError as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -75,6 +75,11 @@ def main() -> None:
         sys.exit(DEFECT)
 
 
-def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+def _fail(message: str, remark: str = "") -> None:
+    print(f"error: {_printable(message)}", *([remark] if remark else []), sep="\n", file=sys.stderr)
     sys.exit(2)
+
+
+def _printable(message: object) -> str:
+    """One line, and what a terminal would obey written out: messages name things of the user's model."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(message))

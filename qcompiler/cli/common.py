@@ -80,15 +80,16 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 
 
 def console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
+    from qcompiler.report.plain import PlainConsole
 
-    return Console(stderr=stderr)
+    return PlainConsole(stderr=stderr)
 
 
 def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """A table without frame; the last column wraps."""
-    from rich.markup import escape
     from rich.table import Table
+
+    from qcompiler.report.plain import escape
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for index, title in enumerate(header):
@@ -101,7 +102,12 @@ def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Non
 def print_json(data: dict[str, Any]) -> None:
     from qcompiler.report.report import finite
 
-    typer.echo(json.dumps(finite(data), indent=2, ensure_ascii=False, allow_nan=False))
+    print_json_text(json.dumps(finite(data), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_json_text(text: str) -> None:
+    """With letters as they are, and escaped what a terminal might obey; JSON itself does so up to U+001F."""
+    typer.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
 def device_settings(device: Device, recipe: str) -> list[str]:

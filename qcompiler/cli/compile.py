@@ -26,6 +26,7 @@ from qcompiler.cli.common import (
     check_output,
     console,
     device_settings,
+    print_json_text,
 )
 
 SHOWN = 6  # names of files
@@ -81,7 +82,7 @@ def compile_(
     )
     compiled.save(output, overwrite=overwrite)
     if json_:
-        typer.echo(compiled.report.to_json())
+        print_json_text(compiled.report.to_json())
     else:
         from qcompiler.report import render
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
+
+from qcompiler.report.plain import escape
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
 
+from qcompiler.report.plain import escape
 from qcompiler.report.table import size
 
 if TYPE_CHECKING:

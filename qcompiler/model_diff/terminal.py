@@ -11,8 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-
+from qcompiler.report.plain import escape, printable
 from qcompiler.report.table import decibels, size
 
 if TYPE_CHECKING:
@@ -140,7 +139,7 @@ def _layers(diff: Diff, console: Console) -> None:
     table.add_column(ratio=1)
     table.add_column(justify="right", no_wrap=True)
     for row in rows[:ROWS]:
-        story = Text.assemble((row.path, "bold"), "\n", what(row.first), style="")
+        story = Text.assemble((printable(row.path), "bold"), "\n", printable(what(row.first)), style="")
         table.add_row(story, Text("\n".join(figures(row))))
     console.print(table)
     if len(rows) > ROWS:

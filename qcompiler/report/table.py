@@ -270,6 +270,6 @@ def _table(first: str, *columns: str, text_columns: int = 0) -> Table:
 
 def _plain(text: str) -> str:
     """Names of layers may hold brackets, which rich would take for its markup."""
-    from rich.markup import escape
+    from qcompiler.report.plain import escape
 
     return escape(text)
