@@ -1,14 +1,17 @@
 """The command line: thin, over the Python API. Heavy imports stay inside the commands, so that ``--help`` is quick.
 
-Exit codes: 0 all is well · 1 a gate or --strict failed · 2 bad input or usage · 70 a defect · 130 interrupted.
+Exit codes: 0 all is well · 1 a gate or --strict failed · 2 bad input or usage · 70 a defect · 130 or 143 stopped.
 """
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import typer
@@ -58,17 +61,45 @@ for name, command in COMMANDS.items():
     app.command(name)(command)
 
 
+class StoppedError(BaseException):
+    """SIGINT or SIGTERM; what is being written cleans up behind itself."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[None]:
+    """Signals become StoppedError meanwhile; only the main thread may say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise StoppedError(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main() -> None:
     """The console script."""
     warnings.showwarning = lambda message, *_: print(f"warning: {_printable(message)}", file=sys.stderr)
     try:
-        app(prog_name="qcompiler")
+        with _stopping():
+            app(prog_name="qcompiler")
     except PassError as error:
         _fail(str(error), ISSUES)
     except QCompilerError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except StoppedError as stop:
+        print("stopped; nothing was written but what --resume can go on with", file=sys.stderr)
+        sys.exit(128 + stop.number)
     except Exception:
         traceback.print_exc()
         print(f"\nThis is a defect of qcompiler; {ISSUES}.", file=sys.stderr)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,12 +16,14 @@ import onnx
 import onnx_ir as ir
 
 from qcompiler.errors import ModelError, OutputError
-from qcompiler.graph.model_folder import copy_companions
+from qcompiler.graph.model_folder import copy_companions, is_companion
 
 if TYPE_CHECKING:
     import onnxruntime
 
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
+OUTPUT_FILES = frozenset({MODEL_FILE, DATA_FILE, "recipe.yaml", "report.json", "report.html"})
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 OLDEST_OPSET, NEWEST_OPSET = 13, 25
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
 
@@ -180,11 +185,12 @@ def save(
     check_free(folder, overwrite)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+        _remove_partial(folder)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-{os.getpid()}-", dir=folder.parent))
     except OSError as error:
         raise _output_error(folder, error) from error
     try:
-        partial.chmod(0o755)  # mkdtemp gives 0o700
+        partial.chmod(0o777 & ~_umask())  # mkdtemp gives 0o700
         _write_model(model, partial)
         if source_folder is not None:
             copy_companions(Path(source_folder), partial)
@@ -228,6 +234,12 @@ def check_free(folder: Path, overwrite: bool) -> None:
     names = {file.name for file in folder.iterdir()}
     if MODEL_FILE not in names or not (names & {"recipe.yaml", "report.json"} or names <= {MODEL_FILE, DATA_FILE}):
         raise OutputError(f"{folder} is no earlier output, so it is not overwritten; choose another output folder")
+    foreign = sorted(name for name in names if name not in OUTPUT_FILES and not is_companion(name))
+    if foreign:
+        raise OutputError(
+            f"{folder} holds {foreign[0]!r}, which no compilation wrote, so it is not overwritten; "
+            "move the file away, or choose another output folder"
+        )
 
 
 def _write_model(model: ir.Model, folder: Path) -> None:
@@ -245,6 +257,8 @@ def _move(partial: Path, folder: Path) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         partial.rename(folder)
         return
+    if _exchanged(partial, folder):
+        return  # and the earlier one goes, as it stands where the partial one did
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
     folder.rename(old)
     try:
@@ -253,6 +267,37 @@ def _move(partial: Path, folder: Path) -> None:
         old.rename(folder)
         raise
     shutil.rmtree(old)
+
+
+def _exchanged(a: Path, b: Path) -> bool:
+    """Let two folders change places in one step, where the system has that (Linux), so that there is always one."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    return rename is not None and rename(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
+
+
+def _remove_partial(folder: Path) -> None:
+    """What runs that were killed while they wrote this folder have left."""
+    prefix = f".{folder.name}.partial-"
+    for path in folder.parent.iterdir():
+        process = path.name.removeprefix(prefix).split("-")[0]
+        if path.name.startswith(prefix) and process.isdigit() and not _runs(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # it can only be read by setting it
+    os.umask(mask)
+    return mask
 
 
 # ---------------------------------------------------------------------------------------------------- sessions

@@ -71,6 +71,11 @@ def _read(file: Path) -> Mapping[str, object]:
     return content
 
 
+def is_companion(name: str) -> bool:
+    """Whether a file of this name goes along with a model."""
+    return any(fnmatchcase(name, pattern) for pattern in COMPANIONS)
+
+
 def companions_in(source: Path) -> tuple[list[Path], list[Path]]:
     """(what goes along with a model, what else lies at the top of its folder): models, weights and hidden files aside.
 
@@ -82,9 +87,8 @@ def companions_in(source: Path) -> tuple[list[Path], list[Path]]:
     for file in sorted(source.iterdir()):
         if file.name.startswith(".") or file.suffix in WEIGHTS:
             continue
-        named = any(fnmatchcase(file.name, pattern) for pattern in COMPANIONS)
         own = file.is_file() and file.resolve().is_relative_to(inside)
-        (taken if named and own else left).append(file)
+        (taken if is_companion(file.name) and own else left).append(file)
     return taken, left
 
 

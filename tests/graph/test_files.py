@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -252,7 +254,7 @@ def test_the_place_is_taken(tmp_path: Path) -> None:
     check_free(out, overwrite=True)
     check_free(tmp_path / "new", overwrite=False)
     (out / "recipe.yaml").write_text("old")
-    (out / "stale").write_text("old")
+    (out / "chat_template.jinja").write_text("old")
     save(small(), out, overwrite=True, extra_files={"recipe.yaml": "new"})
     assert {file.name for file in out.iterdir()} == {MODEL_FILE, "recipe.yaml"}
     assert [file.name for file in tmp_path.iterdir()] == ["out"]  # nothing is left over
@@ -326,6 +328,7 @@ def test_a_failing_rename_brings_the_old_output_back(tmp_path: Path, monkeypatch
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(model_io, "_exchanged", lambda a, b: False)
     with pytest.raises(OutputError, match="Permission denied"):
         save(small(), out, overwrite=True)
     assert (out / "recipe.yaml").read_text() == "old"
@@ -463,3 +466,60 @@ def test_only_what_belongs_to_a_model_goes_along(tmp_path: Path) -> None:
     taken, left = companions_in(source)
     assert {path.name for path in taken} == copied
     assert {path.name for path in left} == {*other, "special_tokens_map.json", "inner"}
+
+
+def test_files_of_somebody_else_are_not_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    save(small(), out, extra_files={"recipe.yaml": "old", "tokenizer.json": "{}"})
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds 'notes.txt', which no compilation wrote"):
+        save(small(), out, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    save(small(), out, overwrite=True, extra_files={"recipe.yaml": "new"})
+    assert (out / "recipe.yaml").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_there_is_always_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can: bool) -> None:
+    """The earlier and the new one change places at once, where the system can."""
+    out, seen = tmp_path / "out", []
+    save(small(), out, extra_files={"recipe.yaml": "old"})
+    rename = Path.rename
+
+    def counted(self: Path, target: Path) -> Path:
+        seen.append(self.name)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", counted)
+    if not can:
+        monkeypatch.setattr(model_io, "_exchanged", lambda a, b: False)
+    save(small(), out, overwrite=True, extra_files={"recipe.yaml": "new"})
+    assert (out / "recipe.yaml").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert bool(seen) != (can and sys.platform == "linux")
+
+
+def test_what_killed_runs_have_left_goes(tmp_path: Path) -> None:
+    """But not what another run is writing now."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
+    dead = tmp_path / f".out.partial-{done.stdout.strip()}-abc"
+    alive, other = tmp_path / f".out.partial-{os.getpid()}-abc", tmp_path / f".other.partial-{done.stdout.strip()}-abc"
+    for folder in (dead, alive, other):
+        folder.mkdir()
+    save(small(), tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", alive.name, other.name}
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_the_output_follows_the_umask(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        save(small(), tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~mask
+    assert (tmp_path / "out" / MODEL_FILE).stat().st_mode & 0o777 == 0o666 & ~mask
