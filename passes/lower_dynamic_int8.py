@@ -37,7 +37,7 @@ from qcompiler.graph.edit import node_graph
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.lowering.integer_weights import IntegerWeights, is_blocked, put_kernel, weight_obstacle
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
-from qcompiler.sites.activations import DynamicPair, dynamic_pair
+from qcompiler.sites.activations import Dynamic, activation_of
 from qcompiler.sites.analyses import quantized_linears_of
 from qcompiler.sites.find import Linear
 from qcompiler.statistics import StatisticsStore
@@ -57,10 +57,10 @@ class LowerDynamicInt8(Pass):
         rw = Rewriter(model, self.name)
         weights, rows = IntegerWeights(rw), _Rows(rw)
         model.graph.opset_imports.setdefault("com.microsoft", 1)
-        layers: list[tuple[Linear, DynamicPair]] = []
+        layers: list[tuple[Linear, Dynamic]] = []
         for site in self.selected(quantized_linears_of(model)):
-            pair = dynamic_pair(site.input)
-            if site.dequantize is None or pair is None or is_blocked(site):
+            pair = activation_of(site.input)
+            if site.dequantize is None or not isinstance(pair, Dynamic) or is_blocked(site):
                 continue  # other passes' business
             obstacle = _activation_obstacle(pair) or weight_obstacle(site)
             if obstacle is not None:
@@ -83,7 +83,7 @@ class LowerDynamicInt8(Pass):
         return changes
 
 
-def _activation_obstacle(pair: DynamicPair) -> str | None:
+def _activation_obstacle(pair: Dynamic) -> str | None:
     if pair.float8:
         return "its activation is float8, and the CPU has no kernel that multiplies it; it is dequantized on every run"
     return None
@@ -104,13 +104,13 @@ class _Rows:
         self._made: dict[ir.Node, list[ir.Value | None]] = {}
         self._constants: dict[str, ir.Value] = {}
 
-    def of(self, pair: DynamicPair, features: int) -> list[ir.Value | None]:
+    def of(self, pair: Dynamic, features: int) -> list[ir.Value | None]:
         """Codes uint8 [..., features], scales float32 [..., 1], zero point uint8 []."""
         if pair.quantize not in self._made:
             self._made[pair.quantize] = self._quantized(pair, features)
         return self._made[pair.quantize]
 
-    def _quantized(self, pair: DynamicPair, features: int) -> list[ir.Value | None]:
+    def _quantized(self, pair: Dynamic, features: int) -> list[ir.Value | None]:
         graph, (codes, scales) = node_graph(pair.quantize), pair.quantize.outputs
         source = pair.quantize.inputs[0]  # not pair.source, which another layer's kernel may have replaced by now
         assert source is not None

@@ -38,7 +38,7 @@ from qcompiler.graph.flatten import rows_of
 from qcompiler.graph.lazy import derived
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
-from qcompiler.sites.activations import dynamic_pair
+from qcompiler.sites.activations import Float, activation_of
 from qcompiler.sites.analyses import quantized_linears_of
 from qcompiler.sites.find import Linear
 from qcompiler.statistics import StatisticsStore
@@ -91,16 +91,10 @@ class LowerFp8(Pass):
 
 def _quantizes_input(site: Linear) -> ir.Node | None:
     """The node that makes the float8 codes whose dequantized form the layer reads; None where its input is float."""
-    pair = dynamic_pair(site.input)
-    if pair is not None:
-        return pair.quantize if pair.quantize.outputs[0].dtype in FLOAT8 else None
-    dequantize = site.input.producer()
-    if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.inputs[0] is None:
+    activation = activation_of(site.input)
+    if isinstance(activation, Float) or activation.quantize is None:
         return None
-    quantize = dequantize.inputs[0].producer()
-    if quantize is None or quantize.op_type != "QuantizeLinear" or quantize.outputs[0].dtype not in FLOAT8:
-        return None
-    return quantize
+    return activation.quantize if activation.quantize.outputs[0].dtype in FLOAT8 else None
 
 
 def _dtype(site: Linear) -> ir.DataType:

@@ -28,9 +28,7 @@ from pydantic.dataclasses import dataclass as options
 
 from qcompiler.graph.edit import (
     array,
-    constant,
     node_graph,
-    remove_node_if_unused,
 )
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.lowering.integer_weights import (
@@ -43,13 +41,15 @@ from qcompiler.lowering.integer_weights import (
     weight_obstacle,
     zero_point,
 )
+from qcompiler.lowering.layer_inputs import read_float, static_obstacle
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
+from qcompiler.sites.activations import Static, activation_of
 from qcompiler.sites.analyses import quantized_linears_of
-from qcompiler.sites.find import Linear
 from qcompiler.statistics import StatisticsStore
 from qcompiler.targets.conditions import Call, obstacles, operand_of
 
 KERNEL = "MatMulIntegerToFloat"
+TAKES = "the integer kernel takes int8 and uint8"
 
 
 @options(frozen=True, config=OPTIONS)
@@ -63,50 +63,23 @@ class LowerInt8(Pass):
         activations, weights = _Activations(rw), IntegerWeights(rw)
         model.graph.opset_imports.setdefault("com.microsoft", 1)
         for site in self.selected(quantized_linears_of(model)):
-            pair = _activation_pair(site)
-            if site.dequantize is None or pair is None:
+            activation = activation_of(site.input)
+            if site.dequantize is None or not isinstance(activation, Static) or activation.quantize is None:
                 continue  # weight-only, dynamic and float layers are other passes' business
-            obstacle = _activation_obstacle(pair[0]) or weight_obstacle(site)
+            obstacle = static_obstacle(activation, EIGHT_BITS, TAKES) or weight_obstacle(site)
             if obstacle is None:
-                codes, scale, middle = activations.of(pair[0])
+                codes, scale, middle = activations.of(activation.quantize)
                 weight = weights.codes(site)
                 inputs = [codes, weight, scale, weights.scales(site), middle, weights.zero_point(site, weight)]
                 put_kernel(site, KERNEL, inputs, rw, with_bias=True)
                 changes.changed.append(Changed(site.name, kernel=KERNEL))
                 continue
             if is_blocked(site):
-                _read_float(site, pair)
+                read_float(site.node, activation)
                 changes.skipped.append(Skipped(site.name, f"{obstacle}, {FLOAT_INPUT}", undone="activation"))
                 continue
             changes.skipped.append(Skipped(site.name, obstacle))
         return changes
-
-
-def _activation_pair(site: Linear) -> tuple[ir.Node, ir.Node] | None:
-    """The QuantizeLinear and DequantizeLinear that the layer reads its activation through."""
-    dequantize = site.input.producer()
-    if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.inputs[0] is None:
-        return None
-    quantize = dequantize.inputs[0].producer()
-    if quantize is None or quantize.op_type != "QuantizeLinear":
-        return None
-    return quantize, dequantize
-
-
-def _activation_obstacle(quantize: ir.Node) -> str | None:
-    if quantize.outputs[0].dtype not in EIGHT_BITS:
-        return f"its activation has {quantize.outputs[0].dtype} codes, and the integer kernel takes int8 and uint8"
-    scale = constant(quantize.inputs[1])
-    if scale is None or scale.size != 1:
-        return "its activation has no constant scale for the whole tensor"
-    return None
-
-
-def _read_float(site: Linear, pair: tuple[ir.Node, ir.Node]) -> None:
-    """Take the pair away from the layer: ONNX Runtime would fuse it with blocked scales into a kernel that fails."""
-    quantize, dequantize = pair
-    site.node.replace_input_with(0, quantize.inputs[0])
-    remove_node_if_unused(dequantize)
 
 
 class _Activations:

@@ -29,12 +29,11 @@ from pydantic.dataclasses import dataclass as options
 
 from qcompiler.functions.binary import channel_scales, is_binary, unpacked_signs
 from qcompiler.functions.library import remove_unused_functions
-from qcompiler.functions.per_token import QUANTIZE, SMALLEST_SCALE, is_token_function
+from qcompiler.functions.per_token import SMALLEST_SCALE
 from qcompiler.graph.edit import (
     array,
     constant,
     node_graph,
-    remove_node_if_unused,
     replace_output,
 )
 from qcompiler.graph.flatten import Rows, rows_of
@@ -48,26 +47,17 @@ from qcompiler.lowering.integer_weights import (
     weight_obstacle,
     zero_point,
 )
+from qcompiler.lowering.layer_inputs import read_float, static_obstacle
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
-from qcompiler.sites.activations import DynamicPair, dynamic_pair
+from qcompiler.sites.activations import Dynamic, Float, Static, activation_of
 from qcompiler.sites.analyses import quantized_linears_of
 from qcompiler.sites.find import Linear
 from qcompiler.statistics import StatisticsStore
 from qcompiler.targets.conditions import UNPADDED, Call, Operand, unmet
 
 KERNEL = "MatMulInteger"
+TAKES = "the integer product takes 8 bits"
 FLOAT, INT8, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT64
-
-
-@dataclass(frozen=True, eq=False)
-class StaticPair:
-    """QuantizeLinear with constants, whose DequantizeLinear the layer reads, and what it quantizes."""
-
-    source: ir.Value
-    quantize: ir.Node
-
-
-ActivationPair = DynamicPair | StaticPair
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +86,8 @@ class LowerIntegerChain(Pass):
         activations = _Activations(rw, self.cudnn)
         weights = IntegerWeights(rw, signed=True)
         for site in self.selected(quantized_linears_of(model)):
-            pair = _activation(site)
-            if site.dequantize is None or pair is None or (isinstance(pair, DynamicPair) and is_blocked(site)):
+            pair = _codes(site)
+            if site.dequantize is None or pair is None or (isinstance(pair, Dynamic) and is_blocked(site)):
                 continue  # float layers, and what lower-weight-only takes
             obstacle = _activation_obstacle(pair) or weight_obstacle(site) or _zero_point_obstacle(site)
             if obstacle is None:
@@ -105,8 +95,8 @@ class LowerIntegerChain(Pass):
                 _lower(site, activations.of(pair, site.in_features), weights.codes(site), chain)
                 changes.changed.append(Changed(site.name, kernel=KERNEL, detail=_padding(site)))
                 continue
-            if is_blocked(site) and isinstance(pair, StaticPair):
-                _read_float(site, pair)
+            if is_blocked(site) and isinstance(pair, Static):
+                read_float(site.node, pair)
                 changes.skipped.append(Skipped(site.name, f"{obstacle}, {FLOAT_INPUT}", undone="activation"))
                 continue
             changes.skipped.append(Skipped(site.name, obstacle))
@@ -117,30 +107,16 @@ class LowerIntegerChain(Pass):
 # ------------------------------------------------------------------------------------------------- what can be lowered
 
 
-def _activation(site: Linear) -> ActivationPair | None:
-    """What the layer reads its activation through, where that gives integer codes."""
-    pair = dynamic_pair(site.input)
-    if pair is not None:
-        return pair if is_token_function(pair.quantize, QUANTIZE) or not pair.quantize.domain else None
-    dequantize = site.input.producer()
-    if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.inputs[0] is None:
+def _codes(site: Linear) -> Static | Dynamic | None:
+    """The layer's activation where it is integer codes."""
+    activation = activation_of(site.input)
+    if isinstance(activation, Float) or (isinstance(activation, Static) and activation.quantize is None):
         return None
-    quantize = dequantize.inputs[0].producer()
-    if quantize is None or quantize.op_type != "QuantizeLinear" or quantize.inputs[0] is None:
-        return None
-    codes = quantize.outputs[0].dtype
-    return None if codes is not None and codes.is_floating_point() else StaticPair(quantize.inputs[0], quantize)
+    return activation if activation.scheme.number_format.kind == "integer" else None
 
 
-def _activation_obstacle(pair: ActivationPair) -> str | None:
-    if isinstance(pair, DynamicPair):
-        return None
-    codes, scale = pair.quantize.outputs[0], constant(pair.quantize.inputs[1])
-    if codes.dtype not in EIGHT_BITS:
-        return f"its activation has {codes.dtype} codes, and the integer product takes 8 bits"
-    if scale is None or scale.size != 1:
-        return "its activation has no constant scale for the whole tensor"
-    return None
+def _activation_obstacle(activation: Static | Dynamic) -> str | None:
+    return static_obstacle(activation, EIGHT_BITS, TAKES) if isinstance(activation, Static) else None
 
 
 def _zero_point_obstacle(site: Linear) -> str | None:
@@ -156,14 +132,6 @@ def _weight_zero_points(site: Linear) -> np.ndarray:
     if is_binary(site.dequantize):
         return np.zeros(1, np.int32)
     return zero_point(site.dequantize).reshape(-1).astype(np.int32)
-
-
-def _read_float(site: Linear, pair: StaticPair) -> None:
-    """Take the pair away from the layer, so that lower-weight-only finds a float activation."""
-    dequantize = site.input.producer()
-    site.node.replace_input_with(0, pair.source)
-    if dequantize is not None:
-        remove_node_if_unused(dequantize)
 
 
 def _padding(site: Linear) -> str:
@@ -223,12 +191,13 @@ class _Activations:
     def chain(self, like: ir.Node, base: str) -> Chain:
         return Chain(node_graph(like), base, self._rw, self._numbers)
 
-    def of(self, pair: ActivationPair, features: int) -> QuantizedRows:
+    def of(self, pair: Static | Dynamic, features: int) -> QuantizedRows:
         """The codes of a pair; made right before the node that makes them in the portable graph."""
         quantize = pair.quantize
+        assert quantize is not None  # of what is lowered
         if quantize not in self._made:
             chain = self.chain(quantize, str(quantize.outputs[0].name))
-            if isinstance(pair, StaticPair):
+            if isinstance(pair, Static):
                 codes = _static(pair, features, chain)
             elif pair.per_token:
                 codes = _per_token(pair, features, chain, self._cudnn)
@@ -239,26 +208,28 @@ class _Activations:
         return self._made[quantize]
 
 
-def _static(pair: StaticPair, features: int, chain: Chain) -> QuantizedRows:
+def _static(pair: Static, features: int, chain: Chain) -> QuantizedRows:
     """The same codes as int8, with a constant scale and zero point."""
-    rows, scale = chain.rows(pair.source, features), pair.quantize.inputs[1]
+    quantize = pair.quantize
+    assert quantize is not None
+    rows, scale = chain.rows(pair.source, features), quantize.inputs[1]
     assert scale is not None
     single = array(scale).reshape(())
-    middle = int(zero_point(pair.quantize).reshape(())) - (128 if pair.quantize.outputs[0].dtype != INT8 else 0)
+    middle = int(zero_point(quantize).reshape(())) - (128 if quantize.outputs[0].dtype != INT8 else 0)
     step = scale if scale.shape is not None and not len(scale.shape) else chain.constant(single, "step")
     codes = chain.add("QuantizeLinear", [rows.matrix, step, chain.number(middle, np.int8)], "int8", INT8,
                       rows.matrix.shape)  # fmt: skip
     return QuantizedRows(rows, codes, step, middle)
 
 
-def _float_rows(pair: DynamicPair, features: int, chain: Chain) -> tuple[Rows, ir.Value]:
+def _float_rows(pair: Dynamic, features: int, chain: Chain) -> tuple[Rows, ir.Value]:
     source = pair.quantize.inputs[0]
     assert source is not None
     rows = chain.rows(source, features)
     return rows, rows.matrix if source.dtype == FLOAT else chain.cast(rows.matrix, FLOAT, "float")
 
 
-def _per_token(pair: DynamicPair, features: int, chain: Chain, cudnn: bool) -> QuantizedRows:
+def _per_token(pair: Dynamic, features: int, chain: Chain, cudnn: bool) -> QuantizedRows:
     """codes = round(x / scale) with scale = max |row| / qmax."""
     rows, x = _float_rows(pair, features, chain)
     column = ir.Shape((None, 1))
@@ -271,7 +242,7 @@ def _per_token(pair: DynamicPair, features: int, chain: Chain, cudnn: bool) -> Q
     return QuantizedRows(rows, codes, scale, 0)
 
 
-def _per_tensor(pair: DynamicPair, features: int, chain: Chain, cudnn: bool) -> QuantizedRows:
+def _per_tensor(pair: Dynamic, features: int, chain: Chain, cudnn: bool) -> QuantizedRows:
     """What DynamicQuantizeLinear computes, step by step; its codes and zero point shifted from uint8 to int8."""
     rows, x = _float_rows(pair, features, chain)
     single, zero = ir.Shape(()), chain.number(0, np.float32)

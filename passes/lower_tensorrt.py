@@ -47,9 +47,10 @@ from qcompiler.graph.metadata import BITS
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.lowering.float_constants import FloatConstants
 from qcompiler.lowering.integer_weights import zero_point
+from qcompiler.lowering.layer_inputs import static_obstacle
 from qcompiler.lowering.tensorrt_rules import BLOCKS, violations
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
-from qcompiler.sites.activations import dynamic_pair
+from qcompiler.sites.activations import Activation, Dynamic, Float, Static, activation_of
 from qcompiler.sites.analyses import sites_of
 from qcompiler.sites.embeddings import QuantizedEmbedding, find_quantized_embeddings
 from qcompiler.sites.find import Convolution, Linear
@@ -80,8 +81,7 @@ class LowerTensorrt(Pass):
         for site in self.selected(layers):
             if site.dequantize is None or site.dequantize.domain == DOMAIN:
                 continue  # what is float, and what the check below refuses by name
-            pair = _static_pair(site.input)
-            form = _form(site, pair)
+            form = _form(site, activation_of(site.input))
             if isinstance(form, str):
                 replaced += _read_floats(site, floats)
                 changes.skipped.append(Skipped(site.name, f"{form}, so {FLOAT_AGAIN}", undone="layer"))
@@ -131,20 +131,9 @@ class _Form:
         return f"blocks of {self.block}" if self.block else ""
 
 
-def _static_pair(value: ir.Value) -> tuple[ir.Node, ir.Node] | None:
-    """The QuantizeLinear and DequantizeLinear that give a value."""
-    second = value.producer()
-    if second is None or second.domain or second.op_type != "DequantizeLinear" or second.inputs[0] is None:
-        return None
-    first = second.inputs[0].producer()
-    if first is None or first.domain or first.op_type != "QuantizeLinear":
-        return None
-    return first, second
-
-
-def _form(site: Layer, pair: tuple[ir.Node, ir.Node] | None) -> _Form | str:
+def _form(site: Layer, activation: Activation) -> _Form | str:
     """The form that TensorRT takes a layer in, or why there is none, one clause."""
-    if dynamic_pair(site.input) is not None:
+    if isinstance(activation, Dynamic):
         return "its activation has scales found at run time, and TensorRT's are constants"
     node, kind = site.dequantize, site.weight.dtype
     assert node is not None
@@ -154,34 +143,32 @@ def _form(site: Layer, pair: tuple[ir.Node, ir.Node] | None) -> _Form | str:
         return "the scales of its weight are computed, and TensorRT's are constants"
     scale = array(node.inputs[1])
     if kind.is_floating_point():
-        return _float8(site, scale, pair)
-    if pair is not None:
-        obstacle = _activation_obstacle(pair[0], INT8)
+        return _float8(site, scale, activation)
+    if isinstance(activation, Static):
+        obstacle = _activation_obstacle(activation, INT8)
         return obstacle if obstacle is not None else _int8(site, scale)
     if isinstance(site, Convolution) or _bits(node, kind) > 4:
         return "TensorRT has weight-only kernels for linear layers of 4 bits alone"
     return _int4(site, scale)
 
 
-def _activation_obstacle(quantize: ir.Node, wanted: ir.DataType) -> str | None:
-    codes, scale = quantize.outputs[0].dtype, constant(quantize.inputs[1])
-    if codes != wanted:
-        return f"its activation has {codes} codes, and TensorRT multiplies {wanted} by this weight"
-    if scale is None or scale.size != 1:
-        return "its activation has no constant scale for the whole tensor"
-    if np.any(zero_point(quantize).astype(np.float32)):
+def _activation_obstacle(activation: Static, wanted: ir.DataType) -> str | None:
+    obstacle = static_obstacle(activation, (wanted,), f"TensorRT multiplies {wanted} by this weight")
+    if obstacle is not None or activation.quantize is None:
+        return obstacle
+    if np.any(zero_point(activation.quantize).astype(np.float32)):
         return "its activation has a zero point, and TensorRT quantizes symmetrically"
     return None
 
 
-def _float8(site: Layer, scale: np.ndarray, pair: tuple[ir.Node, ir.Node] | None) -> _Form | str:
+def _float8(site: Layer, scale: np.ndarray, activation: Activation) -> _Form | str:
     if site.weight.dtype != E4M3:
         return f"its weight is {site.weight.dtype}, and TensorRT's float8 is {E4M3}"
-    if pair is None:
+    if not isinstance(activation, Static):
         return "its activation is float, and TensorRT multiplies float8 by float8"
     if scale.size > 1:
         return "its float8 weight has several scales, and TensorRT's has one"
-    obstacle = _activation_obstacle(pair[0], E4M3)
+    obstacle = _activation_obstacle(activation, E4M3)
     return obstacle if obstacle is not None else _Form(E4M3, 0, scale)
 
 
@@ -365,11 +352,10 @@ def _read_floats(site: Layer, floats: FloatConstants) -> list[ir.Node]:
         else:
             site.node.replace_input_with(1, value)
         replaced.append(node)
-    pair, dynamic = _static_pair(site.input), dynamic_pair(site.input)
-    source = dynamic.source if dynamic is not None else (pair[0].inputs[0] if pair is not None else None)
-    if source is not None:
+    activation = activation_of(site.input)
+    if not isinstance(activation, Float) and activation.quantize is not None:
         producer = site.input.producer()
-        site.node.replace_input_with(0, source)
+        site.node.replace_input_with(0, activation.source)
         replaced += [producer] if producer is not None else []
     return replaced
 

@@ -44,6 +44,8 @@ import numpy as np
 import onnx_ir as ir
 from pydantic.dataclasses import dataclass as options
 
+from qcompiler.formats.scheme import FORMATS, Scheme
+from qcompiler.functions.binary import FORMAT as BINARY
 from qcompiler.functions.binary import is_binary
 from qcompiler.functions.library import block_scales, codebook_format, remove_unused_functions
 from qcompiler.graph.edit import (
@@ -51,22 +53,24 @@ from qcompiler.graph.edit import (
     constant,
     new_node,
     node_graph,
-    remove_node_if_unused,
     remove_unused_constant,
     replace_output,
 )
 from qcompiler.graph.metadata import BITS
+from qcompiler.graph.operators import has
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.lowering import bnb4
 from qcompiler.lowering.block_gather import KERNEL as GATHER
 from qcompiler.lowering.block_gather import gather_from_packed
 from qcompiler.lowering.integer_weights import is_blocked
+from qcompiler.lowering.layer_inputs import read_float
 from qcompiler.lowering.packed import CodeMatrix, code_matrix, pack, two_bit_matrix
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
-from qcompiler.sites.activations import DynamicPair, dynamic_pair
+from qcompiler.sites.activations import Dynamic, activation_of, is_quantized, rounds_to
 from qcompiler.sites.analyses import quantized_linears_of
 from qcompiler.sites.embeddings import QuantizedEmbedding, find_quantized_embeddings
 from qcompiler.sites.find import Linear
+from qcompiler.sites.stored import quantized_weight
 from qcompiler.statistics import StatisticsStore
 from qcompiler.targets.conditions import FUSED, FUSED_FEATURES, Call, Operand, dtype_name, obstacles
 
@@ -115,9 +119,10 @@ class LowerWeightOnly(Pass):
         embeddings = find_quantized_embeddings(model)
         made: dict[object, _Operator] = {}
         for site in self.selected(quantized_linears_of(model)):
-            pair = dynamic_pair(site.input)
-            if site.dequantize is None or (not is_blocked(site) if pair is not None else _reads_codes(site.node)):
-                continue
+            found = activation_of(site.input)
+            pair = found if isinstance(found, Dynamic) else None
+            if site.dequantize is None or (not is_blocked(site) if pair is not None else is_quantized(site.input)):
+                continue  # codes on both sides are other passes' business
             # Two layers can read one square constant in both directions.
             key = site.weight, site.transposed, *site.dequantize.inputs[1:]
             if key not in made:
@@ -134,10 +139,14 @@ class LowerWeightOnly(Pass):
                 block = made[key].attributes["block_size"]
                 rounded = f"the activation rounded to 8 bits by the kernel, in blocks of {block}"
                 detail = f"{detail}, {rounded if rounds else 'the activation stays float'}"
-                _read_float(site, pair)
+                read_float(site.node, pair)
             left = pair is not None and not rounds
-            changes.changed.append(Changed(site.name, kernel=made[key].op_type, detail=detail, float_input=left))
-            _lower(site, made[key], rw)
+            kernel = _lower(site, made[key], rw)
+            stored = quantized_weight(kernel) if kernel.op_type == bnb4.KERNEL else None  # its scales are floats now
+            changes.changed.append(Changed(
+                site.name, weight=stored.scheme if stored is not None else None, activation=_rounding(kernel),
+                kernel=kernel.op_type, detail=detail, float_input=left,
+            ))  # fmt: skip
         remove_unused_functions(model)
         return changes
 
@@ -242,8 +251,8 @@ def _tied(site: Linear, embeddings: tuple[QuantizedEmbedding, ...]) -> list[Quan
     ]
 
 
-def _lower(site: Linear, operator: _Operator, rw: Rewriter) -> None:
-    """Put the operator in the place of the layer, between Casts where it computes in another type than the model."""
+def _lower(site: Linear, operator: _Operator, rw: Rewriter) -> ir.Node:
+    """Put the operator, which is returned, in the place of the layer, between Casts where their types differ."""
     product, source = site.node.outputs[0], site.node.inputs[0]  # not site.input, which may be replaced by now
     assert source is not None
     dtype, computed = product.dtype or operator.dtype, operator.inputs[1].dtype
@@ -265,25 +274,26 @@ def _lower(site: Linear, operator: _Operator, rw: Rewriter) -> None:
     replace_output(site.node, result)
     remove_unused_constant(weight)
     kernel.name = site.name
+    bits = _narrower(site)
+    if bits is not None:
+        kernel.metadata_props[BITS] = bits
+    return kernel
+
+
+def _rounding(kernel: ir.Node) -> Scheme | None:
+    """To what the operator rounds its input itself."""
+    return rounds_to(kernel) if has(kernel, "rounds") else None
+
+
+def _narrower(site: Linear) -> str | None:
+    """How many bits the weight's codes have where the operator stores them in more; None where it does not."""
+    node = site.dequantize
+    assert node is not None
+    return str(FORMATS[BINARY].bits) if is_binary(node) else node.metadata_props.get(BITS)
 
 
 def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
     return new_node("Cast", [value], name, dtype=dtype, shape=value.shape, attributes={"to": int(dtype)})
-
-
-def _read_float(site: Linear, pair: DynamicPair) -> None:
-    """Take a dynamic pair away from the layer: the operator takes scales in blocks and a float activation alone."""
-    quantized = site.node.inputs[0]
-    site.node.replace_input_with(0, pair.source)
-    producer = quantized.producer() if quantized is not None else None
-    if producer is not None:
-        remove_node_if_unused(producer)
-
-
-def _reads_codes(layer: ir.Node) -> bool:
-    """Whether the activation is quantized statically, too: then the layer is another pass's business."""
-    producer = layer.inputs[0].producer() if layer.inputs[0] is not None else None
-    return producer is not None and producer.op_type == "DequantizeLinear"
 
 
 def _matrix(site: Linear) -> CodeMatrix | str:

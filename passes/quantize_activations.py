@@ -46,7 +46,7 @@ from qcompiler.graph.rewriter import Rewriter
 from qcompiler.recipes.registry import users_own
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
 from qcompiler.rewriting.pairs import Build, Pairs, Quantizable, tensor_pair, token_pair
-from qcompiler.sites.activations import is_quantized
+from qcompiler.sites.activations import activation_of, is_quantized
 from qcompiler.sites.analyses import sites_of
 from qcompiler.sites.find import Convolution, Linear
 from qcompiler.statistics import (
@@ -138,7 +138,9 @@ class QuantizeActivations(Pass):
                 changes.skipped.append(Skipped(site.name, obstacle))
                 continue
             pairs.read(site, self._build(model, site, statistics, rw))
-            changes.changed.append(Changed(site.name, activation=scheme))
+            told = activation_of(site.node.inputs[0]).scheme  # a range can have its zero point in the middle by itself
+            symmetric = scheme.symmetric if told is None else told.symmetric
+            changes.changed.append(Changed(site.name, activation=replace(scheme, symmetric=symmetric)))
         if self.outputs and not scheme.dynamic:
             for site in sites:
                 if isinstance(site, Convolution) and site.dequantize is not None:

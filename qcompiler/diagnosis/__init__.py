@@ -26,12 +26,14 @@ from qcompiler.diagnosis.rounded_inputs import schemes
 from qcompiler.driver.inputs import load
 from qcompiler.errors import ModelError, RecipeError
 from qcompiler.evaluation.likelihood import Difference
+from qcompiler.formats.scheme import Scheme
 from qcompiler.graph.metadata import RECIPE
 from qcompiler.graph.model_folder import tokenizer_beside
 from qcompiler.recipes import Recipe
 from qcompiler.recipes.registry import pass_class
 from qcompiler.sites.canonicalize import canonicalize
-from qcompiler.sites.stored import quantized_weight, scheme
+from qcompiler.sites.stored import quantized_weight
+from qcompiler.sites.stored.constants import chain
 from qcompiler.targets.kernels import missing_on_cpu
 
 if TYPE_CHECKING:
@@ -149,7 +151,7 @@ def _rescales(recipe: Recipe | None) -> bool:
 def _layer(region: Region, errors: LayerErrors, typical: float) -> LayerDiagnosis:
     site = region.site
     cached = isinstance(site, StoredCache)
-    weights = [] if cached else [weight for node in region.nodes if (weight := quantized_weight(node)) is not None]
+    coded, inputs = ((), ()) if cached else (_weights(region), schemes(region))
     kernels = [node.op_type for node in region.nodes if node.op_type == site.node.op_type or node.domain]
     share = None
     if errors.activation is not None and errors.alone.noise > 0:
@@ -158,8 +160,8 @@ def _layer(region: Region, errors: LayerErrors, typical: float) -> LayerDiagnosi
     return LayerDiagnosis(
         name=site.name, module_path=site.module_path, block=site.block, op=site.node.op_type,
         kernel=kernels[-1] if kernels else region.nodes[-1].op_type,
-        weights=", ".join(dict.fromkeys(map(scheme, weights))),
-        activations="" if cached else schemes(region), cache=site.scheme if isinstance(site, StoredCache) else "",
+        weights=", ".join(map(str, coded)), activations=", ".join(map(str, inputs)),
+        cache=site.scheme if isinstance(site, StoredCache) else "", weight_schemes=coded, activation_schemes=inputs,
         alone_db=errors.alone.sqnr_db,
         output_db=errors.outputs.sqnr_db if errors.outputs is not None else None,
         kl=errors.divergence.kl if errors.divergence is not None else None,
@@ -169,6 +171,15 @@ def _layer(region: Region, errors: LayerErrors, typical: float) -> LayerDiagnosi
         loud_channels=outliers.loud if outliers is not None else None,
         token_outliers=outliers.tokens if outliers is not None else None,
     )  # fmt: skip
+
+
+def _weights(region: Region) -> tuple[Scheme, ...]:
+    """The schemes of the codes that a layer reads, but for codes that are scales of others."""
+    found = [weight for node in region.nodes if (weight := quantized_weight(node)) is not None]
+    inner = {node for weight in found for node in chain(weight.scale)}
+    return tuple(dict.fromkeys(
+        weight.scheme for weight in found if weight.node not in inner and weight.scheme is not None
+    ))  # fmt: skip
 
 
 def _noise(difference: Difference) -> float:

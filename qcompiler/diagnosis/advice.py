@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from qcompiler.diagnosis.report import LayerDiagnosis, Proposal
+from qcompiler.formats.scheme import Granularity, PerTensor, PerToken, Scheme
 from qcompiler.recipes import Calibration, Recipe, Step
 
 FEW = 0.1
@@ -147,12 +148,12 @@ def _inputs(layers: Sequence[LayerDiagnosis], base: Recipe) -> tuple[list[Propos
     if worst.kernel == "MatMulNBits":
         return _float_inputs(base, f"{blame}, which {worst.kernel} does in its kernel")
     if channels >= LOUD and not smoothed and channels < VERY_LOUD:
-        name = "smoothquant-o1" if "per-token" in worst.activations else "smoothquant"
+        name = "smoothquant-o1" if _has(PerToken, worst.activation_schemes) else "smoothquant"
         return _take(name, base, f"{blame}, and {loudest}: smoothing moves such channels into the weights")
     if channels >= LOUD and base.name.removesuffix(SUFFIX) != "llm-int8":
         why = "smoothing has not been enough" if smoothed else "too much for smoothing"
         return _take("llm-int8", base, f"{blame}, and {loudest} ({why}): llm-int8 keeps such channels in float")
-    if "per-tensor" in worst.activations:
+    if _has(PerTensor, worst.activation_schemes):
         tokens = max(layer.token_outliers or 1.0 for layer in layers)
         reason = f"{blame} with one range for all tokens (the loudest token is {tokens:.1f} times the median one)"
         if smoothed:
@@ -215,7 +216,7 @@ def _weights(
         return [], None
     reason = f"rounding weights to {worst.weights} makes most of the error"
     if _bits(worst) > 4:
-        if "per-tensor" in worst.weights and any(step.name == "quantize-weights" for step in base.passes):
+        if _has(PerTensor, worst.weight_schemes) and any(step.name == "quantize-weights" for step in base.passes):
             return _changed(base, "quantize-weights", {"granularity": "channel"},
                             "one scale for each output channel", reason)  # fmt: skip
         floats = " (which needs inputs in float)" if worst.activations else ""
@@ -238,13 +239,12 @@ def _weights(
 
 
 def _bits(layer: LayerDiagnosis) -> int:
-    """Of the weight's codes, the fewest where it has codes of codes (NF4's scales are stored in 8 bits)."""
-    return min((_format_bits(scheme.split(" ")[0].split("_")[0]) for scheme in layer.weights.split(", ")), default=8)
+    """Of the weight's codes; the fewest where it has several."""
+    return min((scheme.number_format.bits for scheme in layer.weight_schemes), default=8)
 
 
-def _format_bits(name: str) -> int:
-    digits = "".join(char for char in name if char.isdigit())
-    return {"binary": 1}.get(name, int(digits or 8))
+def _has(granularity: type[Granularity], schemes: Sequence[Scheme]) -> bool:
+    return any(isinstance(scheme.granularity, granularity) for scheme in schemes)
 
 
 # ---------------------------------------------------------------------------------------------------- recipes

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from qcompiler.formats.scheme import Scheme
 from qcompiler.recipes import Recipe
 
 Cause = Literal["", "activations", "weights", "both", "cache"]
@@ -47,6 +48,10 @@ class LayerDiagnosis:
     """Channels that are at least 6 times as loud as the median one."""
     token_outliers: float | None
     """The same ratio of tokens."""
+    weight_schemes: tuple[Scheme, ...] = ()
+    """`weights` as data."""
+    activation_schemes: tuple[Scheme, ...] = ()
+    """`activations` as data."""
 
     @property
     def quantized(self) -> bool:

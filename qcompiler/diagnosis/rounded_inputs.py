@@ -9,9 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.diagnosis.regions import Region
+from qcompiler.formats.scheme import PerTensor, Scheme
 from qcompiler.graph.edit import constant
-from qcompiler.graph.operators import QuantizedOperand, has, multiplied, multiplies_floats
-from qcompiler.sites.activations import activation_scheme, coded_scheme
+from qcompiler.graph.operators import QuantizedOperand, has, multiplied
+from qcompiler.sites.activations import activation_of, operand_activation, rounds_to
 from qcompiler.sites.find import Linear
 
 
@@ -21,7 +22,6 @@ class Rounded:
 
     source: str
     """The value that is rounded, by its name in the float model."""
-    scheme: str
     values: tuple[ir.Value, ...]
     """The rounded input itself; or codes, scale and zero point where it is never dequantized."""
     constants: tuple[np.ndarray | None, ...] = ()
@@ -56,26 +56,17 @@ def rounded_input(region: Region) -> Rounded | None:
         return _codes(node, codes, str(site.input.name), inside)
     if has(node, "rounds"):
         block = _kernel_block(node)
-        return None if block is None else Rounded(str(site.input.name), _kernel_scheme(block), (), block=block)
+        return None if block is None else Rounded(str(site.input.name), (), block=block)
     value = node.inputs[0]
-    if value is None or value not in inside or not (scheme := activation_scheme(value)):
+    if value is None or value not in inside or activation_of(value).scheme is None:
         return None
-    return Rounded(str(site.input.name), scheme, (value,))
+    return Rounded(str(site.input.name), (value,))
 
 
-def schemes(region: Region) -> str:
-    """How the inputs of a region's products are rounded; empty where they stay float, or are rounded in a kernel."""
-    found = []
-    for node in region.nodes:
-        if not has(node, "product"):
-            continue
-        if multiplied(node) is not None and node.inputs[0] is not None:
-            found.append(coded_scheme(node.inputs[0]))
-        elif has(node, "rounds") and (block := _kernel_block(node)) is not None:
-            found.append(_kernel_scheme(block))
-        elif multiplies_floats(node):
-            found.append(activation_scheme(node.inputs[0]))
-    return ", ".join(dict.fromkeys(scheme for scheme in found if scheme))
+def schemes(region: Region) -> tuple[Scheme, ...]:
+    """How the inputs of a region's products are rounded, before a kernel or in it; none where they stay float."""
+    found = [operand_activation(node).scheme for node in region.nodes if has(node, "product")]
+    return tuple(dict.fromkeys(scheme for scheme in found if scheme is not None))
 
 
 def _codes(node: ir.Node, read: QuantizedOperand, source: str, inside: set[ir.Value]) -> Rounded | None:
@@ -93,7 +84,7 @@ def _codes(node: ir.Node, read: QuantizedOperand, source: str, inside: set[ir.Va
                 return None
             computed.append(value)
         constants.append(np.zeros(()) if value is None else None if tensor is None else tensor.numpy())
-    return Rounded(source, coded_scheme(codes), tuple(computed), tuple(constants))
+    return Rounded(source, tuple(computed), tuple(constants))
 
 
 # ---------------------------------------------------------------------------------------------------- inside of kernels
@@ -101,13 +92,10 @@ def _codes(node: ir.Node, read: QuantizedOperand, source: str, inside: set[ir.Va
 
 def _kernel_block(node: ir.Node) -> int | None:
     """Input features that share a scale, 0 for all of the tensor; None where the kernel takes inputs as they are."""
-    if node.op_type == "DynamicQuantizeMatMul":
-        return 0
-    return node.attributes.get_int("block_size", 0) if node.attributes.get_int("accuracy_level", 0) == 4 else None
-
-
-def _kernel_scheme(block: int) -> str:
-    return f"int8 group({block}) dynamic" if block else "uint8 per-tensor dynamic"
+    scheme = rounds_to(node)
+    if scheme is None:
+        return None
+    return 0 if isinstance(scheme.granularity, PerTensor) else node.attributes.get_int("block_size", 0)
 
 
 def _in_whole(x: np.ndarray) -> np.ndarray:

@@ -214,13 +214,13 @@ class Scheme:
         return replace(self, format=name, positive=False, scale_type=scale_type)
 
     def over(self, features: int) -> Scheme:
-        """The scheme of a weight with that many input features: a group that holds them all is a channel.
+        """The scheme where a layer has that many input features: a group that holds them all is a channel, or token.
 
         Groups of a codebook stay groups, because they run on over the ends of channels.
         """
         grain = self.granularity
         if isinstance(grain, PerGroup) and grain.size >= features and self.number_format.kind != "codebook":
-            return replace(self, granularity=PerChannel())
+            return replace(self, granularity=PerToken() if self.dynamic else PerChannel())
         return self
 
     def __str__(self) -> str:

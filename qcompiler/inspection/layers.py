@@ -9,13 +9,13 @@ import onnx_ir as ir
 
 from qcompiler.graph.edit import constant
 from qcompiler.graph.module_path import block_of, module_path
-from qcompiler.graph.operators import multiplied
+from qcompiler.graph.operators import has
 from qcompiler.inspection.weights import WeightStatistics, statistics_of
-from qcompiler.sites.activations import activation_scheme, coded_scheme
+from qcompiler.sites.activations import operand_activation
 from qcompiler.sites.analyses import sites_of
 from qcompiler.sites.embeddings import QuantizedEmbedding, find_quantized_embeddings
 from qcompiler.sites.find import Convolution, Embedding, Linear, Site
-from qcompiler.sites.stored import StoredWeight, float_weight, quantized_weight, scheme, table_weight
+from qcompiler.sites.stored import StoredWeight, float_weight, quantized_weight, table_weight
 from qcompiler.sites.stored.kernels import reads_weight
 
 
@@ -86,17 +86,14 @@ def _layer(
         computed[stored] = statistics_of(weight)
     return InspectedLayer(
         name=site.name if site is not None else node.name or "", module_path=path, block=block_of(path),
-        op=node.op_type, type=weight.format, scheme=scheme(weight), activations=_activations(node), shape=weight.shape,
-        bytes=weight.bytes, weight=str(stored.name), shared=False, note="", statistics=computed.get(stored),
+        op=node.op_type, type=weight.format, scheme=str(weight.scheme or ""),
+        activations=_activations(node), shape=weight.shape, bytes=weight.bytes,
+        weight=str(stored.name), shared=False, note="", statistics=computed.get(stored),
     )  # fmt: skip
 
 
 def _activations(node: ir.Node) -> str:
-    if multiplied(node) is not None and node.inputs[0] is not None:
-        return coded_scheme(node.inputs[0])
-    if node.op_type == "DynamicQuantizeMatMul":
-        return "uint8 per-tensor dynamic"
-    return "" if node.op_type in ("Gather", "GatherBlockQuantized") else activation_scheme(node.inputs[0])
+    return str(operand_activation(node).scheme or "") if has(node, "product") else ""
 
 
 def _unsupported(site: Site) -> InspectedLayer:

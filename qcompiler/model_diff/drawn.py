@@ -53,7 +53,7 @@ def draw(
 
 def _members(layer: Layer) -> Iterator[ir.Node]:
     """The nodes of a layer without those that quantize its input."""
-    around = layer.activation.nodes if layer.activation is not None else ()
+    around = layer.activation.nodes
     yield layer.node
     yield from (node for node in layer.nodes if node not in around)
 

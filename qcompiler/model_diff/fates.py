@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from qcompiler.formats.scheme import in_words
 from qcompiler.graph.edit import constant
 from qcompiler.graph.operators import quantized
-from qcompiler.model_diff.activations import of_operand, of_value, quantizes, through_quantization
 from qcompiler.model_diff.changes import given_inputs, nodes_of, operator
 from qcompiler.model_diff.layers import Layer, fused_cache_grain
 from qcompiler.model_diff.pairing import LayerPair
 from qcompiler.model_diff.stories import LayerStory
+from qcompiler.sites.activations import activation_of, coded_activation, quantizes, through_quantization
 from qcompiler.sites.stored import operand_weight
 
 FATES = ("quantized", "dequantized", "cast", "fused", "folded", "scaled", "changed", "replaced", "untouched", "removed")
@@ -49,7 +50,7 @@ def count_fates(
             story, pair = told[node]
             layer = pair.after[0]
             after = operator(layer.node) if layer.op == layer.node.op_type else layer.op
-            found[story.fate, operator(node), after, str(layer.activation or "")] += 1
+            found[story.fate, operator(node), after, in_words(None, layer.activation.scheme)] += 1
         elif other is not None:
             fate, op, after, activations = fate_of_pair(node, other, same)
             core = _core(other, matched, known)
@@ -78,16 +79,15 @@ def count_fates(
 def fate_of_pair(node: ir.Node, other: ir.Node, same: Mapping[str, str]) -> tuple[str, str, str, str]:
     """Fate, both operators, and how what it reads is quantized, of a node that no layer's story is about."""
     names = operator(node), operator(other)
-    rounded = next((found for value in other.inputs if (found := of_value(value)) is not None), None)
-    before = any(of_value(value) is not None for value in node.inputs)
+    rounded = next((found for value in other.inputs if (found := activation_of(value).scheme) is not None), None)
+    before = any(activation_of(value).scheme is not None for value in node.inputs)
     if other.op_type.startswith("QLinear") and not node.op_type.startswith("QLinear") and quantized(other):
-        codes = quantized(other)[0]  # the first operand: the result comes last
-        scale, zero = (place.index if place is not None else -1 for place in (codes.scale, codes.zero_point))
-        return ("quantized", *names, str(of_operand(other, scale, zero, codes.codes.index) or ""))
+        first = quantized(other)[0]  # the result comes last
+        return ("quantized", *names, in_words(None, coded_activation(other, first).scheme))
     if fused_cache_grain(other) and not fused_cache_grain(node):
         return ("quantized", *names, f"cache {other.attributes.get_int('kv_cache_bit_width', 8)}-bit static")
     if rounded is not None and not before and not quantizes(node):
-        return ("quantized", *names, str(rounded))
+        return ("quantized", *names, in_words(None, rounded))
     if _narrowed(node, other):
         return ("cast", *names, "")
     if names[0] != names[1]:

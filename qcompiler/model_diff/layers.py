@@ -13,10 +13,9 @@ from qcompiler.functions.cache import UNPACK, is_cache_function
 from qcompiler.graph.edit import constant
 from qcompiler.graph.metadata import PART_OF
 from qcompiler.graph.module_path import block_of, module_path
-from qcompiler.graph.operators import QuantizedOperand, has, multiplied, multiplies_floats, quantized
-from qcompiler.model_diff.activations import Activation, of_value, through_quantization
-from qcompiler.model_diff.activations import of_operand as activation_of
+from qcompiler.graph.operators import QuantizedOperand, has, multiplies_floats, quantized
 from qcompiler.model_diff.weights import Weight, as_table, of_codes, of_operand, type_name
+from qcompiler.sites.activations import Activation, Float, activation_of, operand_activation, through_quantization
 from qcompiler.sites.analyses import caches_of, sites_of
 from qcompiler.sites.caches import Cache
 from qcompiler.sites.embeddings import QuantizedEmbedding, find_quantized_embeddings
@@ -42,8 +41,8 @@ class Layer:
     output: ir.Value
     """After the bias, and after dequantization where the layer gives codes."""
     weight: Weight
-    activation: Activation | None
-    """How the input is quantized; None where it is float."""
+    activation: Activation
+    """How the input is quantized."""
     nodes: tuple[ir.Node, ...] = ()
     """All nodes of the layer, `node` among them."""
     notes: tuple[str, ...] = field(default=())
@@ -107,9 +106,9 @@ def _plain(node: ir.Node, linear: Linear | None) -> Layer | None:
         return None
     if of_operand(operand(node, 0), outputs_first=False) is not None:
         return None  # constants alone
-    activation = of_value(node.inputs[0])
+    activation = activation_of(node.inputs[0])
     bias = linear.bias_node if linear is not None else None
-    nodes = (*weight.nodes, *(activation.nodes if activation is not None else ()))
+    nodes = (*weight.nodes, *activation.nodes)
     kind: LayerKind = "convolution" if convolves else "linear"
     return _layer(kind, node, through_quantization(node.inputs[0]), weight, activation, nodes, bias)
 
@@ -127,7 +126,7 @@ def _layer(
         path = plain_name(path)
     return Layer(
         kind=kind, node=node, name=plain_name(node.name or ""), module_path=path, op=op or node.op_type, input=source,
-        output=result, weight=weight, activation=activation, nodes=tuple(members), notes=notes,
+        output=result, weight=weight, activation=activation or Float(source), nodes=tuple(members), notes=notes,
     )  # fmt: skip
 
 
@@ -197,18 +196,12 @@ def _kernel(node: ir.Node) -> Layer | None:
     if weight is None:
         return None
     tail = tail_of(node)
-    activation = activation_of(node, *_places(multiplied(node)))
-    nodes = (*weight.nodes, *(activation.nodes if activation is not None else ()), *tail)
+    activation = operand_activation(node)
+    nodes = (*weight.nodes, *(part for part in activation.nodes if part is not node), *tail)
     notes = ("computed in 8-bit integers",) if node.attributes.get_int("accuracy_level", 0) == 4 else ()
     kind: LayerKind = "convolution" if has(node, "convolution") else "linear"
     output = (tail[-1] if tail else node).outputs[0]
     return _layer(kind, node, through_quantization(node.inputs[0]), weight, activation, nodes, None, output, notes)
-
-
-def _places(codes: QuantizedOperand | None) -> tuple[int, int]:
-    """Where a kernel has scale and zero point of the codes that it multiplies by a weight; -1 where it has none."""
-    scale, zero_point = (codes.scale, codes.zero_point) if codes is not None else (None, None)
-    return scale.index if scale is not None else -1, zero_point.index if zero_point is not None else -1
 
 
 # --------------------------------------------------------------------------------------------------------------- caches

@@ -16,9 +16,9 @@ import onnx_ir as ir
 from qcompiler.graph.edit import constant
 from qcompiler.graph.module_path import module_path
 from qcompiler.graph.operators import Role, operator_of
-from qcompiler.model_diff.activations import quantizes
 from qcompiler.model_diff.layers import plain_name
 from qcompiler.model_diff.pairing import LayerPair, unique
+from qcompiler.sites.activations import quantizes
 
 SMALL_CONSTANT = 64
 """Numbers of a constant that are compared; of a larger one only the shape counts."""

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.evaluation.compare import Measures
+from qcompiler.formats.scheme import in_words
 from qcompiler.graph.module_path import block_of
 from qcompiler.model_diff.arithmetic import error_of
 from qcompiler.model_diff.layers import CacheView, Layer, read_caches
@@ -37,7 +38,7 @@ class Form:
     weight: str
     """``float32``, ``4-bit block 128 symmetric``."""
     activations: str
-    """``activations uint8 static per tensor``; empty where they are float."""
+    """``activations uint8 per-tensor asymmetric``; empty where they are float."""
     shape: tuple[int, ...]
     bytes: int
     output: str
@@ -139,7 +140,7 @@ def _story(
 def _passes(layer: Layer) -> tuple[str, ...]:
     """That touched the layer or how its input is rounded."""
     found = passes_of(layer.node)
-    for node in layer.activation.nodes if layer.activation is not None else ():
+    for node in layer.activation.nodes:
         found += passes_of(node)
     return in_order(dict.fromkeys(found))
 
@@ -148,7 +149,7 @@ def _method(layer: Layer) -> tuple[str, ...]:
     """The passes that rounded the weight; where it is float, those that rounded the input."""
     if layer.weight.quantized:
         return rounding_passes(layer.node)
-    nodes = layer.activation.nodes if layer.activation is not None else ()
+    nodes = layer.activation.nodes
     return tuple(dict.fromkeys(name for node in nodes for name in rounding_passes(node)))
 
 
@@ -161,14 +162,14 @@ def _form(layers: Sequence[Layer]) -> Form:
     stored = {id(value): value for layer in layers for value in layer.weight.constants}
     return Form(
         name=", ".join(layer.name for layer in layers), op=count + first.op, weight=first.weight.form,
-        activations=str(first.activation or ""), shape=shape,
+        activations=in_words(None, first.activation.scheme), shape=shape,
         bytes=sum(value.const_value.nbytes for value in stored.values() if value.const_value is not None),
         output=", ".join(str(layer.output.name) for layer in layers),
     )  # fmt: skip
 
 
 def _quantized(layers: Sequence[Layer]) -> bool:
-    return any(layer.weight.quantized or layer.activation is not None for layer in layers)
+    return any(layer.weight.quantized or layer.activation.scheme is not None for layer in layers)
 
 
 def _fate(pair: LayerPair, scalings: Mapping[Layer, Scaling], error: float | None, shared: bool) -> Fate:
@@ -176,7 +177,7 @@ def _fate(pair: LayerPair, scalings: Mapping[Layer, Scaling], error: float | Non
     before, after = _quantized(pair.before), _quantized(pair.after)
     if before != after:
         return "quantized" if after else "dequantized"
-    if before and (a.weight.form, str(a.activation)) != (b.weight.form, str(b.activation)):
+    if before and (a.weight.form, a.activation.scheme) != (b.weight.form, b.activation.scheme):
         return "requantized"
     if not before and a.weight.form != b.weight.form:
         return "cast"

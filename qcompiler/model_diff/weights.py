@@ -9,7 +9,6 @@ from functools import cached_property
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.formats.scheme import PerGroup
 from qcompiler.sites.stored import StoredWeight, format_of, operand_weight
 from qcompiler.sites.stored.constants import chain, evaluate, shape_of
 from qcompiler.sites.stored.layout import Array
@@ -44,13 +43,8 @@ class Weight:
 
 
 def phrase(weight: StoredWeight) -> str:
-    """The form in a story: ``float32``, ``4-bit block 128 symmetric``, ``nf4 block 64``."""
-    kind = f"{weight.bits}-bit" if weight.is_integer else KINDS.get(weight.format, weight.format)
-    grain = weight.granularity
-    scales = f"block {grain.size}" if isinstance(grain, PerGroup) else str(grain or "").replace("-", " ")
-    symmetry = {True: "symmetric", False: "asymmetric", None: ""}[weight.symmetric] if weight.is_integer else ""
-    form = " ".join(part for part in (kind, scales, symmetry) if part)
-    return f"{form}, scales quantized again" if weight.scales_quantized else form
+    """The form in a story: ``float32``, ``int4 group(128) symmetric``, ``nf4 group(64) symmetric``."""
+    return str(weight.scheme or KINDS.get(weight.format, weight.format))
 
 
 def type_name(dtype: ir.DataType | None) -> str:

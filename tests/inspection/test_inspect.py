@@ -83,14 +83,20 @@ def test_statistics_of_odd_weights(case: str) -> None:
 @pytest.mark.parametrize(
     ("recipe", "target", "op", "scheme", "activations"),
     [
-        ("int8-static", "portable", "MatMul", "int8 per-channel symmetric", "uint8 per-tensor"),
-        ("int8-static", "ort-cpu", "MatMulIntegerToFloat", "int8 per-channel symmetric", "uint8 per-tensor"),
-        ("int8-dynamic", "portable", "MatMul", "int8 per-channel symmetric", "int8 per-token dynamic"),
-        ("int8-dynamic", "ort-cpu", "MatMulIntegerToFloat", "int8 per-channel symmetric", "uint8 per-token dynamic"),
+        ("int8-static", "portable", "MatMul", "int8 per-channel symmetric", "int8 per-tensor symmetric"),
+        ("int8-static", "ort-cpu", "MatMulIntegerToFloat", "int8 per-channel symmetric", "int8 per-tensor symmetric"),
+        ("int8-dynamic", "portable", "MatMul", "int8 per-channel symmetric", "int8 per-token symmetric dynamic"),
+        (
+            "int8-dynamic",
+            "ort-cpu",
+            "MatMulIntegerToFloat",
+            "int8 per-channel symmetric",
+            "int8 per-token symmetric dynamic",
+        ),
         ("rtn-w4", "portable", "MatMul", "int4 group(16) symmetric", ""),
-        ("rtn-w4", "ort-cpu", "MatMulNBits", "uint4 group(16) symmetric", ""),
-        ("hqq-w4", "ort-cpu", "MatMulNBits", "uint4 group(16) asymmetric", ""),
-        ("nf4", "portable", "MatMul", "nf4 group(64) symmetric", ""),
+        ("rtn-w4", "ort-cpu", "MatMulNBits", "int4 group(16) symmetric", "int8 group(16) symmetric dynamic"),
+        ("hqq-w4", "ort-cpu", "MatMulNBits", "uint4 group(16) asymmetric", "int8 group(16) symmetric dynamic"),
+        ("nf4", "portable", "MatMul", "nf4 group(64) symmetric, scales int8 per-tensor", ""),
         ("nf4", "ort-cpu", "MatMulBnb4", "nf4 group(64) symmetric", ""),
     ],
 )
@@ -125,7 +131,7 @@ def test_models_of_onnxruntime(model: ir.Model, tmp_path: Path) -> None:
     found = inspect(tmp_path / "dynamic.onnx")
     ops = {layer.op: layer for layer in found.layers}
     assert ops["MatMulInteger"].type == "int8"
-    assert ops["MatMulInteger"].activations == "uint8 per-tensor dynamic"
+    assert ops["MatMulInteger"].activations == "uint8 per-tensor asymmetric dynamic"
     assert ops["MatMulInteger"].bytes >= 32 * 64
 
 

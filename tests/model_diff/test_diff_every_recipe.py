@@ -12,6 +12,7 @@ import pytest
 import qcompiler
 from qcompiler.calibration.samples import from_python
 from qcompiler.driver.compiled import Compiled
+from qcompiler.formats.scheme import FORMATS
 from qcompiler.model_diff import LayerStory, diff
 from qcompiler.recipes import recipe_names
 from tests import decoders, tiny
@@ -36,23 +37,30 @@ CACHES = tuple(name for name in recipe_names() if name.startswith("kv-"))
 
 DOWN = "model.layers.1.mlp.down_proj"
 STORIES = {  # of that layer, where no other test tells one
-    ("portable", "awq-gptq-w4"): "MatMul 4-bit block 128 symmetric, gptq; "
+    ("portable", "awq-gptq-w4"): "MatMul int4 group(128) symmetric, gptq; "
                                  "input scaled by awq into model.layers.1.mlp.up_proj",
-    ("portable", "binary"): "MatMul binary per channel, activations int8 dynamic per token, quantize-weights",
-    ("portable", "fp8"): "MatMul fp8 e4m3 per channel, activations fp8 e4m3 dynamic per token, fp8",
-    ("portable", "fp8-tensor"): "MatMul fp8 e4m3 per tensor, activations fp8 e4m3 static per tensor, fp8",
-    ("portable", "gptq-w3"): "MatMul 3-bit block 128 symmetric, gptq",
-    ("portable", "nf4"): "MatMul nf4 block 64, scales quantized again, nf4",
-    ("portable", "w4a8"): "MatMul 4-bit block 128 symmetric, activations int8 dynamic per token, gptq",
-    ("ort-cpu", "gptq-w2"): "MatMulNBits 2-bit block 128 symmetric, gptq; computed in 8-bit integers",
-    ("ort-cpu", "hqq-w4"): "MatMulNBits 4-bit block 128 asymmetric, hqq; computed in 8-bit integers",
-    ("ort-cpu", "int8-dynamic-tensor"): "DynamicQuantizeMatMul 8-bit per channel symmetric, "
-                                        "activations uint8 dynamic per tensor, quantize-weights",
-    ("ort-cpu", "w4a8"): "MatMulNBits 4-bit block 128 symmetric, gptq; computed in 8-bit integers",
-    ("ort-cpu", "w8"): "MatMulNBits 8-bit block 128 symmetric, quantize-weights; computed in 8-bit integers",
-    ("ort-cuda", "int8-dynamic-tensor"): "MatMulInteger 8-bit per channel symmetric, "
-                                         "activations int8 dynamic per tensor, quantize-weights",
-    ("tensorrt", "smoothquant-o3"): "MatMul 8-bit per channel symmetric, activations int8 static per tensor, "
+    ("portable", "binary"): "MatMul binary per-channel symmetric, activations int8 per-token symmetric dynamic, "
+                            "quantize-weights",
+    ("portable", "fp8"): "MatMul fp8_e4m3 per-channel symmetric, activations fp8_e4m3 per-token symmetric dynamic, fp8",
+    ("portable", "fp8-tensor"): "MatMul fp8_e4m3 per-tensor symmetric, activations fp8_e4m3 per-tensor symmetric, fp8",
+    ("portable", "gptq-w3"): "MatMul int3 group(128) symmetric, gptq",
+    ("portable", "nf4"): "MatMul nf4 group(64) symmetric, scales int8 per-tensor, nf4",
+    ("portable", "w4a8"): "MatMul int4 group(128) symmetric, activations int8 per-token symmetric dynamic, gptq",
+    ("ort-cpu", "gptq-w2"): "MatMulNBits int2 group(128) symmetric, activations int8 group(128) symmetric dynamic, "
+                            "gptq; computed in 8-bit integers",
+    ("ort-cpu", "hqq-w4"): "MatMulNBits uint4 group(128) asymmetric, activations int8 group(128) symmetric dynamic, "
+                            "hqq; computed in 8-bit integers",
+    ("ort-cpu", "int8-dynamic-tensor"): "DynamicQuantizeMatMul int8 per-channel symmetric, "
+                                        "activations uint8 per-tensor asymmetric dynamic, "
+                            "quantize-weights",
+    ("ort-cpu", "w4a8"): "MatMulNBits int4 group(128) symmetric, activations int8 group(128) symmetric dynamic, "
+                            "gptq; computed in 8-bit integers",
+    ("ort-cpu", "w8"): "MatMulNBits int8 group(128) symmetric, activations int8 group(128) symmetric dynamic, "
+                            "quantize-weights; computed in 8-bit integers",
+    ("ort-cuda", "int8-dynamic-tensor"): "MatMulInteger int8 per-channel symmetric, "
+                                         "activations uint8 per-tensor asymmetric dynamic, "
+                            "quantize-weights",
+    ("tensorrt", "smoothquant-o3"): "MatMul int8 per-channel symmetric, activations int8 per-tensor symmetric, "
                                     "quantize-weights; input scaled by smooth-quant into model.layers.1.mlp.up_proj",
 }  # fmt: skip
 
@@ -82,49 +90,13 @@ def compiled(model: ir.Model, recipe: str, target: str) -> Compiled:
     )
 
 
-def expected(scheme: str) -> tuple[str, str]:
-    """What a story calls a scheme of the report: form of the weight, and how activations are rounded."""
-    weight, _, activations = scheme.partition(", activations ")
-    weight = re.sub(r"^(\w+) blocks of (\d+).*", r"\1 group(\2)", weight)
-    kind, grain, *symmetry = weight.split()
-    number = re.sub(r"^u?int(\d+)$", r"\1-bit", kind).replace("_", " ")
-    grain = re.sub(r"group\((\d+)\)", r"block \1", grain).replace("per-", "per ")
-    form = " ".join([number, grain, *(symmetry if number.endswith("-bit") else ())])
-    if not activations:
-        return form, ""
-    kind, grain, *words = activations.split()
-    when = "dynamic" if "dynamic" in words else "static"
-    return form, f"activations {kind.replace('_', ' ')} {when} {grain.replace('-', ' ')}"
-
-
 def assert_form(story: LayerStory, scheme: str) -> None:
-    weight, activations = expected(scheme)
-    form = story.after
-    features = form.shape[1 if story.kind == "embedding" else 0]
-    told, wanted = (_without_wide_blocks(text, features) for text in (form.weight, weight))
-    if form.op in ("MatMulNBits", "GatherBlockQuantized"):
-        wanted = wanted.replace("3-bit", "4-bit")  # as there is no kernel for 3
-        repeated = re.sub(r"block \d+", "per channel", told)  # the scale of a channel, for each block
-        assert wanted in (told, repeated)
-    else:
-        assert told.removesuffix(", scales quantized again") == wanted
-    if form.op == "MatMulNBits":  # rounds inside, if at all
-        assert form.activations == ""
-    else:  # kernels take signed codes as unsigned ones, which are the same numbers
-        assert form.activations.replace("uint8", "int8") == activations.replace("uint8", "int8")
-
-
-def _without_wide_blocks(form: str, features: int) -> str:
-    """Blocks that are no narrower than the rows are channels; of a table of numbers they run on over the rows."""
-    if form.startswith("nf4"):
-        return form
-    return re.sub(r"block (\d+)", lambda found: "per channel" if int(found[1]) >= features else found[0], form)
+    assert ", ".join(filter(None, (story.after.weight, story.after.activations))) == scheme
 
 
 def assert_bytes(story: LayerStory) -> None:
     """Codes as wide as they are stored, scales and zero points: never as much as the float weight."""
-    found = re.match(r"(\d)-bit|fp8|nf4|binary", story.after.weight)
-    bits = int(found[1]) if found[1] else {"fp8": 8, "nf4": 4, "binary": 1}[found[0]]
+    bits = FORMATS[story.after.weight.split(" ")[0]].bits
     numbers = story.after.shape[0] * story.after.shape[1]
     assert numbers * bits // 8 <= story.after.bytes < story.before.bytes
     assert story.before.bytes == numbers * 4

@@ -19,7 +19,7 @@ def test_awq_says_where_the_scales_went() -> None:
     model = qcompiler.compile(variant("dynamo"), "awq-w4", target="ort-cpu", calibration=samples).model
     found = diff(variant("dynamo"), model)
     told, moved = stories(found), {move.into: move for move in found.scales}
-    form = "MatMulNBits 4-bit block 128 symmetric, quantize-weights"
+    form = "MatMulNBits int4 group(128) symmetric, quantize-weights"
     for path, shape in LINEARS.items():
         assert clause(told[path]) == f"{path}: MatMul float32 {shape} → {form}"
         # Four bits alone: without the moved scales, which go beyond 50, it would be far more.
@@ -52,7 +52,7 @@ def test_outlier_columns_stay_float(target: str, op: str, kind: str) -> None:
     split = {module_path(node) for node in quantized.graph if node.name in parts}
     assert LAYERS < len(split) < len(WHOLE) - 1
     for path, shape in LINEARS.items():
-        form = f"{op} 8-bit per channel symmetric, activations {kind} dynamic per token, quantize-weights"
+        form = f"{op} int8 per-channel symmetric, activations {kind} dynamic per token, quantize-weights"
         assert clause(told[path]) == f"{path}: MatMul float32 {shape} → {form}"
     for path, story in told.items():
         columns = [note for note in story.notes if re.fullmatch(r"\d+ outlier columns? stays? float", note)]
@@ -98,11 +98,11 @@ def test_onnxruntimes_static_quantizer_per_channel(layout: str, weights: str, tm
     op = "MatMul" if layout == "QDQ" else "QLinearMatMul"
     symmetry = "symmetric" if weights == "QInt8" else "asymmetric"
     for path, shape in LINEARS.items():
-        form = f"{op} 8-bit per channel {symmetry}, activations uint8 static per tensor"
+        form = f"{op} 8-bit per channel {symmetry}, activations uint8 per-tensor asymmetric"
         assert told[path].text == f"{path}: MatMul float32 {shape} → {form}"
         assert told[path].weight_error < 0.02
-    assert told[EMBEDDING].text.startswith(f"{EMBEDDING}: Gather float32 3072×256 → Gather 8-bit per tensor asymmetric")
+    assert told[EMBEDDING].text.startswith(f"{EMBEDDING}: Gather float32 3072×256 → Gather uint8 per-tensor asymmetric")
     assert told[EMBEDDING].weight_error < 0.02
     assert {story.fate for story in told.values()} == {"quantized"}
     kinds = {fate.activations for fate in found.fates if fate.fate == "quantized"}
-    assert kinds <= {"", "activations uint8 static per tensor", "activations int8 static per tensor"}
+    assert kinds <= {"", "activations uint8 per-tensor asymmetric", "activations int8 per-tensor symmetric"}

@@ -41,8 +41,8 @@ from tests.demo import (
 @pytest.mark.parametrize(
     ("target", "linear", "table"),
     [
-        ("ort-cpu", "MatMulNBits 4-bit block 128 symmetric, gptq", "GatherBlockQuantized 8-bit block 128 symmetric"),
-        ("portable", "MatMul 4-bit block 128 symmetric, gptq", "Gather 8-bit per channel symmetric"),
+        ("ort-cpu", "MatMulNBits int4 group(128) symmetric, gptq", "GatherBlockQuantized int8 group(128) symmetric"),
+        ("portable", "MatMul int4 group(128) symmetric, gptq", "Gather int8 per-channel symmetric"),
     ],
 )
 def test_gptq(target: str, linear: str, table: str) -> None:
@@ -50,8 +50,8 @@ def test_gptq(target: str, linear: str, table: str) -> None:
     expected = {path: f"{path}: MatMul float32 {shape} → {linear}" for path, shape in LINEARS.items()}
     assert {path: clause(story) for path, story in found.items() if path in LINEARS} == expected
     assert clause(found[EMBEDDING]) == f"{EMBEDDING}: Gather float32 3072×256 → {table}, quantize-weights"
-    assert clause(found[HEAD]).endswith("8-bit block 128 symmetric, quantize-weights" if target == "ort-cpu" else
-                                        "8-bit per channel symmetric, quantize-weights")  # fmt: skip
+    assert clause(found[HEAD]).endswith("int8 group(128) symmetric, quantize-weights" if target == "ort-cpu" else
+                                        "int8 per-channel symmetric, quantize-weights")  # fmt: skip
     for path in LINEARS:
         assert 0.05 < found[path].weight_error < 0.5, "four bits, and GPTQ is after the outputs"
     assert found[HEAD].weight_error < 0.02, "eight bits"
@@ -64,7 +64,7 @@ def test_smoothquant_says_where_the_scales_went(target: str, op: str) -> None:
     told = stories(found)
     assert set(told) == set(WHOLE)
     for path, shape in LINEARS.items():
-        form = "8-bit per channel symmetric, activations uint8 static per tensor, quantize-weights"
+        form = "int8 per-channel symmetric, activations uint8 per-tensor asymmetric, quantize-weights"
         assert clause(told[path]) == f"{path}: MatMul float32 {shape} → {op} {form}"
         # Only with the moved scales taken into account are the weights as close as eight bits are.
         assert told[path].weight_error < 0.05
@@ -87,10 +87,10 @@ def test_smoothquant_says_where_the_scales_went(target: str, op: str) -> None:
 def test_dynamic_activations_and_binary_weights() -> None:
     told = stories(diff(variant("dynamo"), compiled("int8-dynamic", "ort-cpu")))
     for path in LINEARS:
-        assert told[path].after.activations == "activations uint8 dynamic per token"
-        assert told[path].after.weight == "8-bit per channel symmetric"
+        assert told[path].after.activations == "activations int8 per-token symmetric dynamic"
+        assert told[path].after.weight == "int8 per-channel symmetric"
     told = stories(diff(variant("dynamo"), compiled("nf4", "ort-cpu")))
-    assert {told[path].after.weight for path in LINEARS} == {"nf4 block 64"}
+    assert {told[path].after.weight for path in LINEARS} == {"nf4 group(64) symmetric"}
     assert all(0.03 < told[path].weight_error < 0.15 for path in LINEARS)
 
 
@@ -128,9 +128,9 @@ def peers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        ("qdq", "MatMul 8-bit per channel symmetric, activations uint8 static per tensor"),
-        ("qoperator", "QLinearMatMul 8-bit per tensor asymmetric, activations uint8 static per tensor"),
-        ("dynamic", "MatMulInteger 8-bit per tensor asymmetric, activations uint8 dynamic per tensor"),
+        ("qdq", "MatMul int8 per-channel symmetric, activations uint8 per-tensor asymmetric"),
+        ("qoperator", "QLinearMatMul uint8 per-tensor asymmetric, activations uint8 per-tensor asymmetric"),
+        ("dynamic", "MatMulInteger uint8 per-tensor asymmetric, activations uint8 per-tensor asymmetric dynamic"),
     ],
 )
 def test_onnxruntimes_quantizers(peers: dict[str, Path], name: str, form: str) -> None:
@@ -143,7 +143,7 @@ def test_onnxruntimes_quantizers(peers: dict[str, Path], name: str, form: str) -
         assert text == f"{path}: MatMul float32 {shape} → {form}"
         assert told[path].fate == "quantized"
         assert told[path].weight_error < 0.1
-    assert told[EMBEDDING].text == f"{EMBEDDING}: Gather float32 3072×256 → Gather 8-bit per tensor asymmetric"
+    assert told[EMBEDDING].text == f"{EMBEDDING}: Gather float32 3072×256 → Gather uint8 per-tensor asymmetric"
     assert told[HEAD].weight_error < 0.05
     quantized = {(fate.op, fate.after.split(".")[-1]): fate.count for fate in found.fates if fate.fate == "quantized"}
     product = {"qdq": "MatMul", "qoperator": "QLinearMatMul", "dynamic": "MatMulInteger"}[name]
@@ -163,7 +163,7 @@ def test_the_genai_builders_int4_graph(tmp_path: Path) -> None:
         env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    form = "MatMulNBits 4-bit block 32 symmetric"
+    form = "MatMulNBits int4 group(32) symmetric"
     told = stories(diff(source, tmp_path / "int4"))
     assert (
         clause(told["model.layers.2.attn.qkv_proj"]) == f"model.layers.2.attn.qkv_proj: MatMul float32 256×384 → {form}"

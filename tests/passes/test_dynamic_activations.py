@@ -20,7 +20,7 @@ from qcompiler.graph.metadata import PART_OF
 from qcompiler.model_diff.terminal import render_diff
 from qcompiler.recipes import Recipe, Step
 from qcompiler.rewriting.contract import Changes
-from qcompiler.sites.activations import dynamic_pair
+from qcompiler.sites.activations import Dynamic, activation_of
 from qcompiler.sites.find import find_sites
 from tests import tiny
 from tests.oracles import per_token as oracle
@@ -182,8 +182,8 @@ def test_siblings_share_a_pair_and_others_read_the_float(granularity: str) -> No
     assert [changed.site for changed in changes.changed] == ["first", "second"]
     first, second = find_sites(after).linears
     assert first.input is second.input
-    pair = dynamic_pair(first.input)
-    assert pair is not None
+    pair = activation_of(first.input)
+    assert isinstance(pair, Dynamic)
     assert (pair.source.name, pair.per_token) == ("h", granularity == "token")
     (negative,) = [node for node in after.graph if node.op_type == "Neg"]
     assert negative.inputs[0].name == "h"

@@ -25,7 +25,7 @@ from qcompiler.formats.arithmetic import quantize
 from qcompiler.formats.scheme import FORMATS
 from qcompiler.report import render
 from qcompiler.rewriting.contract import Changes
-from qcompiler.sites.activations import dynamic_pair, is_quantized
+from qcompiler.sites.activations import Dynamic, activation_of, is_quantized
 from qcompiler.sites.find import find_sites
 from tests import tiny
 from tests.oracles import fp8 as oracle
@@ -259,8 +259,8 @@ def test_layers_share_the_pair_of_their_input() -> None:
     after, _ = compiled(tiny.build(text, W="normal", V="normal"))
     assert Counter(tiny.operators(after))["DynamicQuantizeFloat8PerToken"] == 1
     sites = find_sites(after).linears
-    pairs = [dynamic_pair(site.input) for site in sites]
-    assert pairs[0] is not None
+    pairs = [activation_of(site.input) for site in sites]
+    assert isinstance(pairs[0], Dynamic)
     assert pairs[0].float8
     assert pairs[0].per_token
     assert all(is_quantized(site.input) and site.input is sites[0].input for site in sites)

@@ -16,11 +16,21 @@ from qcompiler.inspection import inspect
 from qcompiler.model_diff.layers import read_layers
 from qcompiler.model_diff.weights import phrase
 from qcompiler.sites.embeddings import find_quantized_embeddings
-from qcompiler.sites.stored import StoredWeight, float_weight, quantized_weight, scheme, table_weight
+from qcompiler.sites.stored import StoredWeight, float_weight, quantized_weight, table_weight
 from qcompiler.sites.stored import layout as layouts
 from tests import tiny
 
 RNG = np.random.default_rng(0)
+
+
+def told(text: str) -> str:
+    """A scheme as it is told: symmetric integers go by the signed format's name, others by the unsigned one's."""
+    name, _, rest = text.partition(" ")
+    if "int" not in name:
+        return text
+    return f"{'u' if 'asymmetric' in rest else ''}{name.removeprefix('u')} {rest}"
+
+
 SCHEMES = {
     "int8": "int8", "uint8": "uint8", "int4": "int4", "uint4": "uint4", "float8e4m3fn": "fp8_e4m3",
     "float8e5m2": "fp8_e5m2",
@@ -86,7 +96,7 @@ def test_dequantize_linear(
     np.testing.assert_array_equal(weight.numbers(), expected)
     # Unsigned codes without a zero point count from 0, which is not their middle.
     symmetric = not asymmetric and not type.startswith("u")
-    assert scheme(weight) == f"{SCHEMES[type]} {granularity} {'symmetric' if symmetric else 'asymmetric'}"
+    assert str(weight.scheme) == told(f"{SCHEMES[type]} {granularity} {'symmetric' if symmetric else 'asymmetric'}")
 
 
 @pytest.mark.parametrize("type", ["int4", "uint4"])
@@ -141,8 +151,8 @@ def test_mat_mul_nbits(piece: int, bits: int, points: str) -> None:
     np.testing.assert_allclose(in_pieces(weight), expected.T, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(in_pieces(weight), weight.numbers())
     symmetric = points in ("none", "middle")
-    assert scheme(weight) == f"uint{bits} group(32) {'symmetric' if symmetric else 'asymmetric'}"
-    assert phrase(weight) == f"{bits}-bit block 32 {'symmetric' if symmetric else 'asymmetric'}"
+    assert str(weight.scheme) == told(f"uint{bits} group(32) {'symmetric' if symmetric else 'asymmetric'}")
+    assert phrase(weight) == told(f"uint{bits} group(32) {'symmetric' if symmetric else 'asymmetric'}")
 
 
 def packed(values: np.ndarray, bits: int) -> np.ndarray:
@@ -180,7 +190,7 @@ def test_gather_block_quantized(piece: int, type: str, bits: int, asymmetric: bo
     weight = weight_of(model)
     (expected,) = tiny.run(model, {"ids": np.arange(rows)})
     np.testing.assert_array_equal(in_pieces(weight), expected)
-    assert scheme(weight) == name
+    assert str(weight.scheme) == told(name)
     (layer,) = read_layers(model)
     assert layer.weight.shape == (rows, features)
     np.testing.assert_array_equal(layer.weight.matrix(), expected)
@@ -199,7 +209,7 @@ def test_integer_products(piece: int, channels: bool) -> None:
     (expected,) = tiny.run(model, {"x": np.eye(24, dtype=np.uint8)})
     weight = weight_of(model)
     np.testing.assert_allclose(in_pieces(weight), expected, rtol=1e-6)
-    assert scheme(weight) == f"int8 {'per-channel' if channels else 'per-tensor'} asymmetric"
+    assert str(weight.scheme) == told(f"int8 {'per-channel' if channels else 'per-tensor'} asymmetric")
     (layer,) = read_layers(model)
     assert layer.weight.shape == (24, 16)
     np.testing.assert_allclose(layer.weight.matrix(), expected.T, rtol=1e-6)
@@ -215,7 +225,7 @@ def test_convolution_of_codes() -> None:
     )  # fmt: skip
     (layer,) = read_layers(model)
     matrix = layer.weight.matrix()
-    assert (matrix.shape, layer.weight.form) == ((8, 3), "8-bit per channel symmetric")
+    assert (matrix.shape, layer.weight.form) == ((8, 3), "int8 per-channel symmetric")
     for place in range(3):
         x = np.zeros((1, 3, 1, 1), np.uint8)
         x[0, place] = 1
@@ -232,7 +242,7 @@ def test_blocks_of_float8(piece: int) -> None:
     (expected,) = tiny.run(model, {"x": np.eye(80, dtype=np.float16)})
     np.testing.assert_allclose(in_pieces(weight), expected.T, rtol=1e-3)
     np.testing.assert_allclose(layer.weight.matrix(), expected.T, rtol=1e-3)
-    assert (scheme(weight), layer.weight.form) == ("fp8_e4m3 group(32) symmetric", "fp8 e4m3 block 32")
+    assert (str(weight.scheme), layer.weight.form) == ("fp8_e4m3 group(32) symmetric", "fp8_e4m3 group(32) symmetric")
 
 
 # ------------------------------------------------------------------------------------------------------------- operands
@@ -267,7 +277,7 @@ def test_weights_that_are_quantized_when_the_session_is_made() -> None:
     )  # fmt: skip
     (expected,) = tiny.run(model, {"x": np.eye(24, dtype=np.float32)})
     (found,) = read_layers(model)
-    assert found.weight.form == "8-bit per channel symmetric"
+    assert found.weight.form == "int8 per-channel symmetric"
     np.testing.assert_array_equal(found.weight.matrix(), expected.T)
 
 
@@ -278,13 +288,13 @@ def test_weights_that_are_quantized_when_the_session_is_made() -> None:
 @pytest.mark.parametrize(
     ("recipe", "options", "form"),
     [
-        ("rtn-w4", ["quantize-weights.group_size=16"], "4-bit block 16 symmetric"),
-        ("hqq-w4", ["hqq.group_size=16"], "4-bit block 16 asymmetric"),
-        ("int8-weights", [], "8-bit"),
-        ("w8", ["quantize-weights.group_size=16"], "8-bit block 16"),
-        ("nf4", [], "nf4 block 64"),
-        ("nf4", ["nf4.table=fp4"], "fp4 block 64"),
-        ("nf4", ["nf4.double_quantization=false"], "nf4 block 64"),
+        ("rtn-w4", ["quantize-weights.group_size=16"], "int4 group(16) symmetric"),
+        ("hqq-w4", ["hqq.group_size=16"], "uint4 group(16) asymmetric"),
+        ("int8-weights", [], "int8"),
+        ("w8", ["quantize-weights.group_size=16"], "int8 group(16)"),
+        ("nf4", [], "nf4 group(64) symmetric"),
+        ("nf4", ["nf4.table=fp4"], "fp4_bnb group(64) symmetric"),
+        ("nf4", ["nf4.double_quantization=false"], "nf4 group(64) symmetric"),
         ("binary", [], "binary"),
     ],
 )
@@ -306,7 +316,7 @@ def test_codes_stand_for_what_the_runtime_multiplies_by(
     (told,) = inspect(compiled).layers
     assert told.statistics is not None
     assert told.statistics.std == pytest.approx(expected.std(), rel=0.02)
-    assert told.scheme == scheme(weight)
+    assert told.scheme == str(weight.scheme)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -323,7 +333,7 @@ def test_tables_with_a_scale_for_each_row(piece: int, format: str, symmetric: bo
     np.testing.assert_array_equal(in_pieces(weight), expected.T if turned else expected)
     np.testing.assert_array_equal(layer.weight.matrix(), expected)
     assert layer.weight.shape == (20, 32)
-    assert scheme(weight) == f"{format} per-channel {'symmetric' if symmetric else 'asymmetric'}"
+    assert str(weight.scheme) == told(f"{format} per-channel {'symmetric' if symmetric else 'asymmetric'}")
 
 
 @pytest.mark.parametrize(
@@ -343,7 +353,7 @@ def test_tables_with_a_scale_for_each_group(piece: int, type: str, text: str) ->
     (layer,) = read_layers(model)
     np.testing.assert_array_equal(in_pieces(layer.weight.stored), expected)
     np.testing.assert_array_equal(layer.weight.matrix(), expected)
-    assert layer.weight.form == f"{type[4:]}-bit block 16 asymmetric"
+    assert layer.weight.form == f"uint{type[4:]} group(16) asymmetric"
 
 
 # --------------------------------------------------------------------------------------------------------------- memory

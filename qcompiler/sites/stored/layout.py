@@ -58,8 +58,8 @@ class Layout:
 
     def pieces(self, codes: Array | PackedRows, scale: Array, zero_point: Array | None) -> Iterator[Array]:
         """The numbers, float32, some rows of `shape` at a time."""
-        scales = self._spread(scale)
-        zeros = None if zero_point is None else self._spread(self.points(zero_point))
+        scales = self.spread(scale)
+        zeros = None if zero_point is None else self.spread(self.points(zero_point))
         if zeros is None and self.middle:
             zeros = np.full(scales.shape, self.middle, np.float32)
         for part in self._parts():
@@ -85,7 +85,7 @@ class Layout:
         rows = zero_point.reshape(*self.scales[:-1], -1)
         return unpacked(rows, self.bits)[..., : self.scales[-1]]
 
-    def _spread(self, values: Array) -> Array:
+    def spread(self, values: Array) -> Array:
         """Scales or zero points in the shape of the scales."""
         if values.size == prod(self.scales):
             return values.reshape(self.scales)

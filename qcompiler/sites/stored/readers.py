@@ -105,12 +105,12 @@ def _decoded(node: ir.Node) -> StoredWeight | None:
 
 
 def _granularity(layout: Layout | None, features: int | None = None) -> Granularity | None:
-    """How the scales lie; blocks as wide as the `features` of a row are channels."""
+    """How the scales lie; blocks as wide as the `features` of a row, or as the axis is long, are channels."""
     if layout is None:
         return None
     if layout.axis is None:
         return PerTensor()
-    if layout.block and (features is None or layout.block < features):
+    if layout.block and layout.block < (layout.shape[layout.axis] if features is None else features):
         return PerGroup(layout.block)
     return PerChannel()
 
@@ -165,7 +165,9 @@ def _of_nbits(node: ir.Node, codes: ir.Value) -> StoredWeight | None:
     layout = Layout(shape, 1, block, "low first", bits, middle=1 << (bits - 1))
     # Blocks that go by an index are no blocks, and what is packed for one kind of GPU lies in another order.
     plain = 8 % bits == 0 and operand(node, 4) is None and not _attribute(node, "weight_prepacked", 0)
-    return StoredWeight(node, codes, shape, f"uint{bits}", bits, _granularity(layout, inputs), scale, operand(node, 3),
+    used = int(node.metadata_props.get(BITS, bits))
+    format = BINARY if used == 1 else f"uint{used}"
+    return StoredWeight(node, codes, shape, format, used, _granularity(layout, inputs), scale, operand(node, 3),
                         _fitting(layout, scale) if plain else None)  # fmt: skip
 
 

@@ -10,11 +10,21 @@ from math import prod
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.formats.scheme import FORMATS, Granularity
+from qcompiler.formats.scheme import (
+    FORMATS,
+    Granularity,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    ScaleType,
+    Scheme,
+    UnknownGranularity,
+)
 from qcompiler.graph.edit import constant
 from qcompiler.sites.stored.constants import chain, constants_behind, evaluate
 from qcompiler.sites.stored.layout import PIECE, Array, Layout, rows_of
 
+SCALE_TYPES: dict[str, ScaleType] = {"FLOAT8E8M0": "e8m0", "FLOAT8E4M3FN": "e4m3"}
 _FLOATS = {format.storage: format.name for format in FORMATS.values() if format.kind == "float"}
 
 
@@ -65,16 +75,47 @@ class StoredWeight:
             return True
         if self.layout is None:
             return None
-        middle = FORMATS[self.format].middle
+        middles = [FORMATS[self.format].middle]
+        if self.layout.packing and self.bits < self.layout.bits:
+            middles.append(1 << (self.layout.bits - 1))  # of the wider codes that hold them
         if self.zero_point is None:
-            return self.layout.middle == middle
+            return self.layout.middle in middles
         points = evaluate(self.zero_point)
-        return None if points is None else bool((self.layout.points(points).astype(np.float32) == middle).all())
+        if points is None:
+            return None
+        return any(bool((self.layout.points(points).astype(np.float32) == middle).all()) for middle in middles)
 
     @property
     def scales_quantized(self) -> bool:
         """Whether the scales are codes themselves."""
         return any(node.op_type == "DequantizeLinear" for node in chain(self.scale))
+
+    @cached_property
+    def scheme(self) -> Scheme | None:
+        """What the numbers are quantized to, as passes say it; None of floats."""
+        if not self.quantized or self.format not in FORMATS:
+            return None
+        scale = self.scale.dtype if self.scale is not None else None
+        return Scheme(
+            self.format, self._shared() or self.granularity or UnknownGranularity(), self.symmetric,
+            scale_type=SCALE_TYPES.get(scale.name, "") if scale is not None else "", scales=_of_scales(self.scale),
+        ).numbers  # fmt: skip
+
+    def _shared(self) -> Granularity | None:
+        """Channels, or the tensor, where a kernel that has blocks alone repeats their scale for each; else None."""
+        layout = self.layout
+        if layout is None or not layout.block or layout.axis is None or layout.codebook:
+            return None
+        scale, points = evaluate(self.scale), evaluate(self.zero_point)
+        parts = [layout.spread(scale)] if scale is not None else []
+        parts += [layout.spread(layout.points(points))] if points is not None else []
+        if not parts or not all(_same(part, layout.axis) for part in parts):
+            return None
+        return (
+            PerTensor()
+            if layout.scales[layout.axis] > 1 and all(_same(part, None) for part in parts)
+            else (PerChannel() if isinstance(self.granularity, PerGroup) else None)
+        )
 
     def pieces(self) -> Iterator[Array] | None:
         """The numbers, float32, some at a time: what lies in a file never comes into memory whole. None: not known."""
@@ -108,9 +149,17 @@ def _floats(data: Array | None) -> Iterator[Array] | None:
     return (flat[start : start + PIECE].astype(np.float32) for start in range(0, flat.size, PIECE))
 
 
-def scheme(weight: StoredWeight) -> str:
-    """The form as recipes' schemes are written: ``uint4 group(32) symmetric``; empty of floats."""
-    if not weight.quantized:
-        return ""
-    symmetry = {True: "symmetric", False: "asymmetric", None: ""}[weight.symmetric]
-    return " ".join(part for part in (weight.format, str(weight.granularity or ""), symmetry) if part)
+def _same(values: Array, axis: int | None) -> bool:
+    """Whether all values are equal, or those along an axis."""
+    first = values.reshape(-1)[:1].reshape((1,) * values.ndim) if axis is None else values.take([0], axis)
+    return bool((values == first).all())
+
+
+def _of_scales(scale: ir.Value | None) -> Scheme | None:
+    """The scheme of scales that are quantized themselves; None of floats."""
+    node = next((node for node in chain(scale) if node.op_type == "DequantizeLinear"), None)
+    codes = node.inputs[0] if node is not None else None
+    if node is None or codes is None or codes.dtype is None or format_of(codes.dtype) not in FORMATS:
+        return None
+    size = node.attributes.get_int("block_size", 0) or 0
+    return Scheme(format_of(codes.dtype), PerGroup(size) if size else PerTensor())

@@ -1,0 +1,40 @@
+"""What lowering passes share about a layer's activation: why a kernel cannot take its codes, and how it is float again.
+
+activation = activation_of(site.input)                               Float | Static | Dynamic
+obstacle = static_obstacle(activation, EIGHT_BITS, "the kernel takes int8 and uint8")
+read_float(site.node, activation)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import onnx_ir as ir
+
+from qcompiler.graph.edit import constant, remove_node_if_unused
+from qcompiler.sites.activations import Dynamic, Static
+
+
+def static_obstacle(activation: Static, takes: Collection[ir.DataType], kernel: str) -> str | None:
+    """Why a kernel cannot take quantized activations, one clause; None where it can.
+
+    It `takes` codes of these types with one constant scale; `kernel` is a clause that says so.
+    """
+    quantize = activation.quantize
+    if quantize is None:
+        return "its activation is not quantized by QuantizeLinear"
+    codes, scale = quantize.outputs[0].dtype, constant(quantize.inputs[1])
+    if codes not in takes:
+        return f"its activation has {codes} codes, and {kernel}"
+    if scale is None or scale.size != 1:
+        return "its activation has no constant scale for the whole tensor"
+    return None
+
+
+def read_float(layer: ir.Node, activation: Static | Dynamic) -> None:
+    """Let a layer read what was quantized, and take the pair away where nothing else reads it."""
+    quantized = layer.inputs[0]
+    layer.replace_input_with(0, activation.source)
+    producer = quantized.producer() if quantized is not None else None
+    if producer is not None:
+        remove_node_if_unused(producer)
