@@ -22,6 +22,7 @@ from qcompiler.diagnosis.advice import advise
 from qcompiler.diagnosis.channels import Outliers, Rescaling
 from qcompiler.diagnosis.report import LayerDiagnosis
 from qcompiler.errors import DataError, ModelError
+from qcompiler.formats.scheme import PerGroup, PerTensor, Scheme
 from qcompiler.graph import files as model_io
 from qcompiler.recipes import Recipe
 from qcompiler.sessions import segments
@@ -119,7 +120,7 @@ def test_a_damaged_range_of_activations_is_told_from_weights(model: ir.Model, co
     assert found.alone[0].name == found.accumulated[0].name == f"p{DAMAGED}"
     assert found.alone[0].cause == "activations"
     assert found.alone[0].activation_share > 0.95
-    assert found.alone[0].activations == "uint8 per-tensor"
+    assert found.alone[0].activations == "uint8 per-tensor asymmetric"
 
 
 def test_alone_is_what_only_this_layer_quantized_does(model: ir.Model) -> None:
@@ -292,7 +293,7 @@ def test_what_kernels_round_inside_is_told_from_weights() -> None:
     small = chain(4)
     whole = qcompiler.compile(small, "int8-weights", target="ort-cpu").model
     inside = debug(small, whole, calibration=data(1))
-    assert all(layer.activations == "int8 group(32) dynamic" for layer in inside.alone)
+    assert all(layer.activations == "int8 group(32) symmetric dynamic" for layer in inside.alone)
     exact = whole.clone()
     for node in exact.graph:
         node.attributes.pop("accuracy_level", None)
@@ -331,12 +332,16 @@ def test_a_cache_alone_is_what_only_this_cache_quantized_does(form: str) -> None
 # ---------------------------------------------------------------------------------------------------- advice
 
 
+UINT8 = Scheme("uint8", PerTensor(), symmetric=False)
+
+
 def layer(name: str, decibels: float, **more: Any) -> LayerDiagnosis:
     plain = LayerDiagnosis(
         name=name, module_path=name, block="", op="MatMul", kernel="", weights="int4 group(128) symmetric",
         activations="", cache="", alone_db=decibels, output_db=decibels, kl=None, before_db=60.0,
         accumulated_db=decibels,
         added_db=0.0, activation_share=None, channel_outliers=2.0, loud_channels=0, token_outliers=1.5,
+        weight_schemes=(Scheme("int4", PerGroup(128)),),
     )  # fmt: skip
     return replace(plain, **more)
 
@@ -350,7 +355,7 @@ def layer(name: str, decibels: float, **more: Any) -> LayerDiagnosis:
 )  # fmt: skip
 def test_weights_ask_for_better_rounding(recipe: str, expected: str) -> None:
     bits = "int2" if recipe == "gptq-w2" else "int4"
-    layers = [layer(f"l{i}", 30 + i % 3, weights=f"{bits} group(128) symmetric") for i in range(20)]
+    layers = [layer(f"l{i}", 30 + i % 3, weight_schemes=(Scheme(bits, PerGroup(128)),)) for i in range(20)]
     proposals, proposed = advise(layers, Recipe.load(recipe), 15.0)
     assert proposals[0].text == expected
     proposed.resolved()
@@ -358,7 +363,17 @@ def test_weights_ask_for_better_rounding(recipe: str, expected: str) -> None:
 
 def test_inputs_ask_by_what_is_loud() -> None:
     def named(recipe: str, **more: Any) -> str:
-        layers = [layer(f"l{i}", 30, activations="uint8 per-tensor", activation_share=0.9, **more) for i in range(20)]
+        layers = [
+            layer(
+                f"l{i}",
+                30,
+                activations="uint8 per-tensor asymmetric",
+                activation_schemes=(UINT8,),
+                activation_share=0.9,
+                **more,
+            )
+            for i in range(20)
+        ]
         return advise(layers, Recipe.load(recipe), 15.0)[0][0].text
 
     assert named("int8-static", channel_outliers=40.0) == "take the recipe smoothquant"
@@ -379,7 +394,9 @@ def test_advice_about_layers_leaves_caches_alone() -> None:
 
 
 def test_caches_of_4_bits_ask_for_8() -> None:
-    layers = [layer(f"c{i}", 30, weights="", cache="int4 per-token") for i in range(8)] + [layer("l", 60)]
+    layers = [layer(f"c{i}", 30, weights="", weight_schemes=(), cache="int4 per-token") for i in range(8)] + [
+        layer("l", 60)
+    ]
     proposals, proposed = advise(layers, Recipe.load("kv-int4"), 15.0)
     assert proposals[0].text == "set quantize-kv-cache.format=int8: 8 bits for caches instead of 4"
     proposed.resolved()

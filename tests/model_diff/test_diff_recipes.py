@@ -19,7 +19,7 @@ def test_awq_says_where_the_scales_went() -> None:
     model = qcompiler.compile(variant("dynamo"), "awq-w4", target="ort-cpu", calibration=samples).model
     found = diff(variant("dynamo"), model)
     told, moved = stories(found), {move.into: move for move in found.scales}
-    form = "MatMulNBits int4 group(128) symmetric, quantize-weights"
+    form = "MatMulNBits int4 group(128) symmetric, activations int8 group(128) symmetric dynamic, quantize-weights"
     for path, shape in LINEARS.items():
         assert clause(told[path]) == f"{path}: MatMul float32 {shape} → {form}"
         # Four bits alone: without the moved scales, which go beyond 50, it would be far more.
@@ -42,9 +42,8 @@ def test_awq_says_where_the_scales_went() -> None:
     assert not [note for path in (HEAD, EMBEDDING) for note in told[path].notes if "scale" in note]
 
 
-@pytest.mark.parametrize(("target", "op", "kind"), [("ort-cpu", "MatMulIntegerToFloat", "uint8"),
-                                                    ("portable", "MatMul", "int8")])  # fmt: skip
-def test_outlier_columns_stay_float(target: str, op: str, kind: str) -> None:
+@pytest.mark.parametrize(("target", "op"), [("ort-cpu", "MatMulIntegerToFloat"), ("portable", "MatMul")])
+def test_outlier_columns_stay_float(target: str, op: str) -> None:
     quantized = compiled("llm-int8", target, "dynamo-outliers")
     told = stories(diff(variant("dynamo-outliers"), quantized))
     assert set(told) == set(WHOLE), "what multiplies the columns is no layer of its own"
@@ -52,7 +51,7 @@ def test_outlier_columns_stay_float(target: str, op: str, kind: str) -> None:
     split = {module_path(node) for node in quantized.graph if node.name in parts}
     assert LAYERS < len(split) < len(WHOLE) - 1
     for path, shape in LINEARS.items():
-        form = f"{op} int8 per-channel symmetric, activations {kind} dynamic per token, quantize-weights"
+        form = f"{op} int8 per-channel symmetric, activations int8 per-token symmetric dynamic, quantize-weights"
         assert clause(told[path]) == f"{path}: MatMul float32 {shape} → {form}"
     for path, story in told.items():
         columns = [note for note in story.notes if re.fullmatch(r"\d+ outlier columns? stays? float", note)]
@@ -98,7 +97,7 @@ def test_onnxruntimes_static_quantizer_per_channel(layout: str, weights: str, tm
     op = "MatMul" if layout == "QDQ" else "QLinearMatMul"
     symmetry = "symmetric" if weights == "QInt8" else "asymmetric"
     for path, shape in LINEARS.items():
-        form = f"{op} 8-bit per channel {symmetry}, activations uint8 per-tensor asymmetric"
+        form = f"{op} {'int8' if symmetry == 'symmetric' else 'uint8'} per-channel {symmetry}, activations uint8 per-tensor asymmetric"
         assert told[path].text == f"{path}: MatMul float32 {shape} → {form}"
         assert told[path].weight_error < 0.02
     assert told[EMBEDDING].text.startswith(f"{EMBEDDING}: Gather float32 3072×256 → Gather uint8 per-tensor asymmetric")
