@@ -97,7 +97,8 @@ def test_onnxruntimes_static_quantizer_per_channel(layout: str, weights: str, tm
     op = "MatMul" if layout == "QDQ" else "QLinearMatMul"
     symmetry = "symmetric" if weights == "QInt8" else "asymmetric"
     for path, shape in LINEARS.items():
-        form = f"{op} {'int8' if symmetry == 'symmetric' else 'uint8'} per-channel {symmetry}, activations uint8 per-tensor asymmetric"
+        kind = "int8" if symmetry == "symmetric" else "uint8"
+        form = f"{op} {kind} per-channel {symmetry}, activations uint8 per-tensor asymmetric"
         assert told[path].text == f"{path}: MatMul float32 {shape} → {form}"
         assert told[path].weight_error < 0.02
     assert told[EMBEDDING].text.startswith(f"{EMBEDDING}: Gather float32 3072×256 → Gather uint8 per-tensor asymmetric")
