@@ -88,7 +88,9 @@ class SplitOutliers(Pass):
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
         changes, rw = Changes(), Rewriter(model, self.name)
-        for value, linears in self._groups(model, changes).items():
+        for linears in self._groups(model, changes).values():
+            value = linears[0].node.inputs[0]  # as it is now: the layer that writes it may have been split before
+            assert value is not None  # a linear layer reads something
             if self.dynamic:
                 detail = self._split_at_run_time(model, value, linears, rw)
             else:

@@ -102,6 +102,17 @@ def test_layers_that_read_one_value_share_its_split(rank: int) -> None:
     assert all("2 of 8 columns (25.0%: 2, 5) in float" in detail for detail in details(changes).values())
 
 
+def test_layers_that_read_one_another() -> None:
+    text = (
+        "g (float[M,8] x, float[8,6] W, float[6,4] V) => (float[M,4] z) { [a] y = MatMul(x, W)  [b] z = MatMul(y, V) }"
+    )
+    model = tiny.build(text, W="normal", V="normal")
+    after, changes = split(model, loud_feeds(model), max_share=1.0, top=2)
+    assert columns_of(after) == LOUD
+    assert len(columns_of(after, "y")) == 2
+    assert details(changes).keys() == {"a", "b"}
+
+
 def test_rows_of_the_weight_go_to_where_their_column_goes() -> None:
     model = plain(3)
     after, _ = split(model, loud_feeds(model), max_share=1.0)
