@@ -12,14 +12,15 @@ Stored bits are codes, scales and zero points as kernels have them (int4 in grou
 bits are stored in 4. Give the same format, granularity and symmetry as to the pass that rounds: ``quantize-weights``,
 ``gptq``, ``hqq``, any that has the option ``bits``, which this one fills in.
 
-Skipped: nothing here; what cannot be rounded is for the rounding pass to report.
+Skipped: convolutions, and embeddings that share no constant with a linear layer, which keep the rounding pass's bits;
+what cannot be rounded is for the rounding pass to report.
 
 Source: the knapsack is that of Yao et al. 2021, "HAWQ-V3", with the output error in the place of the Hessian's trace.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import ClassVar, Literal
 
@@ -33,12 +34,13 @@ from qcompiler.formats.arithmetic import Quantized
 from qcompiler.formats.scheme import FORMATS
 from qcompiler.formats.search import quantize_weight
 from qcompiler.graph.lazy import read
-from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Tap
+from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
 from qcompiler.rewriting.weights import LayerKind, WeightConstant, WeightPass, with_bits
 from qcompiler.statistics import ChannelMoments, StatisticsStore
 
 STEPS = 4096
 CHANNELS = 512  # output channels of a layer that are looked at
+NO_ERROR = "only of linear layers the error is known beforehand: it keeps the bits that the rounding pass says"
 
 
 @options(frozen=True, config=OPTIONS)
@@ -59,17 +61,22 @@ class MixedPrecision(WeightPass):
 
     def __post_init__(self) -> None:
         WeightPass.__post_init__(self)
+        if self.bits:
+            raise SchemeError("mixed-precision.bits: say them to the pass that rounds, which keeps to them.")
         for bits in self.choices:
             with_bits(self.scheme(), bits)
 
+    def decided(self, bits: Mapping[str, int]) -> Pass:
+        return self
+
     def taps(self, model: ir.Model) -> Sequence[Tap]:
-        found = self.constants(model, Changes())
+        found = self._constants(model, Changes())
         inputs = dict.fromkeys(str(linear.input.name) for constant in found for linear in constant.linears)
         return [Tap(name, ChannelMoments()) for name in inputs]
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
         changes = Changes()
-        constants = self.constants(model, Changes())  # what cannot be rounded is for the rounding pass to say
+        constants = self._constants(model, changes)
         if not constants:
             return changes
         tried = [[self._tried(constant, bits, statistics) for bits in self.choices] for constant in constants]
@@ -92,6 +99,12 @@ class MixedPrecision(WeightPass):
                 detail = f"{bits} bits, expected output error {error:.3g}"
                 changes.changed.append(Changed(reader.name, detail=detail))
         return changes
+
+    def _constants(self, model: ir.Model, changes: Changes) -> list[WeightConstant]:
+        found = self.constants(model, Changes())  # what cannot be rounded is for the rounding pass to say
+        others = [reader for constant in found if not constant.linears for reader in constant.readers]
+        changes.skipped += [Skipped(reader.name, NO_ERROR) for reader in others]
+        return [constant for constant in found if constant.linears]
 
     def _tried(self, constant: WeightConstant, bits: int, statistics: StatisticsStore) -> tuple[float, float]:
         """Stored bits in all, and the relative error of the output."""

@@ -107,9 +107,9 @@ class QuantizeWeights(WeightPass):
 
         return read(constant.tensor, choose)
 
-    def scheme_for(self, readers: list[Reader]) -> Scheme:
-        scheme = WeightPass.scheme_for(self, readers)
-        if self.saturation_safe and self.format == "int8" and any(isinstance(site, Convolution) for site in readers):
+    def scheme_for(self, readers: list[Reader], bits: int | None) -> Scheme:
+        scheme = WeightPass.scheme_for(self, readers, bits)
+        if self.saturation_safe and scheme.format == "int8" and any(isinstance(site, Convolution) for site in readers):
             return replace(scheme, format="uint8")
         return scheme
 

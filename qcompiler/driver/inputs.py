@@ -73,7 +73,7 @@ def check_plan(plan: Plan, graph: ir.Model) -> None:
     """Every pattern of the recipe names at least one site. Raises RecipeError."""
     patterns = [*plan.recipe.exclude]
     for step in plan.passes:
-        patterns += [*step.targets, *step.ignore]
+        patterns += step.patterns
     check_patterns(patterns, [*sites_of(graph), *caches_of(graph)])
 
 

@@ -143,6 +143,11 @@ class Pass(abc.ABC):
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
         """Rewrite the model in place and say what was done."""
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns of all options; each has to name a site of the model."""
+        return (*self.targets, *self.ignore)
+
     def selects(self, site: Site) -> bool:
         """Whether the options leave this site to the pass."""
         if self.targets and not any(matches(pattern, site) for pattern in self.targets):

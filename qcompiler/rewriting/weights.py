@@ -18,14 +18,14 @@ from pydantic.dataclasses import dataclass as options
 
 from qcompiler.errors import SchemeError
 from qcompiler.formats.arithmetic import Quantized
-from qcompiler.formats.scheme import PerChannel, Scheme, find_format
+from qcompiler.formats.scheme import FORMATS, PerChannel, Scheme, find_format
 from qcompiler.functions.binary import FORMAT as BINARY
 from qcompiler.graph.edit import constant, node_graph, remove_unused_constant
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Pass, Skipped
 from qcompiler.rewriting.write_codes import BinaryCodes, Codes, lazy_codes, packed_codes, storage
 from qcompiler.sites.analyses import sites_of
-from qcompiler.sites.find import Convolution, Embedding, Linear, Sites
+from qcompiler.sites.find import Convolution, Embedding, Linear, Sites, matches
 
 if TYPE_CHECKING:
     from qcompiler.targets import Target
@@ -82,10 +82,16 @@ class WeightPass(Pass):
     layers: tuple[LayerKind, ...] = ("linear", "head", "convolution", "embedding")
     """Kinds of layers to work on; a head is a linear layer with one output for each row of an embedding (logits)."""
     bits: dict[str, int] = field(default_factory=dict)
-    """Bits of single layers, by name, in the place of the format's; what `mixed-precision` decides is filled in."""
+    """Bits of single layers in the place of the format's, as ``{lm_head: 8}``: patterns as in `targets`, of which the
+    first that fits counts. Layers that share a constant share its bits; `mixed-precision` fills in what is open."""
 
     def __post_init__(self) -> None:
-        self.scheme()
+        scheme = self.scheme()
+        for bits in dict.fromkeys(self.bits.values()):
+            try:
+                replace(self, format=with_bits(scheme, bits).format, bits={})
+            except SchemeError as error:
+                raise SchemeError(f"{self.name}.bits: {error}") from error
         if find_format(self.format).kind == "codebook" or self.format == "int32":
             raise SchemeError(f"{self.name}.format: DequantizeLinear cannot decode weights in {self.format}.")
         if self.format == BINARY and self.granularity == "tensor":
@@ -101,7 +107,11 @@ class WeightPass(Pass):
         return replace(scheme, positive=self.positive_scales)
 
     def decided(self, bits: Mapping[str, int]) -> Pass:
-        return replace(self, bits={**bits, **self.bits})
+        return replace(self, bits=self.bits | {name: found for name, found in bits.items() if name not in self.bits})
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return (*super().patterns, *self.bits)
 
     def for_target(self, target: Target) -> Pass:
         if self.granularity != "group" or self.group_size is not None or target.block_size is None:
@@ -113,9 +123,7 @@ class WeightPass(Pass):
 
         Raises `SchemeError` where the model's opset cannot decode the format at all.
         """
-        operators = _Operators.of(self.format, model)
-        if self.format != BINARY:
-            operators.check(self.format)
+        self._operators(self.format, model)
         sites = sites_of(model)
         changes.skipped.extend(Skipped(site.name, site.reason) for site in self.selected(sites.unsupported))
         by_constant: dict[ir.Value, list[Reader]] = {}
@@ -123,6 +131,8 @@ class WeightPass(Pass):
             by_constant.setdefault(_weight(site), []).append(site)
         found = []
         for weight, readers in by_constant.items():
+            bits = self._bits_of(readers)
+            operators = self._operators(self.scheme_for(readers, bits).format, model)
             fitting: list[Reader] = []
             for site in readers:
                 obstacle = self._obstacle(site, fitting or [site], operators)
@@ -131,7 +141,7 @@ class WeightPass(Pass):
                 else:
                     changes.skipped.append(Skipped(site.name, obstacle))
             if fitting:
-                scheme = self.scheme_for(fitting)
+                scheme = self.scheme_for(fitting, bits)
                 found.append(WeightConstant(weight, _tensor(weight), tuple(fitting), scheme))
         return found
 
@@ -143,12 +153,11 @@ class WeightPass(Pass):
         embeddings = sites.embeddings if "embedding" in self.layers else ()
         return self.selected([*linears, *convolutions, *embeddings])
 
-    def scheme_for(self, readers: list[Reader]) -> Scheme:
+    def scheme_for(self, readers: list[Reader], bits: int | None) -> Scheme:
         """Embeddings are dequantized row by row, so a constant that one of them reads has a scale for each row."""
         scheme = self.scheme()
-        chosen = next((self.bits[site.name] for site in readers if site.name in self.bits), None)
-        if chosen is not None:
-            scheme = with_bits(scheme, chosen)
+        if bits is not None:
+            scheme = with_bits(scheme, bits)
         if any(isinstance(site, Embedding) for site in readers):
             scheme = replace(scheme, granularity=PerChannel())
         return scheme
@@ -170,6 +179,17 @@ class WeightPass(Pass):
             changes.changed.append(Changed(site.name, weight=constant.reported, detail=detail))
         remove_unused_constant(constant.value)
 
+    def _bits_of(self, readers: list[Reader]) -> int | None:
+        """The bits that the options give a constant; None where they say nothing of its readers."""
+        named = (bits for site in readers for pattern, bits in self.bits.items() if matches(pattern, site))
+        return next(named, None)
+
+    def _operators(self, format: str, model: ir.Model) -> _Operators:
+        operators = _Operators.of(format, model)
+        if format != BINARY:
+            operators.check()
+        return operators
+
     def _obstacle(self, site: Reader, before: list[Reader], operators: _Operators) -> str | None:
         """Why this reader of a constant, which the layers `before` it read as well, cannot have codes; or None."""
         dtype = _tensor(_weight(site)).dtype
@@ -182,7 +202,7 @@ class WeightPass(Pass):
         if isinstance(site, Convolution) and self.granularity == "group":
             return "convolutions have no groups of input features: use granularity channel"
         if isinstance(site, Embedding) and not operators.codes_can_be_gathered:
-            return f"Gather does not take {self.format} codes: choose int8 or uint8 for embeddings"
+            return f"Gather does not take {operators.format} codes: choose int8 or uint8 for embeddings"
         if site.channel_axis != before[0].channel_axis:
             return f"{before[0].name} shares its constant and needs scales along the other axis"
         return None
@@ -210,7 +230,13 @@ def _install_codes(
 
 def with_bits(scheme: Scheme, bits: int) -> Scheme:
     """The scheme in another number of bits, signed as before. Raises `SchemeError` where there is no such format."""
-    return replace(scheme, format=f"{scheme.format.rstrip('0123456789')}{bits}")
+    stem = scheme.format.rstrip("0123456789")
+    integers = (item for item in FORMATS.values() if item.kind == "integer" and item.bits < 32)  # which biases have
+    known = {item.bits for item in integers if item.name == f"{stem}{item.bits}"}
+    if bits not in known:
+        choice = f"choose of {', '.join(map(str, sorted(known)))}" if known else "only integers do"
+        raise SchemeError(f"{scheme.format} does not come in {bits} bits; {choice}.")
+    return replace(scheme, format=f"{stem}{bits}")
 
 
 @dataclass(frozen=True)
@@ -218,18 +244,19 @@ class _Operators:
     """What the standard operators of an opset can do with codes of a type."""
 
     opset: int
+    format: str
     storage: ir.DataType
 
     @staticmethod
     def of(format: str, model: ir.Model) -> _Operators:
         opset = model.opset_imports[""]
-        return _Operators(opset, storage(format, opset))
+        return _Operators(opset, format, storage(format, opset))
 
-    def check(self, format: str) -> None:
+    def check(self) -> None:
         """Raise `SchemeError` where no DequantizeLinear decodes the codes."""
         if _type(self.storage.name) not in self._types("DequantizeLinear", 0):
             raise SchemeError(
-                f"DequantizeLinear of opset {self.opset} has no {self.storage.name} for {format}; "
+                f"DequantizeLinear of opset {self.opset} has no {self.storage.name} for {self.format}; "
                 "choose another format, or export the model with a newer opset."
             )
 

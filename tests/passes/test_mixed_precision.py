@@ -12,9 +12,10 @@ import pytest
 
 import qcompiler
 from passes.gptq import Gptq
+from passes.hqq import Hqq
 from passes.mixed_precision import MixedPrecision, assign
 from passes.quantize_weights import QuantizeWeights
-from qcompiler.errors import SchemeError
+from qcompiler.errors import RecipeError, SchemeError
 from qcompiler.recipes import Recipe
 from tests import tiny
 
@@ -85,7 +86,7 @@ def test_the_function_stays() -> None:
 
 
 def test_a_choice_without_a_format_is_refused() -> None:
-    with pytest.raises(SchemeError, match="int5"):
+    with pytest.raises(SchemeError, match="does not come in 5 bits; choose of 2, 3, 4, 8, 16"):
         MixedPrecision(choices=(4, 5))
 
 
@@ -102,7 +103,83 @@ def test_a_choice_does_not_outlive_its_compilation(tmp_path: Path) -> None:
     assert {str(site.scheme) for site in again.report.sites} == {"int8 group(16) symmetric"}
 
 
+def rounded(bits: dict[str, int], model: ir.Model | None = None, **options: Any) -> dict[str, str]:
+    """The numbers of each layer, or why it was skipped."""
+    model = three() if model is None else model
+    step = {"quantize-weights": {"granularity": "group", "group_size": 16, "bits": bits, **options}}
+    recipe = Recipe.from_dict({"name": "rounded", "passes": [step]})
+    sites = qcompiler.compile(model, recipe, target="portable").report.sites
+    return {site.name: site.scheme.split()[0] if site.scheme else site.reason for site in sites}
+
+
 def test_bits_of_single_layers_are_an_option() -> None:
-    model = three()
-    (changes,) = tiny.compile(model, [QuantizeWeights(granularity="group", bits={"b": 2}, **SCHEME)], tiny.feeds(model))
-    assert {changed.site: str(changed.scheme).split()[0] for changed in changes.changed}["b"] == "uint2"
+    assert rounded({"b": 2}, format="uint4", symmetric=False) == {"a": "uint4", "b": "uint2", "c": "uint4"}
+
+
+def test_bits_are_given_by_patterns_of_which_the_first_counts() -> None:
+    assert rounded({"re:^[bc]$": 2, "c": 4}) == {"a": "int8", "b": "int2", "c": "int2"}
+    assert rounded({"c": 4, "*": 2}) == {"a": "int2", "b": "int2", "c": "int4"}
+
+
+def test_bits_of_a_layer_that_is_not_there_are_a_mistake() -> None:
+    with pytest.raises(RecipeError, match="the pattern 'lm_head' matches no layer"):
+        rounded({"lm_head": 8})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "int4", "bits": {"a": 5}}, r"bits: int4 does not come in 5 bits; choose of 2, 3, 4, 8, 16\."),
+        ({"format": "fp8_e4m3", "bits": {"a": 4}}, r"bits: fp8_e4m3 does not come in 4 bits; only integers do\."),
+    ],
+)
+def test_bits_without_a_format_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SchemeError, match=message):
+        QuantizeWeights(**options)
+
+
+def test_what_a_pass_cannot_round_to_are_no_bits_of_it() -> None:
+    with pytest.raises(SchemeError, match=r"hqq\.bits: hqq\.format: uint16 has no grid to fit"):
+        Hqq(bits={"a": 16})
+
+
+def test_bits_are_said_to_the_pass_that_rounds() -> None:
+    with pytest.raises(SchemeError, match="say them to the pass that rounds"):
+        MixedPrecision(bits={"a": 8})
+
+
+def tied() -> ir.Model:
+    return tiny.build(
+        """g (int64[B,S] ids, float[32,32] E) => (float[B,S,32] y) {
+        [embed] e = Gather(E, ids)  T = Transpose<perm=[1,0]>(E)  [head] y = MatMul(e, T) }""",
+        E="normal",
+    )
+
+
+def test_layers_that_share_a_constant_share_its_bits() -> None:
+    assert rounded({"head": 8}, tied(), format="int4") == {"embed": "int8", "head": "int8"}
+    refused = "Gather does not take int4 codes: choose int8 or uint8 for embeddings"
+    assert rounded({"head": 4}, tied(), format="int8") == {"embed": refused, "head": "int4"}
+
+
+def test_saturation_safe_convolutions_keep_bits_of_their_own() -> None:
+    model = tiny.build(
+        "g (float[1,4,9,9] x, float[4,4,3,3] A, float[4,4,3,3] B) => (float[1,4,5,5] y) "
+        "{ [a] h = Conv(x, A)  [b] y = Conv(h, B) }",
+        A="normal", B="normal",
+    )  # fmt: skip
+    found = rounded({"a": 4}, model, granularity="channel", group_size=None, saturation_safe=True)
+    assert found == {"a": "int4", "b": "int8"}
+
+
+def test_convolutions_and_embeddings_keep_the_bits_of_the_rounding_pass() -> None:
+    model = tiny.build(
+        """g (int64[B,S] ids, float[64,32] E, float[32,32] A) => (float[B,S,32] y) {
+        [embed] e = Gather(E, ids)  [a] y = MatMul(e, A) }""",
+        E="normal", A="normal",
+    )  # fmt: skip
+    decide = MixedPrecision(format="int8", granularity="channel", layers=("linear", "embedding"), budget=4.9)
+    changes, after = tiny.compile(model, [decide, QuantizeWeights()], tiny.feeds(model))
+    assert [(skipped.site, "keeps the bits" in skipped.reason) for skipped in changes.skipped] == [("embed", True)]
+    assert changes.bits.keys() == {"a"}
+    assert {changed.site: changed.scheme.split()[0] for changed in after.changed}["embed"] == "int8"
