@@ -7,7 +7,7 @@ WITH_STUB := PYTHONPATH=$(STUB)/site LD_LIBRARY_PATH=$(STUB)/lib
 
 QUICK := tests/test_contracts.py tests/passes/test_golden.py tests/formats tests/graph tests/docs tests/targets
 
-.PHONY: demo test quick test-cuda-placement cuda-kernels lint bench clean
+.PHONY: demo test quick mutants test-cuda-placement cuda-kernels lint bench clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -26,6 +26,12 @@ test: .venv/.ready .venv/.browser lint
 # What to run before each commit: no model of an exporter is compiled, so that it takes less than a minute.
 quick: .venv/.ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(QUICK)
+
+# Whether tests fail where the code is wrong (minutes; not in CI). COUNT=40 draws simple faults in the core modules.
+COUNT ?= 0
+SEED ?= 0
+mutants: .venv/.ready
+	$(BIN)/python tests/mutants.py --count $(COUNT) --seed $(SEED)
 
 # The tests of report.html run in Chromium: Debian's package, else the one that playwright brings, else they are skipped.
 .venv/.browser: .venv/.ready

@@ -102,6 +102,15 @@ def test_ragged_samples_and_reading_twice(tmp_path: Path) -> None:
     assert len(samples.part(1, 3)) == 2
 
 
+def test_a_part_ends_with_what_it_is_a_part_of() -> None:
+    samples = from_python([{"input_ids": [[i]]} for i in range(5)], model=language_model(), limit=3)
+    for start, stop, expected in ((0, 5, [0, 1, 2]), (1, 2, [1]), (2, 9, [2]), (3, 5, [])):
+        part = samples.part(start, stop)
+        assert [sample["input_ids"].item() for sample in part] == expected
+        assert len(part) == len(expected)
+    assert [s["input_ids"].item() for s in samples.part(1, 3).part(0, 5)] == [1, 2]
+
+
 def test_npz_keeps_a_batch_axis_and_loses_it_where_the_model_has_none(tmp_path: Path) -> None:
     images, means = np.random.default_rng(0).random((4, 3, 2, 2)), np.ones((4, 3))
     np.savez(tmp_path / "a.npz", image=images, mean=means, size=np.arange(4))
@@ -142,6 +151,14 @@ def test_of_a_very_long_text_only_the_places_of_the_windows_are_read(tmp_path: P
     assert [
         w["input_ids"].shape for w in read(tmp_path / "u.txt", tokenizer=tokenizer, sequence_length=4, limit=7)
     ] == [(1, 4)] * 7
+
+
+def test_a_window_does_not_begin_within_a_word(tmp_path: Path, tokenizer: Path) -> None:
+    text = "w15 " * 4001
+    assert text[len(text) // 2 :].startswith("5 "), "the second place lies within a word"
+    (tmp_path / "t.txt").write_text(text)
+    windows = read(tmp_path / "t.txt", tokenizer=tokenizer, sequence_length=4, limit=2)
+    assert [w["input_ids"].tolist() for w in windows] == [[[0, 15, 15, 15]]] * 2
 
 
 def test_json_text_and_numbers(tmp_path: Path, tokenizer: Path) -> None:
@@ -202,6 +219,10 @@ def test_random_data_fits_and_warns() -> None:
     assert max(s["input_ids"].max() for s in samples) < VOCABULARY
     assert max(s["input_ids"].max() for s in samples) > 10
     np.testing.assert_array_equal(samples[1]["input_ids"], again[1]["input_ids"])
+    with pytest.warns(UserWarning, match=r"random data \(seed 1\)|says nothing"):
+        other = read("random", limit=3, seed=1)
+    ids = [tuple(s["input_ids"].ravel()) for s in (*samples, *other)]
+    assert len(set(ids)) == 6, "neither two samples nor two seeds are alike"
     with pytest.warns(UserWarning, match="random"):
         (image,) = read("random", vision_model(), limit=1)
     assert image["image"].shape == (1, 3, 32, 32)
@@ -213,6 +234,19 @@ def test_hash_follows_the_content() -> None:
 
     assert of(1, 2) == of(1, 2)
     assert len({of(1, 2), of(2, 1), of(1), of(1, 2, 3)}) == 4
+
+
+def test_hash_follows_shapes_and_types() -> None:
+    def of(type: str, *rows: list[int]) -> str:
+        model = ir.from_onnx_text(
+            f"""<ir_version: 10, opset_import: ["" : 21]>
+            m ({type}[a, b] x) => ({type}[a, b] y) {{ y = Identity (x) }}"""
+        )
+        return from_python([{"x": np.array(rows, model.graph.inputs[0].dtype.numpy())}], model=model).hash()
+
+    assert of("int32", [1, 2]) == of("int32", [1, 2])
+    assert of("int32", [1, 2]) != of("int32", [1], [2]), "the same bytes in another shape"
+    assert of("int32", [0, 0]) != of("float", [0, 0]), "the same bytes of another type"
 
 
 @pytest.mark.parametrize(

@@ -482,3 +482,17 @@ def test_the_command_writes_a_recipe_that_compiles(
     assert run(monkeypatch, "compile", tmp_path / "float.onnx", "--recipe", recipe, "-o", out) == 0
     report = json.loads((out / "report.json").read_text())
     assert {site["name"]: site["status"] for site in report["sites"]}["p5"] == "excluded"
+
+
+def test_a_layer_is_as_good_as_the_worst_of_its_inputs() -> None:
+    """`last` reads the sum of two branches, which the second model has under another name: one of them is damaged."""
+    model = tiny.build(
+        """g (float[M,8] x, float[8,8] A, float[8,8] B, float[8,8] C) => (float[M,8] y) {
+        [left] u = MatMul (x, A)  [right] v = MatMul (x, B)  sum = Add (u, v)  [last] y = MatMul (sum, C) }""",
+        A="normal", B="normal", C="normal",
+    )  # fmt: skip
+    damaged = damage(model, "A", 1.1)
+    next(node.outputs[0] for node in damaged.graph if node.op_type == "Add").name = "renamed"
+    found = {layer.name: layer for layer in debug(model, damaged, calibration=tiny.feeds(model)).alone}
+    assert found["last"].before_db == pytest.approx(20, abs=1e-3)  # a tenth too much is 20 dB
+    assert found["right"].accumulated_db == np.inf

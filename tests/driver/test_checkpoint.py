@@ -253,3 +253,28 @@ def test_nothing_of_somebody_else_is_removed(tmp_path: Path) -> None:
     (tmp_path / "work" / "notes.txt").write_text("mine")
     result.save(tmp_path / "out")
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_that_says_less_than_the_run_is_another_run(tmp_path: Path) -> None:
+    """A checkpoint of an older version may lack a key: that the run is the same is not known then."""
+    computed = {"a": Computed({"scale": np.ones(1, np.float32)}, {})}
+    Checkpoint(tmp_path / "work", {"model": "1"}, resume=False).write(0, "gptq", 0, computed)
+    with pytest.raises(OutputError, match="with another data"):
+        Checkpoint(tmp_path / "work", {"model": "1", "data": "2"}, resume=True)
+    assert Checkpoint(tmp_path / "work", {"model": "1"}, resume=True).has(0, "gptq", 0)
+
+
+def test_a_stage_that_was_written_by_half_is_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: object, file: Path, metadata: object = None) -> None:
+        file.write_bytes(b"half of it")
+        raise OSError("no space left on device")
+
+    checkpoint = Checkpoint(tmp_path / "work", {"model": "1"}, resume=False)
+    computed = {"a": Computed({"scale": np.ones(1, np.float32)}, {})}
+    with monkeypatch.context() as patched:
+        patched.setattr("safetensors.numpy.save_file", full)
+        with pytest.raises(OutputError, match="no space left"):
+            checkpoint.write(0, "gptq", 0, computed)
+    assert not checkpoint.has(0, "gptq", 0)
+    checkpoint.write(0, "gptq", 0, computed)
+    np.testing.assert_array_equal(checkpoint.read(0, "gptq", 0)["a"].arrays["scale"], [1])

@@ -17,6 +17,7 @@ from qcompiler.errors import DataError, ModelError
 from qcompiler.evaluation.evaluate import Steps, evaluate
 from qcompiler.graph.metadata import DISABLED_OPTIMIZERS, SESSION_OPTIONS
 from qcompiler.sessions.runtime import one_line, session_options_of
+from tests import tiny
 
 VOCABULARY = 9
 Text = tuple[Path, np.ndarray]
@@ -157,6 +158,18 @@ def test_decoding_leaves_padding_out(tmp_path: Path) -> None:
     assert (found.tokens, found.nll) == (6, pytest.approx(np.mean(nll), rel=1e-5))
 
 
+def test_padding_counts_for_neither_model(tmp_path: Path) -> None:
+    folder, table = forgetful(tmp_path / "m", 0)
+    ids = np.random.default_rng(4).integers(0, VOCABULARY, (2, 6))
+    mask = np.ones_like(ids)
+    mask[0, 4:] = 0
+    samples = from_python([{"input_ids": ids, "attention_mask": mask}], model=ir.load(folder / "model.onnx"))
+    found = evaluate(folder, samples, reference=folder)
+    nll = [-log_probabilities(table)[a, b] for row in (ids[0, :4], ids[1]) for a, b in pairwise(row)]
+    assert (found.tokens, found.perplexity_ratio) == (8, 1)
+    assert found.reference_perplexity == pytest.approx(math.exp(np.mean(nll)), rel=1e-5)
+
+
 def test_decoding_without_a_cache_and_with_a_past_in_the_data(tmp_path: Path, text: Text) -> None:
     file, _ = text
     folder, _ = saved(tmp_path / "m")
@@ -225,6 +238,25 @@ def test_a_session_takes_the_options_that_the_model_records(tmp_path: Path) -> N
     assert options.get_session_config_entry("session.qdqisint8allowed") == "1"
     assert options.intra_op_num_threads == 1
     assert session.get_providers() == ["CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize("disabled", [[], ["ConstantFolding"]])
+def test_a_disabled_optimizer_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disabled: list[str]
+) -> None:
+    """ONNX Runtime folds the sum of two constants, unless the model says that it must not."""
+    import onnxruntime as ort
+
+    model = tiny.build("g (float[8] x, float[8] a, float[8] b) => (float[8] y) { c = Add(a, b) y = Mul(x, c) }",
+                       a="normal", b="normal")  # fmt: skip
+    model.metadata_props[DISABLED_OPTIMIZERS] = json.dumps(disabled)
+    ir.save(model, tmp_path / "model.onnx")
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    monkeypatch.setattr("onnxruntime.SessionOptions", lambda: options)
+    load_session(tmp_path / "model.onnx")
+    assert ("Add" in tiny.operators(ir.load(tmp_path / "optimized.onnx"))) is bool(disabled)
 
 
 @pytest.mark.parametrize(

@@ -485,3 +485,12 @@ def test_weights_and_schemes_that_do_not_go_together(
 def test_scales_that_do_not_fit_are_refused(scale: Any, axis: int | None, block: int | None) -> None:
     with pytest.raises(DataError):
         quantize(np.ones((3, 4), np.float32), scale.astype(np.float32), None, "int8", axis, block)
+
+
+@pytest.mark.parametrize("format", ["int8", "uint4", *FP8])
+def test_a_scale_of_16_bits_is_never_zero(format: str) -> None:
+    """Of float formats it is a normal number: a subnormal one has few digits left."""
+    scheme = Scheme(format, PerTensor())
+    scale, _ = scale_and_zero_point(-1e-7, 1e-7, scheme, scale_dtype=np.float16)
+    least = 2.0**-14 if format in FP8 else 2.0**-24  # the smallest normal number, and the smallest of all
+    assert float(scale) == least

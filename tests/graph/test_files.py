@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -366,14 +367,29 @@ def test_a_session_reads_external_weights_itself(source: Path, monkeypatch: pyte
     np.testing.assert_allclose(y, product, rtol=1e-5, atol=1e-5)
 
 
-def test_large_new_constants_go_through_a_file(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(model_io, "INLINE_SESSION", 1000)
+@pytest.mark.parametrize(("limit", "through"), [(1000, "file"), (1 << 24, "memory")])
+def test_large_new_constants_go_through_a_file(
+    source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: int, through: str
+) -> None:
+    import onnxruntime
+
+    opened = []
+
+    class Noting(onnxruntime.InferenceSession):  # type: ignore[misc]
+        def __init__(self, model: Path | bytes, *arguments: Any, **options: Any) -> None:
+            opened.append("memory" if isinstance(model, bytes) else "file")
+            super().__init__(model, *arguments, **options)
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", Noting)
+    monkeypatch.setattr(model_io, "INLINE_SESSION", limit)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     model = load(source)
     model.graph.initializers["w"].const_value = ir.tensor(WEIGHT * 2, name="w")
     expected = result(build(WEIGHT * 2))
+    opened.clear()
     np.testing.assert_array_equal(result(model), expected)
+    assert opened == [through]
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
 
 

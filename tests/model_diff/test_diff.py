@@ -20,6 +20,7 @@ from qcompiler.errors import ModelError
 from qcompiler.graph.metadata import PROVENANCE
 from qcompiler.model_diff import Diff, diff
 from qcompiler.model_diff.terminal import render_diff
+from tests import tiny
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(4, 3) / 10
 
@@ -247,3 +248,36 @@ def test_a_missing_file_is_a_sentence(tmp_path: Path) -> None:
 def test_the_public_name_stays_a_function() -> None:
     assert qcompiler.diff is diff
     assert qcompiler.diff is diff, "importing a submodule must not hide the function"
+
+
+SHARING = """g (float[M,8] x, float[8,8] W, float[8,8] V) => (float[M,8] y) {
+    [first] h = MatMul (x, W)  r = Relu (h)  [second] y = MatMul (r, V) }"""
+
+
+def test_a_layer_that_now_shares_the_weight_of_another_has_changed_though_its_numbers_are_the_same() -> None:
+    same = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
+    before = tiny.build(SHARING, W=same, V=same)
+    after = tiny.build(SHARING.replace(", float[8,8] V", "").replace("r, V", "r, W"), W=same)
+    assert [story.fate for story in diff(before, before.clone()).layers] == ["untouched", "untouched"]
+    assert [story.fate for story in diff(before, after).layers] == ["untouched", "changed"]
+
+
+NORMED = """g (float[M,8] x, float[8] g, float[8,6] W) => (float[M,6] y) {
+    n = RMSNormalization <axis = -1> (x, g)  [fc] y = MatMul (n, W) }"""
+
+
+def test_another_gain_alone_is_no_scale_that_moved() -> None:
+    rng = np.random.default_rng(0)
+    gain, weight = np.exp(rng.normal(size=8)), rng.normal(size=(8, 6))
+    factors = np.exp(rng.normal(size=8))
+
+    def model(gain: np.ndarray, weight: np.ndarray) -> ir.Model:
+        return tiny.build(NORMED, opset=23, g=gain.astype(np.float32), W=weight.astype(np.float32))
+
+    before = model(gain, weight)
+    (moved,) = diff(before, model(gain / factors, weight * factors[:, None])).scales
+    assert moved.channels == 8
+    assert diff(before, model(gain / factors, weight)).scales == ()
+    # Where half of the gains change their sign, what is left agrees by chance, and tells nothing of the whole.
+    signs = np.where(np.arange(8) < 4, -1, 1)
+    assert diff(before, model(gain / factors * signs, weight * factors[:, None])).scales == ()

@@ -197,6 +197,19 @@ def test_bfloat16_needs_no_range() -> None:
     assert not ConvertFloat(dtype="bf16", check_range=True).taps(model)
 
 
+def test_a_past_whose_present_is_too_large_stays_in_float32_with_it() -> None:
+    """What is appended is too large for float16, so it will not fit into the past of the next step either."""
+    model = tiny.build(
+        """g (float[B,2,S,4] k, float[B,2,P,4] past, float loud) => (float[B,2,T,4] present, float[B,2,T,4] y) {
+        new = Mul (k, loud)  present = Concat <axis = 2> (past, new)  y = Div (present, loud) }""",
+        loud=np.float32(3e4),
+    )
+    samples = [{**sample, "past": np.zeros((2, 2, 0, 4), np.float32)} for sample in tiny.feeds(model)]
+    after, _ = converted(model, samples, check_range=True)
+    assert value(after, "present").dtype == FLOAT
+    assert {port.name: port.dtype for port in after.graph.inputs} == {"k": HALF, "past": FLOAT}
+
+
 def test_masks_are_not_taken_for_large_values() -> None:
     model = tiny.build(MASKED, one=np.float32(1), low=LOW, inner=np.array([1]))
     samples = [{"attention_mask": np.array([[1, 1, 0, 0, 0]]), "x": np.ones((1, 5, 4), np.float32)}]

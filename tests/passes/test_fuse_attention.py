@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -335,3 +336,28 @@ def test_half_precision() -> None:
     compact = {**feed, **{name: np.roll(feed[name], -1, axis=2) for name in ("past_key", "past_value")}}
     compact["past_key"][1], compact["past_value"][1] = feed["past_key"][1], feed["past_value"][1]
     assert tiny.relative_error(tiny.run(after, compact, optimized=True)[0], wanted) < 5e-3
+
+
+def test_layers_that_read_a_mask_and_layers_that_do_not_are_not_fused_together() -> None:
+    """The operator is told once, for all layers, how long rows are."""
+    ports, body = SPELLED_OUT.rstrip().removesuffix("}").split("{", 1)
+    own = {line.split(" = ")[0].split()[-1] for line in body.strip().splitlines()} | {"past_key", "past_value"}
+    second = re.sub(r"\b\w+\b(?! = \d)", lambda word: f"{word[0]}_2" if word[0] in own else word[0], body)
+    second = second.replace("[attention]", "[more]").replace("Where (keep_2", "Where (causal_2")
+    second = "\n".join(line for line in second.splitlines() if not re.search(r"\b(keep|row|real)_2 =", line))
+    pasts = "float[B,2,Q,8] past_key_2, float[B,2,Q,8] past_value_2"
+    presents = "float[B,4,S,8] y_2, float[B,2,A,8] present_key_2, float[B,2,A,8] present_value_2"
+    ports = ports.replace("past_value,", f"past_value, {pasts},").replace(
+        "present_value)", f"present_value, {presents})"
+    )
+    model = tiny.build(f"{ports} {{ {body} {second} }}", **CONSTANTS)
+    before = model.clone()
+    changes = FuseAttention().apply(model, StatisticsStore())
+    assert [changed.site for changed in changes.changed] == ["attention"]
+    assert tiny.reasons(changes) == {"more": "some layers read attention_mask and some do not"}
+    rng = np.random.default_rng(0)
+    pasts_of = {name: rng.normal(size=(2, 2, 3, 8)).astype(np.float32) for name in ("past_key", "past_value")}
+    feed: dict[str, np.ndarray] = {**pasts_of, **{f"{name}_2": array for name, array in pasts_of.items()}}
+    feed |= {"input_ids": rng.integers(0, 4, (2, 1)), "attention_mask": np.ones((2, 4), np.int64)}
+    for got, wanted in zip(tiny.run(model, feed, optimized=True), tiny.run(before, feed), strict=True):
+        assert tiny.relative_error(got, wanted) < 2e-6

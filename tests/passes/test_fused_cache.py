@@ -165,3 +165,20 @@ def test_a_thousand_steps_do_not_drift(recipe: str, tmp_path: Path) -> None:
     once = decoder.read(ids, prefill=1000, chunk=1)
     stepwise = decoder.read(ids, prefill=1, chunk=1)
     np.testing.assert_allclose(stepwise, once, rtol=0, atol=1e-4 * np.abs(once).max())
+
+
+@pytest.mark.parametrize(("attributes", "widened"), [
+    ("do_rotary = 1, rotary_embedding_dim = 4", HeadRange(heads_axis=1, pairs="half", rotary_dim=4)),
+    ("do_rotary = 1, rotary_interleaved = 1", HeadRange(heads_axis=1, pairs="interleaved", rotary_dim=0)),
+    ("do_rotary = 0, rotary_embedding_dim = 4", HeadRange(heads_axis=1)),
+])  # fmt: skip
+def test_the_operator_says_which_channels_it_rotates(attributes: str, widened: HeadRange) -> None:
+    """Pairs of rotated channels share a range, as positions turn one into the other; others keep their own."""
+    model = build(rotary=True)
+    (attention,) = (node for node in model.graph if node.op_type == "GroupQueryAttention")
+    for pair in attributes.split(", "):
+        name, number = pair.split(" = ")
+        attention.attributes[name] = ir.AttrInt64(name, int(number))
+    taps = {tap.value: tap.statistic for tap in QuantizeKvCache().taps(model)}
+    assert taps["present_key"].key == widened.key
+    assert taps["present_value"].key == HeadRange(heads_axis=1).key

@@ -15,6 +15,7 @@ from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
 from qcompiler.errors import PassError
 from qcompiler.rewriting.contract import Changes
+from qcompiler.sites.embeddings import find_quantized_embeddings
 from qcompiler.sites.find import find_sites
 from tests import tiny
 from tests.oracles import quantized_linear as oracle
@@ -352,3 +353,19 @@ def test_layers_with_quantized_activations_are_left_to_others() -> None:
     assert not changes.changed
     assert not changes.skipped
     assert tiny.operators(model) == before
+
+
+def test_an_embedding_with_scales_of_its_own_keeps_them() -> None:
+    """It gathers the codes of the layer, and means other numbers by them."""
+    portable, _, _ = lower(model_of(TIED))
+    (embedding,) = find_quantized_embeddings(portable)
+    scale = embedding.scale
+    own = ir.Value(name="own_scale", type=scale.type, shape=scale.shape,
+                   const_value=ir.tensor(scale.const_value.numpy() * 3, name="own_scale"))  # fmt: skip
+    portable.graph.register_initializer(own)
+    for node, index in list(scale.uses()):
+        if node.op_type == "Gather":
+            node.replace_input_with(index, own)
+    lowered = portable.clone()
+    tiny.compile(lowered, [LowerWeightOnly()], [])
+    assert_same(portable, lowered, tiny.feeds(portable, ids=12), 1e-5)

@@ -41,9 +41,11 @@ def test_no_assignment_within_the_budget_is_better(seed: int) -> None:
     generator = np.random.default_rng(seed)
     costs = np.sort(generator.integers(1, 40, (5, 3)), axis=1) * 16.0
     losses = np.sort(generator.random((5, 3)), axis=1)[:, ::-1]
-    budget = float(generator.integers(int(costs[:, 0].sum()), int(costs[:, 2].sum())))
+    least, most = int(costs[:, 0].sum()), int(costs[:, 2].sum())
+    budget = float(generator.integers((least + most) // 2, most))  # room for more than the least, not for the most
     chosen = assign(costs, losses, budget)
     assert chosen is not None
+    assert chosen != [0] * 5, "where there is room for more than the least, some row takes more"
     rows = np.arange(5)
     assert costs[rows, chosen].sum() <= budget
     best = min(
@@ -52,6 +54,14 @@ def test_no_assignment_within_the_budget_is_better(seed: int) -> None:
         if costs[rows, columns].sum() <= budget * (1 - 5 / 4096)  # what rounding the costs up may lose
     )
     assert losses[rows, chosen].sum() <= best + 1e-12
+
+
+@pytest.mark.parametrize("over", [1e-6, 0.1, 0.9])
+def test_costs_just_above_a_step_keep_the_budget(over: float) -> None:
+    """Costs are counted in 4096ths of the budget: two of 2048 and a bit are too much, however small the bit."""
+    costs = np.array([[1.0, 2048 + over], [1.0, 2048 + over]])
+    chosen = assign(costs, np.array([[1.0, 0.0], [2.0, 0.0]]), 4096.0)
+    assert chosen == [0, 1], "both together cost more than the budget; the second gains more"
 
 
 def test_nothing_fits() -> None:

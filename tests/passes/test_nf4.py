@@ -226,3 +226,13 @@ def test_segments_run_it() -> None:
     assert [piece.outputs for piece in pieces] == [("h",), ("z",)]
     segments.run(after, [sample], ["z"], lambda name, _, array: seen.update({name: array}), memory_limit=2000)
     np.testing.assert_allclose(seen["z"], tiny.run(after, sample)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_a_weight_in_slices_is_the_weight_in_one(monkeypatch: pytest.MonkeyPatch, double: bool) -> None:
+    """Blocks of 16 run on from row to row of 24: a slice must not end within one."""
+    model = tiny.build(GEMM.format(K=24, N=20), W="normal")
+    expected = oracle.restored(tiny.data(model, "W"), TABLES["nf4"], 16, double)
+    monkeypatch.setattr("qcompiler.formats.arithmetic._SLICE_ELEMENTS", 3 * 24)
+    after, _ = quantize(model, block_size=16, double_quantization=double)
+    np.testing.assert_allclose(effective_weight(after), expected, rtol=1e-5, atol=1e-6)

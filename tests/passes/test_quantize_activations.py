@@ -257,3 +257,14 @@ def test_statistics_are_asked_for_once() -> None:
     model = tiny.build(SIBLINGS, W="normal", V="normal")
     taps = QuantizeActivations().taps(model)
     assert len({(tap.value, tap.statistic.key) for tap in taps}) == len(taps) == 1
+
+
+def test_a_convolution_that_is_an_output_itself_has_no_pair_behind_its_relu() -> None:
+    """Its kernel cannot absorb the Relu, as its own result is asked for."""
+    model = tiny.build(
+        """g (float[B,3,9,9] x, float[4,3,3,3] W) => (float[B,4,7,7] c, float[B,4,7,7] y) {
+        [conv] c = Conv(x, W)  r = Relu(c)  y = Neg(r) }""",
+        W="normal",
+    )
+    after, _ = quantize(model)
+    assert set(pairs(after)) == {"x"}

@@ -16,8 +16,11 @@ from qcompiler.calibration.samples import from_python
 from qcompiler.calibration.stored_past import Adapted
 from qcompiler.errors import DataError, RecipeError, SchemeError
 from qcompiler.evaluation.compare import compare
+from qcompiler.formats.scheme import Scheme
+from qcompiler.graph.rewriter import Rewriter
 from qcompiler.recipes import Recipe, Step
 from qcompiler.report import Report
+from qcompiler.rewriting.cache_storage import Coder, Storage
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.caches import Cache, find_caches
 from qcompiler.statistics import HeadRange, StatisticsStore
@@ -515,3 +518,34 @@ def test_the_demo_model_keeps_its_quality(variant: str, tmp_path: Path) -> None:
         assert 0 < found.kl < (1e-3 if recipe == "kv-int8" else 0.05)
         assert found.perplexity_ratio <= quality
         assert re.search("present.0.key", " ".join(compiled.report.outputs))
+
+
+def test_heads_of_odd_size_have_no_pairs_of_four_bits() -> None:
+    model = tiny.build(
+        """g (float[B,2,S,7] k, float[B,2,P,7] "past_key_values.0.key") => (float[B,2,T,7] "present.0.key",
+            float[B,2,T,7] y) {
+        "present.0.key" = Concat <axis = 2> ("past_key_values.0.key", k)  y = Neg ("present.0.key") }"""
+    )
+    changes = {
+        format: QuantizeKvCache(format=format, normalize=False).apply(model.clone(), StatisticsStore())
+        for format in ("int4", "int8")
+    }
+    assert [skipped.reason for skipped in changes["int4"].skipped] == [
+        "heads of 7 channels cannot be packed in pairs: use format int8"
+    ]
+    assert changes["int8"].changed
+
+
+@pytest.mark.parametrize("dtype", ["float", "float16"])
+def test_channels_that_hardly_move_are_divided_by_a_number_that_is_there(dtype: str) -> None:
+    """Half of their range would be 0 in float16, and what is divided by it no number."""
+    model = build(dtype=dtype)
+    (cache,) = (site for site in find_caches(model) if isinstance(site, Cache) and site.role == "key")
+    lo = np.ones((decoders.HEADS, decoders.CHANNELS), np.float32)
+    hi = lo * np.where(np.arange(decoders.CHANNELS) == 3, 1 + 2.0**-30, 2).astype(np.float64)
+    scheme = Scheme.from_options("int8", "token", symmetric=True, dynamic=True)
+    Coder(Rewriter(model, "p"), cache, Storage(scheme, normalize=True), (lo, hi))
+    (reach,) = (value for name, value in model.graph.initializers.items() if "reach" in name)
+    numbers = reach.const_value.numpy().astype(np.float64)
+    assert (numbers >= np.finfo(reach.dtype.numpy()).smallest_normal).all()
+    assert numbers.max() == 0.5

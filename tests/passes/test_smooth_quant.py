@@ -148,7 +148,12 @@ def test_a_gain_that_two_norms_share_is_copied() -> None:
 
 def test_a_bias_and_a_gain_in_one_constant() -> None:
     model = tiny.build(LAYER_NORM.replace("x, g, b)", "x, g, g)"), g="outliers", b="normal", W="normal")
-    smooth(model)
+    after, changes = smooth(model, alpha=0.5)
+    divisor = changes.rescaled["n"]
+    assert divisor.max() > 2 * divisor.min()
+    (norm,) = (node for node in after.graph if node.op_type == "LayerNormalization")
+    for value in norm.inputs[1:]:
+        np.testing.assert_allclose(value.const_value.numpy(), tiny.data(model, "g") / divisor, rtol=1e-6)
 
 
 TIED = """g (int64[B,S] ids, float[12,8] E, float[8] g) => (float[B,S,12] logits) {
@@ -270,8 +275,15 @@ def test_channels_that_are_never_active_or_never_read(alpha: float | str) -> Non
 
 def test_all_channels_dead() -> None:
     model = tiny.build(RMS, opset=23, **{**RMS_CONSTANTS, "g": "zeros"})
-    smooth(model, alpha=0.5)
-    smooth(model)
+    W = [tiny.data(model, name) for name in ("Wq", "Wk")]
+    for options in ({"alpha": 0.5}, {}):
+        after, changes = smooth(model, **options)
+        divisor = changes.rescaled.get("n", np.ones(8))
+        assert np.isfinite(divisor).all()
+        assert (divisor > 0).all()
+        for name, weight in zip(("Wq", "Wk"), W, strict=True):
+            scaled = [v.const_value.numpy() for n, v in after.graph.initializers.items() if n.startswith(name)]
+            np.testing.assert_allclose(scaled[0], weight * divisor[:, None], rtol=1e-6)
 
 
 def half(text: str) -> str:

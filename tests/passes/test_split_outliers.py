@@ -455,7 +455,12 @@ def test_dynamic_in_half_precision() -> None:
     model = tiny.build(CODES.replace("float[", "float16["), W="normal")
     tiny.compile(model, [QuantizeWeights()], [])
     for loud in ([], LOUD):
-        split(model, loud_feeds(model, loud), tolerance=2e-3, dynamic=True, max_share=1.0)
+        after, changes = split(model, loud_feeds(model, loud), tolerance=2e-3, dynamic=True, max_share=1.0)
+        assert [changed.site for changed in changes.changed] == ["fc"]
+        values = {value.name: value for node in after.graph for value in node.outputs}
+        assert values["x.rest"].dtype == ir.DataType.FLOAT16
+        after.graph.outputs.append(values["x.outlier_columns"])
+        assert tiny.run(after, loud_feeds(model, loud)[0])[1].tolist() == loud
 
 
 def test_dynamic_catches_outliers_that_calibration_has_not_seen() -> None:

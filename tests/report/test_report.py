@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 import qcompiler
+from qcompiler.recipes import Recipe
 from qcompiler.report import Gate, PassReport, PassSkip, Report, SiteReport, Sizes, check_gates, render
 from qcompiler.report.build import sizes
 from qcompiler.report.facts import SiteFacts
@@ -250,3 +251,48 @@ def test_a_portable_model_with_an_operator_of_a_runtime_says_so(target: str, war
     said = compilations.compiled("dynamo-past", "kv-int8-fused", target).report.warnings
     sentence = "the recipe brings GroupQueryAttention, which ONNX Runtime alone has: other runtimes cannot run it"
     assert (sentence in said) == warned
+
+
+def test_two_exact_passes_in_a_row_leave_the_figures_of_layers_high() -> None:
+    """Both divide what `up` gives: the report compares it as it was before both."""
+    model = tiny.build(
+        """g (float[B,S,8] x, float[B,S,8] g, float[8,8] U, float[8,6] D) => (float[B,S,6] y) {
+        [up] u = MatMul (x, U)  p = Mul (g, u)  [down] y = MatMul (p, D) }""",
+        U="normal", D="normal",
+    )  # fmt: skip
+    recipe = Recipe.from_dict({"name": "exact", "passes": [{"smooth-quant": {"alpha": 0.5}}, "awq"]})
+    compiled = qcompiler.compile(model, recipe, target="portable", calibration=tiny.feeds(model, 6))
+    assert [entry.changed for entry in compiled.report.passes] == [1, 1]
+    assert all(site.sqnr_db > 100 for site in compiled.report.sites)
+
+
+def test_a_layer_whose_input_is_float_again_is_said_to_have_quantized_weights_alone() -> None:
+    """Its codes are of uint4 in groups: the kernel for them reads a float activation."""
+    model = tiny.build("g (float[M,32] x, float[32,16] W) => (float[M,16] y) { [fc] y = MatMul (x, W) }", W="normal")
+    weights = {"quantize-weights": {"format": "uint4", "granularity": "group", "group_size": 16, "symmetric": False}}
+    recipe = Recipe.from_dict({"name": "r", "passes": [weights, "quantize-activations"]})
+    feeds = tiny.feeds(model, 4)
+    portable, lowered = (
+        qcompiler.compile(model, recipe, target=target, calibration=feeds).report.sites[0]
+        for target in ("portable", "ort-cpu")
+    )
+    assert "activations" in portable.scheme
+    assert (lowered.status, lowered.kernel) == ("quantized", "MatMulNBits")
+    assert lowered.scheme == "uint4 group(16) asymmetric"
+
+
+@pytest.mark.parametrize(("exclude", "status", "reason"), [
+    ([], "skipped", "what it adds"), (["odd"], "excluded", "the recipe leaves it out"),
+])  # fmt: skip
+def test_what_cannot_be_quantized_is_excluded_where_nobody_asked_for_it(
+    exclude: list[str], status: str, reason: str
+) -> None:
+    model = tiny.build(
+        """g (float[M,8] x, float[8,8] W, float[8,4] V, float[M,4] c) => (float[M,4] y) {
+        [fc] h = MatMul (x, W)  [odd] y = Gemm (h, V, c) }""",
+        W="normal", V="normal",
+    )  # fmt: skip
+    report = qcompiler.compile(model, "int8-weights", target="portable", exclude=exclude).report
+    (odd,) = (site for site in report.sites if site.name == "odd")
+    assert odd.status == status
+    assert reason in odd.reason

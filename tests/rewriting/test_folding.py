@@ -144,6 +144,10 @@ REFUSED = {
         OPERATOR_4D.replace("vh)", "vh, , past, past)"),
         "Attention keeps its values in a cache",
     ),
+    "an operator that is told how much of its cache is valid": (
+        OPERATOR_4D.replace("vh)", "vh, , , , count)"),
+        "Attention keeps its values in a cache",
+    ),
     "sums over channels": (
         DIRECT.replace(AVERAGE, "vt = Transpose<perm=[0,1,3,2]>(vh)  oh = MatMul(square, vt)"),
         "do not show which channel goes where",
@@ -156,7 +160,7 @@ def test_refusals(form: str) -> None:
     body, reason = REFUSED[form]
     text = ATTENTION.replace("BODY", body).replace("KV", "16").replace("HEADS", "4")
     extra = {"past": "float[B,4,S,4] past", "qkv": "float[48] qkv", "more": "float[B,4,S,T] more"}
-    extra["square"] = "float[B,4,S,4] square"
+    extra |= {"square": "float[B,4,S,4] square", "count": "int64[B] count"}
     given = ", ".join(extra[name] for name in extra if name in body)
     text = text.replace("float[B,S,8] x,", f"float[B,S,8] x, {given + ',' if given else ''}")
     if "present" in body:
@@ -165,7 +169,8 @@ def test_refusals(form: str) -> None:
         text = text.replace("(float[B,S,8] y)", "(float[B,S,8] y, float[B,4,S,4] z)")
     arrays = {"as_q": [0, 0, 4, 4], "as_kv": [0, 0, 4, 4], "two": [2], "times": [1] * 5, "flat": [0, 0, 16]}
     weights = dict.fromkeys(("Wq", "Wk", "Wv", "bv", "Wo", *(["qkv"] if "qkv" in body else [])), "normal")
-    model = tiny.build(text, opset=23, **{name: np.array(a) for name, a in arrays.items()}, **weights)
+    opset = 24 if "count" in body else 23
+    model = tiny.build(text, opset=opset, **{name: np.array(a) for name, a in arrays.items()}, **weights)
     group = group_of(model, "o_proj")
     assert group.factor is None
     assert reason in group.refusal
@@ -217,6 +222,41 @@ def test_elementwise_factors(form: str) -> None:
     offset = 6 if form == "halves of one layer" else 0
     assert group.factor.channels.tolist() == list(range(offset, offset + 6))
     rescaled_at_random(model, [group])
+
+
+def test_a_bias_within_the_layer_is_divided_too() -> None:
+    model = tiny.build(
+        """g (float[B,8] x, float[B,6] g, float[8,6] U, float[6] b, float[6,4] D) => (float[B,4] y) {
+        [up] u = Gemm(x, U, b) p = Mul(g, u) [down] y = Gemm(p, D) }""",
+        U="normal", b="normal", D="normal",
+    )  # fmt: skip
+    group = group_of(model, "down")
+    assert group.factor is not None
+    assert group.factor.linear.name == "up"
+    rescaled_at_random(model, [group])
+
+
+@pytest.mark.parametrize("between", ["Clip(u, low, high)", "Tanh(u)", "Softplus(u)"])
+def test_nothing_passes_what_is_no_straight_line_through_zero(between: str) -> None:
+    """f(a u) is not a f(u): a range of its own, or a curve."""
+    model = tiny.build(
+        f"""g (float[B,8] x, float[8,6] U, float[6,4] D, float low, float high) => (float[B,4] y) {{
+        u = MatMul(x, U) c = {between} y = MatMul(c, D) }}""",
+        U="normal", D="normal", low=np.float32(-1), high=np.float32(1),
+    )  # fmt: skip
+    assert group_of(model, "y").factor is None
+
+
+def test_channels_that_somebody_else_reads_as_well_take_no_factor() -> None:
+    """Each channel is there twice, and the other half has other readers: it would be divided as well."""
+    model = tiny.build(
+        """g (float[2,5,8] x, float[8,6] U, float[6,8] D, int64[1] two, int64[4] times, int64[3] flat)
+        => (float[2,5,8] y, float[2,5,6] z) {
+        a = MatMul(x, U) b = Unsqueeze(a, two) c = Expand(b, times) d = Reshape(c, flat)
+        first, second = Split<axis=2, num_outputs=2>(d) p = Relu(first) y = MatMul(p, D)  z = Neg(second) }""",
+        U="normal", D="normal", two=np.array([2]), times=np.array([1, 1, 2, 1]), flat=np.array([0, 0, 12]),
+    )  # fmt: skip
+    assert group_of(model, "y").factor is None
 
 
 def test_halves_of_a_sequence_share_their_channels() -> None:

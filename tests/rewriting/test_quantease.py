@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -139,6 +140,42 @@ def test_scales_keep_their_type() -> None:
     assert found.scale.dtype == np.float16
     assert np.isfinite(found.scale).all()
     assert replace(found, codes=start.codes).dequantize().shape == W.shape
+
+
+def test_a_scale_changes_less_than_twofold_in_a_sweep() -> None:
+    """A weight far out of its range asks for a scale many times as large: that much is nothing to trust a fit with."""
+    W, H = problem(8, 64)
+    scheme = Scheme("int4", PerGroup(32))
+    start = quantize_weight(W, scheme, channel_axis=0)
+    for factor in (1 / 16, 16):
+        wrong = replace(start, scale=(start.scale * factor).astype(np.float32))
+        ratio = refined(W, wrong, H, scheme, 0).scale / wrong.scale
+        assert ratio.min() > 0.5
+        assert ratio.max() < 2
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_inputs_that_are_always_zero_cost_nothing_and_break_nothing(damping: float) -> None:
+    W, H = problem(8, 64)
+    H += 0.1 * np.eye(64, dtype=np.float32)  # so that it is regular without damping
+    H[5] = H[:, 5] = 0.0
+    scheme = Scheme("int4", PerGroup(32))
+    start = quantize_weight(W, scheme, channel_axis=0)
+    found = refine(W, start, H, scheme, channel_axis=0, damping=damping, sweeps=2)
+    assert np.isfinite(found.scale).all()
+    np.testing.assert_array_equal(found.codes[:, 5], start.codes[:, 5])
+    assert oracle.error(W, found.dequantize(), H).sum() < oracle.error(W, start.dequantize(), H).sum()
+
+
+def test_two_sweeps_are_one_sweep_twice() -> None:
+    """A sweep goes on with the scales as they are stored: of bfloat16, three digits."""
+    W, H = problem(64, 256)
+    scheme = Scheme("int4", PerGroup(32))
+    start = quantize_weight(W, scheme, channel_axis=0, scale_dtype=ml_dtypes.bfloat16)
+    twice = refined(W, refined(W, start, H, scheme, 0), H, scheme, 0)
+    both = refined(W, start, H, scheme, 0, sweeps=2)
+    assert np.mean(both.codes == twice.codes) > 0.999  # a tie may fall to either side
+    assert np.mean(both.scale == twice.scale) > 0.98
 
 
 def test_a_negative_number_of_sweeps_is_refused() -> None:

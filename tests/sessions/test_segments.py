@@ -322,3 +322,26 @@ def test_exported_models_in_pieces(variant: str) -> None:
     assert whole.keys() == pieces.keys()
     for key, array in whole.items():
         np.testing.assert_array_equal(pieces[key], array)
+
+
+def test_numbers_by_chance_are_drawn_once() -> None:
+    """What reads no input could be computed anew in each segment, but these numbers would be others there."""
+    size = 64
+    text = f"""<ir_version: 10, opset_import: ["" : 21]>
+        m (float[n, {size}] x) => (float[n, {size}] b, float[n, {size}] d) {{
+            noise = RandomNormal <shape = [{size}]> ()
+            b = Add (x, noise)  p = MatMul (b, w_0)  q = MatMul (p, w_1)  d = Add (q, noise) }}"""
+    model = ir.from_onnx_text(text)
+    for node in model.graph:
+        node.name = f"node_{node.outputs[0].name}"
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.name in ("w_0", "w_1"):
+                eye = constant(str(value.name), np.eye(size, dtype=np.float32))
+                node.replace_input_with(index, eye)
+                model.graph.register_initializer(eye)
+    samples = [{"x": np.zeros((1, size), np.float32)}]
+    limit = int(1.5 * 3 * size * size * 4 / segments.WEIGHT_SHARE)
+    assert len(plan(model.graph, ["b", "d"], int(limit * segments.WEIGHT_SHARE))) > 1
+    found = collected(model, samples, ["b", "d"], limit)
+    # With eyes for weights and zeros for x: b is the noise, and d is twice that.
+    np.testing.assert_allclose(found["d", 0], 2 * found["b", 0], rtol=1e-6)

@@ -107,6 +107,14 @@ def test_an_add_that_is_no_bias(body: str) -> None:
     assert site.output.name == "p"
 
 
+def test_what_gives_the_product_another_rank_is_no_bias() -> None:
+    text = "g (float[B,4] x, float[4,3] W, float[1,1,3] b) => (float[1,B,3] y) <float[B,3] p> {"
+    site = only_linear(build(text + " p = MatMul(x, W) y = Add(p, b) }", W=(4, 3), b=(1, 1, 3)))
+    assert site.bias is None
+    assert site.bias_node is None
+    assert site.output.name == "p"
+
+
 def test_a_product_that_is_an_output_has_no_bias() -> None:
     text = (
         "g (float[B,4] x, float[4,3] W, float[3] b) => (float[B,3] p, float[B,3] y) { p = MatMul(x, W) y = Add(p, b) }"

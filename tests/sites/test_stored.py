@@ -18,6 +18,7 @@ from qcompiler.model_diff.weights import phrase
 from qcompiler.sites.embeddings import find_quantized_embeddings
 from qcompiler.sites.stored import StoredWeight, float_weight, quantized_weight, table_weight
 from qcompiler.sites.stored import layout as layouts
+from qcompiler.sites.stored.constants import constants_behind
 from tests import tiny
 
 RNG = np.random.default_rng(0)
@@ -385,3 +386,14 @@ def test_a_weight_in_a_file_is_never_in_memory_whole(tmp_path: Path, form: str) 
     finally:
         tracemalloc.stop()
     assert peak < 24 << 20, "16 million numbers are 64 MiB"
+
+
+def test_what_says_how_to_move_a_constant_is_no_part_of_the_weight() -> None:
+    model = tiny.build(
+        """g (float[M,6] x, uint8[48] q, float s, uint8 z, int64[2] shape) => (float[M,8] y) {
+        d = DequantizeLinear (q, s, z)  r = Reshape (d, shape)  t = Transpose <perm = [1, 0]> (r)
+        y = MatMul (x, t) }""",
+        q=np.arange(48, dtype=np.uint8), s=np.float32(0.5), z=np.uint8(3), shape=np.array([8, 6]),
+    )  # fmt: skip
+    (product,) = (node for node in model.graph if node.op_type == "MatMul")
+    assert [value.name for value in constants_behind(product.inputs[1])] == ["q", "s", "z"]

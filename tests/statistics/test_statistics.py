@@ -94,6 +94,13 @@ def test_percentile_of_one_sided_values_begins_at_zero() -> None:
     assert result.hi == pytest.approx(np.percentile(values, 99.5), rel=0.02)
 
 
+def test_a_percentile_lies_within_the_values() -> None:
+    """A bin of the histogram is wider than what is in it; nothing beyond the values is ever needed."""
+    for values in ([0.3, 0.7], [-5.01, 2.03], [1e-3, 1e-3], [-0.9]):
+        array = np.array(values, np.float32)
+        assert measured(Percentile(percent=100.0), [array]).result() == Range(float(array.min()), float(array.max()))
+
+
 def heavy_tailed(seed: int, size: int = 20000) -> np.ndarray:
     """A Laplace bulk with a few values 15 times as far out."""
     random = np.random.default_rng(seed)
@@ -122,6 +129,9 @@ def test_entropy_keeps_a_uniform_distribution_whole_and_ignores_exact_zeros() ->
     assert measured(Entropy(), [values, zeros]).result() == measured(Entropy(), [values]).result()
     assert measured(Entropy(), [values]).result().lo == 0
     assert measured(Entropy(), [zeros]).result() == Range(0.0, 0.0)
+    shards = measured(Entropy(), [values]), measured(Entropy(), [zeros])
+    shards[0].merge(shards[1])
+    assert shards[0].result() == measured(Entropy(), [values]).result(), "zeros of another shard are zeros, too"
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
