@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ import pytest
 import qcompiler
 from models.export import CHECKPOINT, model_path
 from passes.quantize_kv_cache import QuantizeKvCache
+from qcompiler.formats.scheme import PerChannel, Scheme
 from qcompiler.recipes import Recipe, Step
+from qcompiler.rewriting.cache_storage import Storage
+from qcompiler.rewriting.fused_cache import refusal
 from qcompiler.sessions.decoder import Decoder
+from qcompiler.sites.caches import Cache, find_caches
 from qcompiler.statistics import HeadRange, StatisticsStore
 from tests import tiny
 from tests.oracles.grouped_query_attention import Row, packed, rotate
@@ -134,7 +139,30 @@ def refused(model: ir.Model, **options: Any) -> str:
 def test_what_the_operator_does_not_do() -> None:
     assert "per token" in refused(build(), key_granularity="token")
     assert "one is left out" in refused(build(), targets=("past_key",))
-    assert "bias" in refused(build(bias=True))
+    assert refused(build(bias=True)) == (
+        "GroupQueryAttention adds a bias to its scores, which it does with a float cache only"
+    )
+    sinks = build()
+    (attention,) = (node for node in sinks.graph if node.op_type == "GroupQueryAttention")
+    attention.attributes["smooth_softmax"] = ir.AttrInt64("smooth_softmax", 1)
+    assert (
+        refused(sinks) == "GroupQueryAttention has sinks (a smooth Softmax), which was not tried with a quantized cache"
+    )
+    twice = build()
+    (attention,) = (node for node in twice.graph if node.op_type == "GroupQueryAttention")
+    attention.resize_inputs(14)
+    attention.replace_input_with(12, twice.graph.inputs[0])
+    assert refused(twice) == "its cache is quantized already"
+
+
+def test_four_bits_are_stored_in_pairs_of_one_type() -> None:
+    model = build()
+    key, value = (site for site in find_caches(model) if isinstance(site, Cache))
+    eight, four = (Storage(Scheme(format, PerChannel())) for format in ("int8", "int4"))
+    assert refusal((key, four), (value, four)) == ""
+    assert refusal((key, four), (value, eight)) == "GroupQueryAttention keeps keys and values in one type"
+    odd = replace(key, head_size=15), replace(value, head_size=15)
+    assert refusal((odd[0], four), (odd[1], four)) == "its heads have 15 numbers, and two of them share a byte"
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])

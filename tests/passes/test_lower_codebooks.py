@@ -14,6 +14,8 @@ from passes.nf4 import Nf4
 from qcompiler.formats.codebooks import CODEBOOKS
 from qcompiler.lowering.bnb4 import packed
 from qcompiler.rewriting.contract import Changes
+from qcompiler.sites.find import find_sites
+from qcompiler.statistics import StatisticsStore
 from tests import tiny
 from tests.passes.test_lower_weight_only import ADD, ALL, GEMM, MATMUL, assert_same, model_of
 
@@ -94,3 +96,15 @@ def test_functions_stay_while_a_layer_needs_them() -> None:
     assert "power of two" in tiny.reasons(changes)["fc"]
     assert lowered.functions
     assert_same(portable, lowered, tiny.feeds(model), 1e-6)
+
+
+def test_blocks_along_the_outputs_are_skipped_with_the_reason() -> None:
+    """As a model from elsewhere may have it: the matrix of codes is [K, N]."""
+    model = tiny.build("g (float[M,64] x, float[64,64] W) => (float[M,64] y) { [fc] y = MatMul(x, W) }", W="normal")
+    tiny.compile(model, [Nf4(double_quantization=False)], [])
+    (site,) = find_sites(model).linears
+    site.node.replace_input_with(1, site.dequantize.outputs[0])
+    changes = LowerWeightOnly().apply(model, StatisticsStore())
+    assert tiny.reasons(changes) == {
+        "fc": "the blocks of its weight run along its outputs, and the operator's along the inputs"
+    }

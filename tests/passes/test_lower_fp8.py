@@ -15,10 +15,11 @@ import pytest
 
 import qcompiler
 from passes.fp8 import Fp8
-from passes.lower_fp8 import LowerFp8
+from passes.lower_fp8 import LowerFp8, _gemm_obstacle
 from passes.quantize_weights import QuantizeWeights
 from qcompiler.rewriting.contract import Changes, Pass
 from qcompiler.sites.find import find_sites
+from qcompiler.statistics import StatisticsStore
 from qcompiler.targets.kernels import missing_on_cpu
 from tests import tiny
 from tests.stand_ins import weight_of_blocks
@@ -156,6 +157,7 @@ def test_a_scale_for_each_token_is_no_product_of_float8() -> None:
 def test_e5m2_on_both_sides_is_no_product_of_float8() -> None:
     _, _, changes = lower(model_of(MATMUL), fp8(granularity="tensor", format="fp8_e5m2"), gemm=True)
     assert not changes.changed
+    assert tiny.reasons(changes)["fc"] == "its weight is FLOAT8E5M2, and the operator takes FLOAT8E4M3FN"
     _, _, changes = lower(model_of(MATMUL), fp8(granularity="tensor", activation_format="fp8_e5m2"), gemm=True)
     assert changes.changed[0].kernel == "GemmFloat8"
 
@@ -163,7 +165,38 @@ def test_e5m2_on_both_sides_is_no_product_of_float8() -> None:
 def test_odd_sizes_are_no_product_of_float8() -> None:
     odd = "g (float16[B,S,32] x, float16[32,12] W) => (float16[B,S,12] y) { [fc] y = MatMul(x, W) }"
     _, _, changes = lower(model_of(odd), SCHEMES["tensor"], gemm=True)
-    assert "multiples of 16" in changes.changed[0].detail
+    assert "not GemmFloat8: K = 32 and N = 12 are not both multiples of 16" in changes.changed[0].detail
+
+
+def against_gemm(portable: ir.Model) -> str:
+    """Why the weight-only operator was taken, in a copy."""
+    lowered = portable.clone()
+    return LowerFp8(gemm=True).apply(lowered, StatisticsStore()).changed[0].detail.rpartition("not GemmFloat8: ")[2]
+
+
+def test_what_else_is_no_product_of_float8() -> None:
+    portable, _, _ = lower(model_of(MATMUL, "bfloat16"), SCHEMES["tensor"])
+    assert against_gemm(portable) == (
+        "its result would be bfloat16, for which the operator asks cuBLAS for a product that it does not have"
+    )
+    portable, _, _ = lower(model_of(MATMUL), SCHEMES["tensor"])
+    assert "not GemmFloat8" not in LowerFp8(gemm=True).apply(portable.clone(), StatisticsStore()).changed[0].detail
+    channels = portable.clone()
+    of_weight = find_sites(channels).linears[0].dequantize.inputs[1]
+    of_weight.const_value = ir.tensor(np.ones(16, np.float16), name=of_weight.name)
+    assert against_gemm(channels) == "its weight has more than one scale"
+    (quantize,) = (node for node in portable.graph if node.op_type == "QuantizeLinear")
+    scale = quantize.inputs[1]
+    computed = ir.node("Identity", [scale], name="computed")
+    computed.outputs[0].type, computed.outputs[0].shape = scale.type, scale.shape
+    portable.graph.insert_before(quantize, computed)
+    quantize.replace_input_with(1, computed.outputs[0])
+    assert against_gemm(portable) == "its activation has no constant scale for the whole tensor"
+    both = fp8(granularity="tensor", format="fp8_e5m2", activation_format="fp8_e5m2")
+    portable, _, _ = lower(model_of(MATMUL), both)
+    (site,) = find_sites(portable).linears
+    (quantize,) = (node for node in portable.graph if node.op_type == "QuantizeLinear")
+    assert _gemm_obstacle(site, quantize) == "both sides are FLOAT8E5M2, which cuBLAS does not multiply"
 
 
 # ------------------------------------------------------------------------------------------------- in a compilation
@@ -207,7 +240,12 @@ def test_scales_along_the_inputs_are_skipped_with_the_reason() -> None:
     (site,) = find_sites(portable).linears
     site.dequantize.attributes["axis"] = ir.AttrInt64("axis", 0)
     (changes,) = tiny.compile(portable, [LowerFp8()], [])
-    assert "along the inputs" in tiny.reasons(changes)["fc"]
+    assert tiny.reasons(changes)["fc"] == (
+        "its weight has scales along the inputs, and the operator takes one for each output or block of inputs"
+    )
+    site.dequantize.replace_input_with(1, portable.graph.inputs[0])
+    changes = LowerFp8().apply(portable, StatisticsStore())
+    assert tiny.reasons(changes)["fc"] == "the scales of its weight are computed, and the operator's are constants"
 
 
 def test_integers_and_floats_are_left_to_others() -> None:

@@ -18,6 +18,7 @@ from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.find import find_sites
+from qcompiler.statistics import StatisticsStore
 from tests import tiny
 from tests.oracles import quantized_linear as oracle
 
@@ -279,7 +280,14 @@ def test_scales_along_the_inputs_are_skipped_with_the_reason() -> None:
     (site,) = find_sites(portable).linears
     site.dequantize.attributes["axis"] = ir.AttrInt64("axis", 0)
     (changes,) = tiny.compile(portable, [LowerInt8()], [])
-    assert "channel" in tiny.reasons(changes)["fc"]
+    assert tiny.reasons(changes)["fc"] == (
+        "its weight has scales along the inputs, and the integer kernel takes one for each output channel"
+    )
+    site.dequantize.replace_input_with(1, portable.graph.inputs[0])
+    changes = LowerInt8().apply(portable, StatisticsStore())
+    assert (
+        tiny.reasons(changes)["fc"] == "the scales of its weight are computed, and the integer kernel's are constants"
+    )
 
 
 def test_weight_only_layers_are_left_to_others() -> None:
@@ -314,3 +322,14 @@ def test_convolutions_run_as_integers_in_onnxruntime(tmp_path: Path) -> None:
     sample = tiny.feeds(model)[0]
     expected, got = tiny.run(portable, sample)[0], tiny.run(lowered, sample, optimized=True)[0]
     assert tiny.relative_error(got, expected) < 0.01
+
+
+def test_signs_with_computed_scales_are_skipped_with_the_reason() -> None:
+    model = model_of(MATMUL)
+    tiny.compile(model, [QuantizeWeights(format="binary"), QuantizeActivations()], tiny.feeds(model))
+    (site,) = find_sites(model).linears
+    site.dequantize.replace_input_with(1, model.graph.inputs[0])
+    changes = LowerInt8().apply(model, StatisticsStore())
+    assert tiny.reasons(changes) == {
+        "fc": "its weight has no constant scale for each output channel, so its activation stays float"
+    }

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 
+from passes.fp8 import Fp8
 from passes.gptq import Gptq
-from passes.lower_tensorrt import LowerTensorrt
+from passes.lower_tensorrt import LowerTensorrt, _form
 from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
 from qcompiler import compiler
@@ -21,8 +23,10 @@ from qcompiler.lowering.tensorrt_rules import BLOCKS, violations
 from qcompiler.recipes import recipe_names
 from qcompiler.rewriting.contract import Changes, Pass
 from qcompiler.sessions import runtime
+from qcompiler.sites.activations import activation_of
 from qcompiler.sites.canonicalize import canonicalize
-from qcompiler.sites.find import find_sites
+from qcompiler.sites.find import Linear, find_sites
+from qcompiler.statistics import StatisticsStore
 from qcompiler.targets import Target
 from tests import tiny
 
@@ -254,14 +258,16 @@ def _types_of_codes(proto: bytes, path: Path, disabled: list[str]) -> set[ir.Dat
 PAIR = "[q] q = QuantizeLinear(x, s, z)  [d] y = DequantizeLinear(q, s, z)"
 ONE, ZERO = np.float32(0.1), np.int8(0)
 BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
-    "zero point": (f"g (float[M,8] x, float s, int8 z) => (float[M,8] y) {{ {PAIR} }}", {"s": ONE, "z": np.int8(3)}),
-    "UINT8 codes": (f"g (float[M,8] x, float s, uint8 z) => (float[M,8] y) {{ {PAIR} }}", {"s": ONE, "z": np.uint8(0)}),
+    "has a zero point that is not 0, or not a constant; TensorRT quantizes symmetrically": (
+        f"g (float[M,8] x, float s, int8 z) => (float[M,8] y) {{ {PAIR} }}", {"s": ONE, "z": np.int8(3)}),
+    "has UINT8 codes, and TensorRT knows int8, int4 and float8e4m3fn": (
+        f"g (float[M,8] x, float s, uint8 z) => (float[M,8] y) {{ {PAIR} }}", {"s": ONE, "z": np.uint8(0)}),
     "not positive": (f"g (float[M,8] x, float s, int8 z) => (float[M,8] y) {{ {PAIR} }}", {"s": -ONE, "z": ZERO}),
     "several scales for an activation": (
         f"g (float[M,8] x, float[8] s, int8[8] z) => (float[M,8] y) {{ {PAIR} }}",
         {"s": np.full(8, ONE), "z": np.zeros(8, np.int8)},
     ),
-    "are computed": (
+    "has scales that are computed; TensorRT's are constants": (
         "g (float[M,8] x, float[1] t, int8 z) => (float[M,8] y) {"
         " [e] e = ReduceMax<keepdims=0>(x)  [q] q = QuantizeLinear(x, e, z)  [d] y = DequantizeLinear(q, e, z) }",
         {"z": ZERO},
@@ -280,7 +286,7 @@ BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
         " [w] w = DequantizeLinear<axis=0, block_size=128>(W, t)  y = MatMul(x, w) }",
         {"W": np.ones((128, 4), np.int8), "t": np.full((1, 4), ONE)},
     ),
-    "blocks of 32": (
+    "has blocks of 32 along 64 inputs; whole blocks of 64 or 128 are due": (
         "g (float[M,64] x, int4[64,4] W, float[2,4] t) => (float[M,4] y) {"
         " [w] w = DequantizeLinear<axis=0, block_size=32>(W, t)  y = MatMul(x, w) }",
         {"W": ir.Tensor(np.ones((64, 4), np.int8), dtype=ir.DataType.INT4), "t": np.full((2, 4), ONE)},
@@ -289,6 +295,35 @@ BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
         "g (float[M,64] x, int4[64,4] W, float[4] t) => (float[M,4] y) {"
         " [w] w = DequantizeLinear<axis=1>(W, t)  y = MatMul(x, w) }",
         {"W": ir.Tensor(np.ones((64, 4), np.int8), dtype=ir.DataType.INT4), "t": np.full(4, ONE)},
+    ),
+    "quantizes an activation to int4, which TensorRT has for weights alone": (
+        f"g (float[M,8] x, float s, int4 z) => (float[M,8] y) {{ {PAIR} }}",
+        {"s": ONE, "z": ir.Tensor(np.array(0, np.int8), dtype=ir.DataType.INT4)},
+    ),
+    "has several scales for a float8 weight, which TensorRT gives one": (
+        "g (float[M,64] x, float8e4m3fn[64,4] W, float[4] t) => (float[M,4] y) {"
+        " [w] w = DequantizeLinear<axis=1>(W, t)  y = MatMul(x, w) }",
+        {"W": np.ones((64, 4), ml_dtypes.float8_e4m3fn), "t": np.full(4, ONE)},
+    ),
+    "has an odd number of 4-bit codes": (
+        "g (float[M,3] x, int4[3,3] W, float[1,3] t) => (float[M,3] y) {"
+        " [w] w = DequantizeLinear<axis=0, block_size=3>(W, t)  y = MatMul(x, w) }",
+        {"W": ir.Tensor(np.ones((3, 3), np.int8), dtype=ir.DataType.INT4), "t": np.full((1, 3), ONE)},
+    ),
+    "has 3 scales along an axis of 4": (
+        "g (float[M,64] x, int8[64,4] W, float[3] t) => (float[M,4] y) {"
+        " [w] w = DequantizeLinear<axis=1>(W, t)  y = MatMul(x, w) }",
+        {"W": np.ones((64, 4), np.int8), "t": np.full(3, ONE)},
+    ),
+    "has scales whose shape is not that of its blocks": (
+        "g (float[M,64] x, int4[64,4] W, float[2,4] t) => (float[M,4] y) {"
+        " [w] w = DequantizeLinear<axis=0, block_size=64>(W, t)  y = MatMul(x, w) }",
+        {"W": ir.Tensor(np.ones((64, 4), np.int8), dtype=ir.DataType.INT4), "t": np.full((2, 4), ONE)},
+    ),
+    "is of the domain com.microsoft, and TensorRT reads the standard one": (
+        "g (float[M,8] x, float s, int8 z) => (float[M,8] y) {"
+        " [q] q = com.microsoft.QuantizeLinear(x, s, z)  [d] y = DequantizeLinear(q, s, z) }",
+        {"s": ONE, "z": ZERO},
     ),
     "INT32 codes": (
         "g (float[M,4] x, int32[4] b, float t) => (float[M,4] y) { [d] d = DequantizeLinear(b, t)  y = Add(x, d) }",
@@ -305,7 +340,7 @@ def test_a_broken_rule_is_named(rule: str) -> None:
 
 
 def _built(text: str, constants: dict[str, Any]) -> ir.Model:
-    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21]> {text}')
+    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]> {text}')
     for value in list(model.graph.inputs):
         if value.name in constants:
             data = constants[value.name]
@@ -333,3 +368,71 @@ def test_float_models_break_no_rule_and_the_blocks_are_descending() -> None:
     assert violations(model_of(MODEL)) == []
     assert list(BLOCKS) == sorted(BLOCKS, reverse=True)
     assert find_sites(model_of(MODEL)).linears
+
+
+# ------------------------------------------------------------------------------------------------- why a layer is float
+
+GROUPS: dict[str, Any] = {"granularity": "group", "group_size": 128}
+
+
+def turned(site: Linear, axis: int) -> None:
+    site.dequantize.attributes["axis"] = ir.AttrInt64("axis", axis)
+
+
+def with_scale(site: Linear, scale: np.ndarray) -> None:
+    value = site.dequantize.inputs[1]
+    value.const_value = ir.tensor(scale.astype(np.float32), name=value.name)
+
+
+def with_points(site: Linear, point: int) -> None:
+    value = site.dequantize.inputs[2]
+    value.const_value = ir.tensor(np.full(value.shape.numpy(), point, np.uint8), name=value.name)
+
+
+SQUARE = "g (float[B,S,128] x, float[128,128] W) => (float[B,S,128] y) { [fc] y = MatMul(x, W) }"
+FP8 = Fp8(granularity="tensor", first_and_last_block=True, attention=True)
+FLOAT_WEIGHTS: dict[str, tuple[str, list[Pass], Any, str]] = {
+    "asymmetric activations": (MATMUL, [QuantizeWeights(), QuantizeActivations(format="int8", symmetric=False)], None,
+                               "its activation has a zero point, and TensorRT quantizes symmetrically"),
+    "e5m2": (MATMUL, [Fp8(granularity="tensor", format="fp8_e5m2", first_and_last_block=True, attention=True)], None,
+             "its weight is FLOAT8E5M2, and TensorRT's float8 is FLOAT8E4M3FN"),
+    "scales of float8": (MATMUL, [FP8], lambda site: with_scale(site, np.ones(6)),
+                         "its float8 weight has several scales, and TensorRT's has one"),
+    "groups": (MATMUL, [QuantizeWeights(**GROUPS), INT8], None,
+               "its weight has groups, and TensorRT's 8-bit weights have a scale for each output channel"),
+    "along the inputs": (SQUARE, [QuantizeWeights(), INT8], lambda site: turned(site, 0),
+                         "its weight has scales along the inputs, and TensorRT's lie along the outputs"),
+    "along the inputs alone": (
+        SQUARE, [QuantizeWeights(format="int4")], lambda site: turned(site, 0),
+        "its weight has scales along the inputs alone, and TensorRT's lie along the outputs, too"),
+    "zero point": (MATMUL, [QuantizeWeights(format="uint4", symmetric=False, **GROUPS)],
+                   lambda site: with_points(site, 3),
+                   "its weight has the zero point 3, with which its codes are no symmetric integers"),
+    "scale of 0": (MATMUL, [QuantizeWeights(), INT8], lambda site: with_scale(site, np.zeros(6)),
+                   "its weight has a scale that is 0, and TensorRT's are positive"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FLOAT_WEIGHTS)
+def test_a_layer_in_another_form_is_float_again_and_the_reason_is_told(form: str) -> None:
+    text, steps, change, reason = FLOAT_WEIGHTS[form]
+    model = model_of(text)
+    tiny.compile(model, steps, tiny.feeds(model))
+    (site,) = find_sites(model).linears
+    if change is not None:
+        change(site)
+    with pytest.raises(TargetError) as caught:  # as it was the only layer
+        LowerTensorrt().apply(model, StatisticsStore())
+    assert reason in str(caught.value)
+
+
+def test_computed_scales_are_constants_nowhere() -> None:
+    """The layer is named to the pass, and the node that computes on codes to the user."""
+    model = model_of(MATMUL)
+    tiny.compile(model, [QuantizeWeights(format="int4", **GROUPS)], [])
+    (site,) = find_sites(model).linears
+    site.dequantize.replace_input_with(1, site.node.inputs[0])
+    form = _form(site, activation_of(site.input))
+    assert form == "the scales of its weight are computed, and TensorRT's are constants"
+    with pytest.raises(TargetError, match="has scales that are computed; TensorRT's are constants"):
+        LowerTensorrt().apply(model, StatisticsStore())

@@ -17,6 +17,7 @@ from qcompiler.errors import PassError
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.embeddings import find_quantized_embeddings
 from qcompiler.sites.find import find_sites
+from qcompiler.statistics import StatisticsStore
 from tests import tiny
 from tests.oracles import quantized_linear as oracle
 
@@ -369,3 +370,20 @@ def test_an_embedding_with_scales_of_its_own_keeps_them() -> None:
     lowered = portable.clone()
     tiny.compile(lowered, [LowerWeightOnly()], [])
     assert_same(portable, lowered, tiny.feeds(portable, ids=12), 1e-5)
+
+
+def test_a_tied_embedding_with_ids_of_unknown_rank_is_skipped() -> None:
+    portable, _, _ = lower(model_of(TIED))
+    portable.graph.inputs[0].shape = None
+    changes = LowerWeightOnly().apply(portable, StatisticsStore())
+    assert tiny.reasons(changes) == {"embed": "its ids have an unknown number of dimensions"}
+    assert [changed.site for changed in changes.changed] == ["lm_head"]
+
+
+def test_zero_points_in_another_shape_than_scales_are_skipped() -> None:
+    portable, _, _ = lower(model_of(MATMUL), {"format": "uint8", "symmetric": False})
+    (site,) = find_sites(portable).linears
+    points = site.dequantize.inputs[2]
+    points.const_value = ir.tensor(np.zeros(5, np.uint8), name=points.name)
+    changes = LowerWeightOnly().apply(portable, StatisticsStore())
+    assert tiny.reasons(changes) == {"fc": "the zero points of its weight do not have the shape of its scales"}

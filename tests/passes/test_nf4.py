@@ -21,6 +21,7 @@ from qcompiler.rewriting.contract import Changes
 from qcompiler.sessions import segments
 from qcompiler.sites.canonicalize import canonicalize
 from qcompiler.sites.find import find_sites
+from qcompiler.statistics import StatisticsStore
 from tests import tiny
 from tests.oracles import nf4 as oracle
 
@@ -236,3 +237,12 @@ def test_a_weight_in_slices_is_the_weight_in_one(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("qcompiler.formats.arithmetic._SLICE_ELEMENTS", 3 * 24)
     after, _ = quantize(model, block_size=16, double_quantization=double)
     np.testing.assert_allclose(effective_weight(after), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_weight_of_a_type_that_nothing_is_restored_to_is_skipped() -> None:
+    model = tiny.build(
+        "g (float8e4m3fn[M,32] x, float8e4m3fn[32,6] W) => (float8e4m3fn[M,6] y) { [fc] y = MatMul(x, W) }", W="normal"
+    )
+    changes = Nf4().apply(model, StatisticsStore())
+    assert tiny.reasons(changes) == {"fc": "its weight is FLOAT8E4M3FN, which is no type to restore it to"}
+    assert tiny.operators(model) == ["MatMul"]

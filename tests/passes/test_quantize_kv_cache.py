@@ -385,8 +385,8 @@ def test_positions_before_heads() -> None:
         ("present = Concat<axis=2>(PAST, new, new)  y = Neg(q)", "Concat joins 3 values"),
         ("p = Concat<axis=2>(PAST, new)  present = Neg(p)  y = Neg(q)", "is no output of the graph"),
         ("present = Concat<axis=2>(PAST, new)  y = Neg(PAST)", "Neg reads its past, too"),
-        ("present = Concat<axis=3>(PAST, new)  y = Neg(q)", "layout"),
-        ("present = Neg(PAST)  y = Neg(q)", "Neg reads it"),
+        ("present = Concat<axis=3>(PAST, new)  y = Neg(q)", "its layout is unknown (rank 4, positions along axis 3)"),
+        ("present = Neg(PAST)  y = Neg(q)", "Neg reads it, and those known to append to a cache are Concat, "),
     ],
 )
 def test_other_forms_are_skipped_with_the_reason(body: str, reason: str) -> None:
@@ -401,6 +401,54 @@ def test_other_forms_are_skipped_with_the_reason(body: str, reason: str) -> None
     assert tiny.operators(model) == before
 
 
+@pytest.mark.parametrize(("name", "shape", "reason"), [
+    ("past_key_values.0.key", "B,H,P,8", "the number or the size of its heads is not known; export it with numbers"),
+    ("past.0", "B,2,P,8", "nothing shows whether it holds keys or values"),
+])  # fmt: skip
+def test_caches_that_say_too_little_of_themselves(name: str, shape: str, reason: str) -> None:
+    model = tiny.build(
+        f"""g (float[{shape}] "{name}", float[{shape}] new) => (float[{shape}] present) {{
+        present = Concat <axis = 2> ("{name}", new) }}"""
+    )
+    assert tiny.reasons(QuantizeKvCache().apply(model, StatisticsStore())) == {name: reason}
+
+
+def test_a_cache_inside_of_a_body_is_left_alone() -> None:
+    model = tiny.build(
+        """g (float[B,2,P,8] "past_key_values.0.key", float[B,2,S,8] new, bool c) => (float[B,2,T,8] present) {
+        present = If (c) <
+            then_branch = t () => (float[B,2,T,8] a) { a = Concat <axis = 2> ("past_key_values.0.key", new) },
+            else_branch = e () => (float[B,2,T,8] b) { b = Identity (new) }> }"""
+    )
+    (reason,) = tiny.reasons(QuantizeKvCache().apply(model, StatisticsStore())).values()
+    assert reason == "it is read inside the body of an If, Loop or Scan"
+
+
+def test_a_cache_whose_elements_are_counted_has_no_pairs_of_four_bits() -> None:
+    model = tiny.build(
+        """g (float[B,2,S,8] k, float[B,2,P,8] "past_key_values.0.key") => (float[B,2,T,8] "present.0.key", int64 n) {
+        "present.0.key" = Concat <axis = 2> ("past_key_values.0.key", k)  n = Size ("past_key_values.0.key") }"""
+    )
+    changes = QuantizeKvCache(format="int4", normalize=False).apply(model, StatisticsStore())
+    assert tiny.reasons(changes) == {
+        "past_key_values.0.key":
+            "Size counts the elements of its past, and packed ones are half as many: use format int8"
+    }  # fmt: skip
+
+
+def test_what_attention_keeps_itself_is_quantized_whole_or_not_at_all() -> None:
+    model = build("attention-past")
+    past = next(value for value in model.graph.inputs if value.name.endswith("value"))
+    (attention,) = (node for node in model.graph if node.op_type == "Attention")
+    model.graph.insert_before(attention, ir.node("Size", [past], name="count"))
+    changes = QuantizeKvCache(format="int4", normalize=False).apply(model, StatisticsStore())
+    assert tiny.reasons(changes) == {
+        "past_key_values.0.key": "Attention takes keys and values together, and one is skipped",
+        "past_key_values.0.value":
+            "Size counts the elements of its past, and packed ones are half as many: use format int8",
+    }  # fmt: skip
+
+
 def test_twice_is_once() -> None:
     after, _ = quantize(build(), format="int4", symmetric=False)
     before = tiny.operators(after)
@@ -413,7 +461,7 @@ def test_twice_is_once() -> None:
 
 def test_float8_is_skipped() -> None:
     after, changes = quantize(build(), format="fp8_e4m3")
-    assert all("no Concat for float8" in skip.reason for skip in changes.skipped)
+    assert {skip.reason for skip in changes.skipped} == {"ONNX Runtime has no Concat for float8: use format int8"}
     assert len(changes.skipped) == 2
     assert tiny.operators(after) == tiny.operators(build())
 

@@ -387,3 +387,28 @@ def gated_by_a_gain(Ws: list[np.ndarray]) -> ir.Model:
         " n = Mul(x, g)  a = MatMul(n, A)  c = MatMul(n, C) }",
         g=np.ones(64, np.float32), A=Ws[0], C=Ws[1],
     )  # fmt: skip
+
+
+def test_a_gain_that_would_leave_its_type_is_left_alone() -> None:
+    """float16 ends at 65504, and the columns of the loudest channel would lie beyond."""
+    model = tiny.build(half(RMS), opset=23, **RMS_CONSTANTS)
+    gain, weight = np.ones(8, np.float16), np.full((8, 6), 2, np.float16)
+    gain[2] = 2e4
+    for name, array in (("g", gain), ("Wq", weight)):
+        model.graph.initializers[name].const_value = ir.tensor(array, name=name)
+    after = model.clone()
+    (changes,) = tiny.compile(after, [SmoothQuant(alpha=1.0)], tiny.feeds(model))
+    assert set(tiny.reasons(changes).values()) == {"the rescaled gain or weight does not fit its float type"}
+    np.testing.assert_array_equal(tiny.data(after, "g"), gain)
+
+
+def test_a_writer_whose_weight_others_read_takes_no_scales() -> None:
+    model = tiny.build(
+        """g (float[B,S,8] x, float[B,S,8] g, float[8,8] U, float[8,6] D) => (float[B,S,6] y, float[B,S,8] z) {
+        [up] u = MatMul (x, U)  p = Mul (g, u)  [down] y = MatMul (p, D)  [again] z = MatMul (g, U) }""",
+        U="normal", D="normal",
+    )  # fmt: skip
+    _, changes = smooth(model, alpha=0.5)
+    assert tiny.reasons(changes)["down"] == (
+        "the weight of up, which would take the scales, is shared or quantized already"
+    )

@@ -483,8 +483,21 @@ def test_dynamic_comes_before_activations_are_quantized() -> None:
     assert tiny.reasons(changes) == {"fc": "its input is quantized already: split-outliers comes before that"}
 
 
-@pytest.mark.parametrize("options", [{"format": "int4"}, {"granularity": "group", "group_size": 4}])
-def test_dynamic_says_which_codes_it_cannot_gather(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("options", "reason"), [
+    ({"format": "int4"}, "its weight is not in 8 bits, and rows of other codes cannot be gathered"),
+    ({"granularity": "group", "group_size": 4},
+     "its weight has blocked scales, and rows of them are not gathered: use granularity channel"),
+])  # fmt: skip
+def test_dynamic_says_which_codes_it_cannot_gather(options: dict[str, Any], reason: str) -> None:
     model = tiny.build(CODES, W="normal")
     _, changes = tiny.compile(model, [QuantizeWeights(**options), SplitOutliers(dynamic=True)], [])
-    assert list(tiny.reasons(changes)) == ["fc"]
+    assert tiny.reasons(changes) == {"fc": reason}
+
+
+def test_dynamic_takes_no_scales_along_the_inputs() -> None:
+    model = tiny.build(CODES.replace("8,6] W", "8,8] W").replace("S,6] y", "S,8] y"), W="normal")
+    tiny.compile(model, [QuantizeWeights()], [])
+    (site,) = find_sites(model).linears
+    site.dequantize.attributes["axis"] = ir.AttrInt64("axis", 0)
+    (changes,) = tiny.compile(model, [SplitOutliers(dynamic=True)], [])
+    assert tiny.reasons(changes) == {"fc": "its weight has scales along the inputs, not for each output channel"}

@@ -134,19 +134,38 @@ def test_shared_is_the_mean_of_the_repeats() -> None:
 AVERAGE = "oh = MatMul(probs, vh)"
 REFUSED = {
     "a present": (DIRECT.replace(AVERAGE, f"present = Identity(vh)  {AVERAGE}"), "cache"),
-    "other readers": (f"{DIRECT}  z = Neg(vh)", "read by Neg"),
-    "a bias inside": ("o = com.microsoft.MultiHeadAttention<num_heads=4>(q, k, v, qkv)", "bias"),
-    "a nonlinear node": (DIRECT.replace(AVERAGE, "vs = Tanh(vh)  oh = MatMul(probs, vs)"), "Tanh"),
-    "values twice": (DIRECT.replace(AVERAGE, "vv = Mul(vh, vh)  oh = MatMul(probs, vv)"), "twice"),
-    "values that are given": (DIRECT.replace(AVERAGE, "oh = MatMul(probs, past)"), "given"),
-    "a past": (DIRECT.replace(AVERAGE, "all = Concat<axis=2>(past, vh)  oh = MatMul(more, all)"), "Concat"),
+    "other readers": (f"{DIRECT}  z = Neg(vh)", "attention's values are read by Neg, too"),
+    "a bias inside": (
+        "o = com.microsoft.MultiHeadAttention<num_heads=4>(q, k, v, qkv)",
+        "MultiHeadAttention adds the bias of its values itself",
+    ),
+    "values packed with keys": (
+        "o = com.microsoft.MultiHeadAttention<num_heads=4>(packed)",
+        "MultiHeadAttention reads its values packed with keys",
+    ),
+    "a nonlinear node": (
+        DIRECT.replace(AVERAGE, "vs = Tanh(vh)  oh = MatMul(probs, vs)"),
+        "Tanh stands between it and the layer that writes attention's values",
+    ),
+    "values twice": (
+        DIRECT.replace(AVERAGE, "vv = Mul(vh, vh)  oh = MatMul(probs, vv)"),
+        "Mul reads the same value twice",
+    ),
+    "values that are given": (
+        DIRECT.replace(AVERAGE, "oh = MatMul(probs, past)"),
+        "attention's values are given (past), not written by a layer",
+    ),
+    "a past": (
+        DIRECT.replace(AVERAGE, "all = Concat<axis=2>(past, vh)  oh = MatMul(more, all)"),
+        "attention's values are joined with a cache by Concat, whose contents would change meaning",
+    ),
     "an operator with a past": (
         OPERATOR_4D.replace("vh)", "vh, , past, past)"),
-        "Attention keeps its values in a cache",
+        "Attention keeps its values in a cache, whose contents would change meaning",
     ),
     "an operator that is told how much of its cache is valid": (
         OPERATOR_4D.replace("vh)", "vh, , , , count)"),
-        "Attention keeps its values in a cache",
+        "Attention keeps its values in a cache, whose contents would change meaning",
     ),
     "sums over channels": (
         DIRECT.replace(AVERAGE, "vt = Transpose<perm=[0,1,3,2]>(vh)  oh = MatMul(square, vt)"),
@@ -161,6 +180,7 @@ def test_refusals(form: str) -> None:
     text = ATTENTION.replace("BODY", body).replace("KV", "16").replace("HEADS", "4")
     extra = {"past": "float[B,4,S,4] past", "qkv": "float[48] qkv", "more": "float[B,4,S,T] more"}
     extra |= {"square": "float[B,4,S,4] square", "count": "int64[B] count"}
+    extra["packed"] = "float[B,S,4,3,4] packed"
     given = ", ".join(extra[name] for name in extra if name in body)
     text = text.replace("float[B,S,8] x,", f"float[B,S,8] x, {given + ',' if given else ''}")
     if "present" in body:
@@ -188,7 +208,10 @@ def test_grouped_query_attention_keeps_a_cache() -> None:
         [o_proj] y = MatMul(o, Wo) }""",
         Wo="normal",
     )  # fmt: skip
-    assert "GroupQueryAttention keeps its values in a cache" in group_of(model, "o_proj").refusal
+    assert (
+        "GroupQueryAttention keeps its values in a cache, whose contents would change meaning"
+        in group_of(model, "o_proj").refusal
+    )
 
 
 GATED = """g (float[B,S,8] x, float[8,12] G, float[8,6] U, float[6] b, float[6,8] D, int64[2] parts, int64[2] flat,
