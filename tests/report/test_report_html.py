@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from qcompiler.compiler import compile
+from qcompiler.formats.scheme import PerToken, Scheme
 from qcompiler.report import Gate, Report, SiteReport
 from qcompiler.report.html import card, page
 from qcompiler.report.report import CacheSizes
@@ -247,9 +248,10 @@ def test_strange_names(browser: Browser, report: Report, tmp_path: Path) -> None
 
 
 def test_caches_are_on_the_map(browser: Browser, report: Report, tmp_path: Path) -> None:
-    change = CacheChange("past", "present", "float32", "int8", 256, 68)
+    stored = Scheme("int8", PerToken(), dynamic=True)
+    change = CacheChange("past", "present", "float32", "int8", 256, 68, stored)
     site = SiteReport("past.0.key", "model.layers.0.attention.key_cache", "key cache", "quantized",
-                      block="model.layers.0", scheme="int8 per-token", sqnr_db=17.2, cache=change)  # fmt: skip
+                      block="model.layers.0", scheme=str(stored), sqnr_db=17.2, cache=change)  # fmt: skip
     with_cache = replace(report, sites=[*report.sites, site], cache=CacheSizes(256, 68))
     with shown(browser, with_cache, tmp_path) as opened:
         cell = opened.page.locator('.heat .cell[data-layer="past-0-key"]')
