@@ -316,3 +316,10 @@ def test_one_constant_read_in_both_directions_has_scales_for_one() -> None:
     _, changes = quantize(model)
     assert [changed.site for changed in changes.changed] == ["first"]
     assert tiny.reasons(changes) == {"second": "first shares its constant and needs scales along the other axis"}
+
+
+def test_binary_weights_have_no_scale_for_the_whole_tensor() -> None:
+    for granularity in ("channel", "group"):
+        assert QuantizeWeights(format="binary", granularity=granularity).format == "binary"
+    with pytest.raises(QCompilerError, match="set granularity to channel or group"):
+        QuantizeWeights(format="binary", granularity="tensor")

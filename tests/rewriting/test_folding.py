@@ -199,6 +199,22 @@ def test_refusals(form: str) -> None:
     assert group.refusal in str(found)
 
 
+def test_an_operator_with_a_mask_and_no_bias_passes_a_factor_on() -> None:
+    body = "o = com.microsoft.MultiHeadAttention<num_heads=4>(q, k, v, , real)"
+    text = (
+        ATTENTION.replace("BODY", body)
+        .replace("KV", "16")
+        .replace("float[B,S,8] x,", "float[B,S,8] x, int32[B,S] real,")
+    )
+    shapes = {"as_q": [0, 0, 4, 4], "as_kv": [0, 0, 4, 4], "two": [2], "times": [1] * 5, "merged": [0, 4, -1, 4],
+              "flat": [0, 0, 16]}  # fmt: skip
+    weights = dict.fromkeys(("Wq", "Wk", "Wv", "bv", "Wo"), "normal")
+    model = tiny.build(text, opset=23, **{name: np.array(shape) for name, shape in shapes.items()}, **weights)
+    group = group_of(model, "o_proj")
+    assert group.factor is not None
+    assert group.factor.linear.name == "v_mul"
+
+
 def test_grouped_query_attention_keeps_a_cache() -> None:
     model = tiny.build(
         """g (float[B,S,32] qkv, float[B,2,P,8] pk, float[B,2,P,8] pv, int32[B] last, int32 total, float[16,8] Wo)

@@ -252,6 +252,11 @@ def test_convolution() -> None:
     assert site.dequantize is not None
 
 
+def test_a_convolution_of_a_constant_is_no_layer() -> None:
+    text = "g (float[1,2,8,8] c, float[6,2,3,3] W, float[B,2,8,8] x) => (y, z) { y = Conv(c, W) z = Conv(x, W) }"
+    assert [site.name for site in find_sites(build(text, c=(1, 2, 8, 8), W=(6, 2, 3, 3)))] == ["z"]
+
+
 def test_embedding_and_tied_forms() -> None:
     text = """g (int64[B,S] ids, float[4,9] W, float[B,S,4] h) => (e, y)
         <float[9,4] T> { T = Transpose<perm=[1,0]>(W) e = Gather(T, ids) y = MatMul(h, W) }"""
