@@ -115,7 +115,7 @@ def hqq(
     """The weight with fitted scales and zero points, and Σ |error|^norm of round-to-nearest and of the result.
 
     `scheme` is an integer format per channel or group; the arguments and what is raised are those of
-    `quantize.quantize_weight`. Scales have the weight's type. Works on slices of channels in float32.
+    `search.quantize_weight`. Scales have the weight's type. Works on slices of channels in float32.
     """
     start = quantize_weight(
         weight, scheme, channel_axis=channel_axis, search=search, scale_dtype=weight.dtype, name=name

@@ -81,7 +81,7 @@ FORMATS: dict[str, NumberFormat] = {
         _float("fp4", 4, 6.0, "FLOAT4E2M1", ml_dtypes.float4_e2m1fn),
         # Codes are indices into a table of codebooks.py, whose ends are -1 and 1. fp4_bnb is bitsandbytes' fp4.
         *(NumberFormat(name, 4, "codebook", True, 0, 15, 1.0, "UINT4", np.dtype(np.uint8)) for name in CODEBOOKS),
-        # Codes are -1 and 1. Two bits are the narrowest signed type that ONNX has; `binary.py` stores them in one.
+        # Codes are -1 and 1. ONNX has no signed type below two bits; `functions/binary.py` stores them in one.
         NumberFormat("binary", 1, "sign", True, -1, 1, 1.0, "INT2", np.dtype(np.int8)),
     )
 }

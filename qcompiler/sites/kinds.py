@@ -1,4 +1,4 @@
-"""Sites: what passes work on, and the patterns that name them. `match.py` finds them."""
+"""Sites: what passes work on, and the patterns that name them. `find.py` finds them."""
 
 from __future__ import annotations
 
