@@ -150,8 +150,8 @@ def _rescales(recipe: Recipe | None) -> bool:
 
 def _layer(region: Region, errors: LayerErrors, typical: float) -> LayerDiagnosis:
     site = region.site
-    cached = isinstance(site, StoredCache)
-    coded, inputs = ((), ()) if cached else (_weights(region), schemes(region))
+    stored = site.scheme if isinstance(site, StoredCache) else None
+    coded, inputs = ((), ()) if isinstance(site, StoredCache) else (_weights(region), schemes(region))
     kernels = [node.op_type for node in region.nodes if node.op_type == site.node.op_type or node.domain]
     share = None
     if errors.activation is not None and errors.alone.noise > 0:
@@ -161,7 +161,7 @@ def _layer(region: Region, errors: LayerErrors, typical: float) -> LayerDiagnosi
         name=site.name, module_path=site.module_path, block=site.block, op=site.node.op_type,
         kernel=kernels[-1] if kernels else region.nodes[-1].op_type,
         weights=", ".join(map(str, coded)), activations=", ".join(map(str, inputs)),
-        cache=site.scheme if isinstance(site, StoredCache) else "", weight_schemes=coded, activation_schemes=inputs,
+        cache=str(stored or ""), weight_schemes=coded, activation_schemes=inputs, cache_scheme=stored,
         alone_db=errors.alone.sqnr_db,
         output_db=errors.outputs.sqnr_db if errors.outputs is not None else None,
         kl=errors.divergence.kl if errors.divergence is not None else None,

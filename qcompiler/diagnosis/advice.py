@@ -127,7 +127,7 @@ def _pattern(layer: LayerDiagnosis, layers: Sequence[LayerDiagnosis]) -> str:
 def _caches(layers: Sequence[LayerDiagnosis], base: Recipe) -> tuple[list[Proposal], Recipe | None]:
     worst = max(layers, key=harm)
     reason = f"storing keys and values as {worst.cache} makes most of the error"
-    if worst.cache.startswith("int4"):
+    if worst.cache_scheme is not None and worst.cache_scheme.number_format.bits < 8:
         return _changed(base, "quantize-kv-cache", {"format": "int8"}, "8 bits for caches instead of 4", reason)
     rest = tuple(step for step in base.passes if step.name != "quantize-kv-cache")
     if not rest or len(rest) == len(base.passes):  # nothing would be left of the recipe, or it is not known

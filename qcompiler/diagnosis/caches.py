@@ -14,13 +14,11 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from qcompiler.diagnosis.regions import STORED, Region, StoredCache, Unmatched, flowing, region_of, same_values
-from qcompiler.graph.edit import constant
-from qcompiler.graph.operators import attends, has, quantized
+from qcompiler.graph.operators import attends, has
 from qcompiler.sites.analyses import caches_of
 from qcompiler.sites.caches import CODES
 from qcompiler.sites.kinds import Site, Unsupported
-
-FORMATS = {ir.DataType.INT8: "int8", ir.DataType.UINT8: "int4", ir.DataType.FLOAT8E4M3FN: "fp8_e4m3"}
+from qcompiler.sites.stored_caches import stored_cache
 
 
 def find_cache_regions(reference: ir.Model, candidate: ir.Model) -> tuple[list[Region], list[Unmatched]]:
@@ -88,16 +86,5 @@ def _site(cache: Site, output: ir.Value, inputs: Mapping[str, ir.Value]) -> Stor
     path = cache.module_path if alone else both
     return StoredCache(
         node=cache.node, name=cache.name, module_path=path, block=cache.block, output=output,
-        scheme=f"{FORMATS.get(past.dtype or ir.DataType.INT8, 'int8')} {_granularity(past, inputs)}",
+        scheme=stored_cache(past),
     )  # fmt: skip
-
-
-def _granularity(past: ir.Value, inputs: Mapping[str, ir.Value]) -> str:
-    if f"{past.name}_scale" in inputs:
-        return "per-token"
-    for node, index in past.uses():
-        codes = next((found for found in quantized(node) if found.role == "past" and found.codes.index == index), None)
-        if codes is not None and codes.scale is not None:
-            scale = constant(codes.scale.of(node))
-            return "per-tensor" if scale is None or scale.size == 1 else "per-channel"
-    return "static"

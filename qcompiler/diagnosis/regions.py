@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from qcompiler.formats.scheme import Scheme
 from qcompiler.graph.edit import constant
 from qcompiler.graph.operators import has
 from qcompiler.sites.analyses import sites_of
@@ -35,7 +36,7 @@ class StoredCache(Site):
 
     output: ir.Value
     """What has the cache's error in the float model: the present, or what attention makes of keys and values."""
-    scheme: str
+    scheme: Scheme | None
 
 
 @dataclass(frozen=True, eq=False)

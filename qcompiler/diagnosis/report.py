@@ -52,6 +52,8 @@ class LayerDiagnosis:
     """`weights` as data."""
     activation_schemes: tuple[Scheme, ...] = ()
     """`activations` as data."""
+    cache_scheme: Scheme | None = None
+    """`cache` as data."""
 
     @property
     def quantized(self) -> bool:

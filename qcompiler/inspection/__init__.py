@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from qcompiler.graph import metadata
 from qcompiler.inspection.layers import InspectedLayer, layers_of
 from qcompiler.inspection.touched import Touched, touched
 from qcompiler.inspection.weights import WeightStatistics
+from qcompiler.sites.analyses import caches_of
 from qcompiler.sites.canonicalize import canonicalize
+from qcompiler.sites.stored_caches import stored_cache
 
 __all__ = ["Inspection", "InspectedLayer", "Port", "Touched", "WeightStatistics", "inspect"]
 
@@ -37,6 +39,8 @@ class Port:
     type: str
     shape: tuple[int | str, ...] | None
     """Symbolic sizes by their names, ``?`` where they have none; None where the rank is unknown."""
+    cache: str = ""
+    """How the cache that it holds is quantized; empty where it holds floats, or none."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,9 @@ def inspect(
         "made_by_qcompiler": any(key.startswith(metadata.PREFIX) for key in given.metadata_props),
     }  # fmt: skip
     canonicalize(given)
+    names = {site.name for site in caches_of(given)}
+    caches = {str(value.name): stored_cache(value) for value in given.graph.inputs if value.name in names}
+    facts["inputs"] = tuple(replace(port, cache=str(caches.get(port.name) or "")) for port in facts["inputs"])
     return Inspection(
         **facts, layers=tuple(layers_of(given, statistics=statistics)),
         touched=touched(given, recipe, target, options, exclude) if recipe is not None else (),

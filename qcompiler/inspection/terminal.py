@@ -75,7 +75,7 @@ def _rest(name: str, ports: Sequence[Port]) -> Iterable[tuple[str, str]]:
 
 def _port(port: Port) -> str:
     sizes = "?" if port.shape is None else ", ".join(map(str, port.shape))
-    return f"{port.name}: {port.type} [{sizes}]"
+    return f"{port.name}: {port.type} [{sizes}]{f', a cache, {port.cache}' if port.cache else ''}"
 
 
 def _table(layers: Sequence[InspectedLayer], *, wide: bool) -> Table:

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from qcompiler.formats.scheme import in_words
+from qcompiler.formats.scheme import Scheme, in_words
 from qcompiler.graph.edit import constant
-from qcompiler.graph.operators import quantized
+from qcompiler.graph.operators import attends, continuations, quantized
 from qcompiler.model_diff.changes import given_inputs, nodes_of, operator
-from qcompiler.model_diff.layers import Layer, fused_cache_grain
+from qcompiler.model_diff.layers import Layer
 from qcompiler.model_diff.pairing import LayerPair
 from qcompiler.model_diff.stories import LayerStory
 from qcompiler.sites.activations import activation_of, coded_activation, quantizes, through_quantization
 from qcompiler.sites.stored import operand_weight
+from qcompiler.sites.stored_caches import stored_cache
 
 FATES = ("quantized", "dequantized", "cast", "fused", "folded", "scaled", "changed", "replaced", "untouched", "removed")
 
@@ -84,8 +85,8 @@ def fate_of_pair(node: ir.Node, other: ir.Node, same: Mapping[str, str]) -> tupl
     if other.op_type.startswith("QLinear") and not node.op_type.startswith("QLinear") and quantized(other):
         first = quantized(other)[0]  # the result comes last
         return ("quantized", *names, in_words(None, coded_activation(other, first).scheme))
-    if fused_cache_grain(other) and not fused_cache_grain(node):
-        return ("quantized", *names, f"cache {other.attributes.get_int('kv_cache_bit_width', 8)}-bit static")
+    if (caches := _stored_caches(other)) and not _stored_caches(node):
+        return ("quantized", *names, ", ".join(f"cache {scheme}" for scheme in caches))
     if rounded is not None and not before and not quantizes(node):
         return ("quantized", *names, in_words(None, rounded))
     if _narrowed(node, other):
@@ -93,6 +94,13 @@ def fate_of_pair(node: ir.Node, other: ir.Node, same: Mapping[str, str]) -> tupl
     if names[0] != names[1]:
         return ("replaced", *names, "")
     return (_kept(node, other, same), *names, "")
+
+
+def _stored_caches(node: ir.Node) -> tuple[Scheme, ...]:
+    """The schemes of the caches, each once, that an operator continues and reads as codes itself."""
+    pasts = [node.inputs[index] for index in continuations(node) if index < len(node.inputs)] if attends(node) else []
+    found = [stored_cache(past) for past in pasts if past is not None]
+    return tuple(dict.fromkeys(scheme for scheme in found if scheme is not None))
 
 
 def _narrowed(node: ir.Node, other: ir.Node) -> bool:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from qcompiler.functions.cache import UNPACK, is_cache_function
+from qcompiler.formats.scheme import Scheme
 from qcompiler.graph.edit import constant
 from qcompiler.graph.metadata import PART_OF
 from qcompiler.graph.module_path import block_of, module_path
@@ -21,8 +21,8 @@ from qcompiler.sites.caches import Cache
 from qcompiler.sites.embeddings import QuantizedEmbedding, find_quantized_embeddings
 from qcompiler.sites.kinds import Linear
 from qcompiler.sites.stored import coded_weight, quantized_weight, table_weight
-from qcompiler.sites.stored.constants import source
 from qcompiler.sites.stored.kernels import is_kernel, operand, outputs_first, tail_of
+from qcompiler.sites.stored_caches import stored_cache
 
 LayerKind = Literal["linear", "convolution", "embedding", "recurrent", "cache"]
 
@@ -215,10 +215,16 @@ class CacheView:
     present: str
     module_path: str
     dtype: ir.DataType
-    form: str
+    scheme: Scheme | None
+    """None of floats."""
     bytes: int | None
     """For one position of one sequence, scales per token counted; None where shapes do not tell."""
     node: ir.Node
+
+    @property
+    def form(self) -> str:
+        """The scheme in words, or the type of the floats."""
+        return str(self.scheme or type_name(self.dtype))
 
 
 def read_caches(model: ir.Model) -> Iterator[CacheView]:
@@ -232,14 +238,9 @@ def read_caches(model: ir.Model) -> Iterator[CacheView]:
         parts = [stored, *map(_position_bytes, companions)]
         yield CacheView(
             past=site.name, present=str(present.name) if present is not None else "", module_path=site.module_path,
-            dtype=past.dtype, form=_cache_form(past, bool(companions), site.node), node=site.node,
+            dtype=past.dtype, scheme=stored_cache(past), node=site.node,
             bytes=None if None in parts else sum(part for part in parts if part is not None),
         )  # fmt: skip
-
-
-def _carries(node: ir.Node) -> bool:
-    """Whether codes of a cache are still codes of the cache behind a node."""
-    return has(node, "joins") or has(node, "moves") or is_cache_function(node, UNPACK)
 
 
 def _position_bytes(value: ir.Value) -> int | None:
@@ -252,38 +253,3 @@ def _position_bytes(value: ir.Value) -> int | None:
 
 def _is_companion(value: ir.Value, past: ir.Value) -> bool:
     return str(value.name) in (f"{past.name}_scale", f"{past.name}_offset")
-
-
-def fused_cache_grain(node: ir.Node) -> str:
-    """How the scales lie of the quantized cache that a GroupQueryAttention reads; empty where it reads no codes."""
-    if node.op_type != "GroupQueryAttention":
-        return ""
-    return {"PER_TENSOR": "per tensor", "PER_CHANNEL": "per channel"}.get(
-        node.attributes.get_string("k_quant_type", "") or "", ""
-    )
-
-
-def _static_grain(past: ir.Value, join: ir.Node) -> str:
-    """How the constant scales of a cache lie, which its join knows, or who reads what has been joined."""
-    if grain := fused_cache_grain(join):
-        return grain
-    values, seen = [past], set[ir.Node]()
-    while values:
-        for node in [use.node for use in values.pop().uses()]:
-            if node in seen:
-                continue
-            seen.add(node)
-            if not has(node, "decodes"):
-                values.extend(node.outputs if _carries(node) else ())
-            elif (scale := constant(source(node.inputs[1]))) is not None:
-                return "per tensor" if scale.size == 1 else "per channel"
-    return ""
-
-
-def _cache_form(past: ir.Value, per_token: bool, join: ir.Node) -> str:
-    name = type_name(past.dtype)
-    if past.dtype is None or past.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
-        return name
-    if past.dtype == ir.DataType.UINT8:
-        name = "4-bit"  # two codes in a byte
-    return f"{name} per token" if per_token else f"{name} static {_static_grain(past, join)}".rstrip()

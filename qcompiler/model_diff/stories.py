@@ -280,7 +280,7 @@ def tell_caches(a: ir.Model, b: ir.Model) -> Iterator[LayerStory]:
 def _fate_of_cache(view: CacheView, other: CacheView) -> Fate:
     if view.form == other.form:
         return "untouched"
-    before, after = (cache.dtype.bitwidth <= 8 for cache in (view, other))
+    before, after = (cache.scheme is not None for cache in (view, other))
     if not after:
         return "dequantized" if before else "cast"
     return "requantized" if before else "quantized"

@@ -63,9 +63,9 @@ def test_outlier_columns_stay_float(target: str, op: str) -> None:
 @pytest.mark.parametrize(
     ("recipe", "form", "code_bytes"),
     [
-        ("kv-int8", "8-bit static per channel", 1),
-        ("kv-int8-fused", "8-bit static per channel", 1),
-        ("kv-int4-fused", "4-bit static per channel", 0.5),
+        ("kv-int8", "int8 per-channel symmetric", 1),
+        ("kv-int8-fused", "int8 per-channel symmetric", 1),
+        ("kv-int4-fused", "int4 per-channel symmetric", 0.5),
     ],
 )
 def test_caches_of_a_fused_operator(recipe: str, form: str, code_bytes: float) -> None:
@@ -77,9 +77,7 @@ def test_caches_of_a_fused_operator(recipe: str, form: str, code_bytes: float) -
         assert story.fate == "quantized"
         assert (story.before.bytes, story.after.bytes) == (2 * 32 * 4, 2 * 32 * code_bytes)
     fused = [fate for fate in found.fates if fate.op == "com.microsoft.GroupQueryAttention"]
-    assert [(fate.fate, fate.count, fate.activations) for fate in fused] == [
-        ("quantized", LAYERS, f"cache {form[:5]} static")
-    ]
+    assert [(fate.fate, fate.count, fate.activations) for fate in fused] == [("quantized", LAYERS, f"cache {form}")]
     assert {story.fate for story in stories(found).values()} == {"untouched"}
 
 

@@ -39,19 +39,21 @@ from tests.demo import (
 
 
 @pytest.mark.parametrize(
-    ("target", "linear", "table"),
+    ("target", "rounded", "linear", "table"),
     [
-        ("ort-cpu", "MatMulNBits int4 group(128) symmetric, gptq", "GatherBlockQuantized int8 group(128) symmetric"),
-        ("portable", "MatMul int4 group(128) symmetric, gptq", "Gather int8 per-channel symmetric"),
+        ("ort-cpu", ", activations int8 group(128) symmetric dynamic", "MatMulNBits", "GatherBlockQuantized"),
+        ("portable", "", "MatMul", "Gather"),
     ],
 )
-def test_gptq(target: str, linear: str, table: str) -> None:
+def test_gptq(target: str, rounded: str, linear: str, table: str) -> None:
+    """The kernel rounds its input itself (accuracy_level 4). Blocks that repeat the scale of a channel are channels."""
     found = stories(diff(variant("dynamo"), compiled("gptq-w4", target)))
-    expected = {path: f"{path}: MatMul float32 {shape} → {linear}" for path, shape in LINEARS.items()}
+    form = f"{linear} int4 group(128) symmetric{rounded}, gptq"
+    expected = {path: f"{path}: MatMul float32 {shape} → {form}" for path, shape in LINEARS.items()}
     assert {path: clause(story) for path, story in found.items() if path in LINEARS} == expected
-    assert clause(found[EMBEDDING]) == f"{EMBEDDING}: Gather float32 3072×256 → {table}, quantize-weights"
-    assert clause(found[HEAD]).endswith("int8 group(128) symmetric, quantize-weights" if target == "ort-cpu" else
-                                        "int8 per-channel symmetric, quantize-weights")  # fmt: skip
+    form = f"{table} int8 per-channel symmetric, quantize-weights"
+    assert clause(found[EMBEDDING]) == f"{EMBEDDING}: Gather float32 3072×256 → {form}"
+    assert clause(found[HEAD]).endswith(f"int8 per-channel symmetric{rounded}, quantize-weights")
     for path in LINEARS:
         assert 0.05 < found[path].weight_error < 0.5, "four bits, and GPTQ is after the outputs"
     assert found[HEAD].weight_error < 0.02, "eight bits"
@@ -100,7 +102,8 @@ def test_caches() -> None:
     paths = {f"model.layers.{n}.self_attn.{role}_cache" for n in range(LAYERS) for role in ("key", "value")}
     assert set(told) == paths
     for path in paths:
-        assert told[path].text == f"{path}: cache float32 → cache 8-bit per token, quantize-kv-cache"
+        scheme = f"int8 per-token symmetric dynamic{', channels normalized' if 'key' in path else ''}"
+        assert told[path].text == f"{path}: cache float32 → cache {scheme}, quantize-kv-cache"
         # 2 heads of 32 channels: four bytes each, then one each and a scale of two bytes a head.
         assert (told[path].before.bytes, told[path].after.bytes) == (256, 68)
     assert {port.name for port in found.ports} >= {"past_key_values.0.key", "present.3.value", "present.0.key_scale"}
@@ -139,7 +142,7 @@ def test_onnxruntimes_quantizers(peers: dict[str, Path], name: str, form: str) -
     assert set(told) == set(WHOLE)
     for path, shape in LINEARS.items():
         # A per-tensor range may happen to lie around its middle.
-        text = told[path].text.replace("per tensor symmetric", "per tensor asymmetric")
+        text = re.sub(r"\bint8 per-tensor symmetric", "uint8 per-tensor asymmetric", told[path].text)
         assert text == f"{path}: MatMul float32 {shape} → {form}"
         assert told[path].fate == "quantized"
         assert told[path].weight_error < 0.1
@@ -163,7 +166,7 @@ def test_the_genai_builders_int4_graph(tmp_path: Path) -> None:
         env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    form = "MatMulNBits int4 group(32) symmetric"
+    form = "MatMulNBits int4 group(32) symmetric, activations int8 group(32) symmetric dynamic"  # accuracy_level 4
     told = stories(diff(source, tmp_path / "int4"))
     assert (
         clause(told["model.layers.2.attn.qkv_proj"]) == f"model.layers.2.attn.qkv_proj: MatMul float32 256×384 → {form}"
