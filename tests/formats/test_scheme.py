@@ -6,7 +6,18 @@ import onnx_ir as ir
 import pytest
 
 from qcompiler.errors import RecipeError, SchemeError
-from qcompiler.formats.scheme import FORMATS, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Scheme, find_format
+from qcompiler.formats.scheme import (
+    FORMATS,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Scheme,
+    UnknownGranularity,
+    find_format,
+    in_words,
+)
 
 
 def test_ranges_and_divisors_of_the_integer_formats() -> None:
@@ -89,3 +100,74 @@ def test_a_granularity_of_another_kind_is_refused() -> None:
 def test_a_misspelt_format_gets_the_closest_names_and_is_a_recipe_error() -> None:
     with pytest.raises(RecipeError, match="fp8_e4m3"):
         find_format("fp8_e4m3fn")
+
+
+# --------------------------------------------------------------------------------------------------------- what it says
+
+
+@pytest.mark.parametrize(
+    ("scheme", "text"),
+    [
+        # Symmetric integers go by the signed name, others by the unsigned one, however codes are stored.
+        (Scheme("uint8", PerChannel()), "int8 per-channel symmetric"),
+        (Scheme("int4", PerGroup(32), symmetric=False), "uint4 group(32) asymmetric"),
+        (Scheme("uint4", PerGroup(32), symmetric=None), "uint4 group(32)"),
+        (Scheme("int8", UnknownGranularity(), symmetric=None), "int8"),
+        (Scheme("uint8", UnknownGranularity(), symmetric=False, dynamic=True), "uint8 asymmetric dynamic"),
+        # Scales: floats of any width go without saying, as the model's own type does.
+        (Scheme("fp4", PerGroup(32), scale_type="e8m0"), "fp4 group(32) symmetric, scales e8m0"),
+        (Scheme("fp4", PerGroup(16), scale_type="e4m3"), "fp4 group(16) symmetric, scales e4m3"),
+        (Scheme("int4", PerGroup(32), scale_type="float16"), "int4 group(32) symmetric"),
+        (Scheme("int4", PerGroup(32), scale_type="float32"), "int4 group(32) symmetric"),
+        (Scheme("nf4", PerGroup(64), scales=Scheme("int8", PerGroup(256))),
+         "nf4 group(64) symmetric, scales int8 group(256)"),
+        (Scheme("nf4", PerGroup(64), scales=Scheme("uint8", UnknownGranularity())),
+         "nf4 group(64) symmetric, scales int8"),
+        (Scheme("int8", PerToken(), dynamic=True, normalized=True),
+         "int8 per-token symmetric dynamic, channels normalized"),
+        (Scheme("int4", PerGroup(32), positive=True), "int4 group(32) symmetric"),
+    ],
+)  # fmt: skip
+def test_a_scheme_says_what_the_numbers_are(scheme: Scheme, text: str) -> None:
+    assert str(scheme) == text
+    assert str(scheme.numbers) == text
+    assert scheme.numbers.numbers == scheme.numbers
+
+
+def test_schemes_of_equal_numbers_are_equal() -> None:
+    assert Scheme("uint8", PerChannel(), positive=True).numbers == Scheme("int8", PerChannel()).numbers
+    assert Scheme("int8", PerTensor(), scale_type="float16").numbers == Scheme("int8", PerTensor())
+    assert Scheme("fp4", PerGroup(32), scale_type="e8m0").numbers != Scheme("fp4", PerGroup(32)).numbers
+    assert Scheme("int8", PerTensor(), symmetric=False).numbers == Scheme("uint8", PerTensor(), symmetric=False)
+    nested = Scheme("nf4", PerGroup(64), scales=Scheme("int8", PerGroup(256)))
+    assert nested.numbers != Scheme("nf4", PerGroup(64)).numbers
+
+
+def test_a_group_of_all_features_is_a_channel_or_a_token() -> None:
+    weight, activation = Scheme("int4", PerGroup(64)), Scheme("int8", PerGroup(64), dynamic=True)
+    assert weight.over(64).granularity == PerChannel()
+    assert weight.over(48) == Scheme("int4", PerChannel())
+    assert weight.over(65) == weight
+    assert activation.over(64) == Scheme("int8", PerToken(), dynamic=True)
+    assert str(activation.over(65)) == "int8 group(64) symmetric dynamic"
+    # Blocks of a codebook run on over the ends of channels.
+    assert Scheme("nf4", PerGroup(64)).over(64) == Scheme("nf4", PerGroup(64))
+    assert Scheme("int8", PerTensor()).over(1) == Scheme("int8", PerTensor())
+
+
+def test_what_a_layer_is_quantized_to_in_words() -> None:
+    weight, activation = Scheme("int8", PerChannel()), Scheme("uint8", PerTensor(), symmetric=False)
+    cache = Scheme("int8", PerToken(), dynamic=True)
+    assert in_words(None) == ""
+    assert in_words(weight) == "int8 per-channel symmetric"
+    assert in_words(weight, activation) == "int8 per-channel symmetric, activations uint8 per-tensor asymmetric"
+    assert in_words(None, activation) == "activations uint8 per-tensor asymmetric"
+    assert in_words(None, None, cache) == "int8 per-token symmetric dynamic"
+
+
+def test_scales_are_a_type_or_codes_and_have_two_levels_at_most() -> None:
+    scales = Scheme("int8", PerGroup(256))
+    with pytest.raises(SchemeError, match=r"scales are e8m0 or quantized to int8 group\(256\) symmetric: leave one"):
+        Scheme("fp4", PerGroup(32), scale_type="e8m0", scales=scales)
+    with pytest.raises(SchemeError, match="two levels at most"):
+        Scheme("fp4", PerGroup(16), scales=Scheme("int8", PerGroup(256), scales=scales))
