@@ -195,7 +195,7 @@ class LowerWeightOnly(Pass):
             return "the scales of its weight are computed, and the operator's are constants"
         if not site.transposed:
             return "the blocks of its weight run along its outputs, and the operator's along the inputs"
-        obstacle = bnb4.block_obstacle(block)
+        obstacle = bnb4.obstacle(str(format), block)
         if obstacle is not None:
             return obstacle
         dtype = node.outputs[0].dtype or ir.DataType.FLOAT

@@ -37,7 +37,7 @@ from pydantic.dataclasses import dataclass as options
 
 from qcompiler.errors import DataError
 from qcompiler.formats.arithmetic import dequantize, quantize, scale_and_zero_point, slices
-from qcompiler.formats.scheme import PerGroup, PerTensor, Scheme
+from qcompiler.formats.scheme import PerGroup, PerTensor, Scheme, find_format
 from qcompiler.formats.search import quantize_weight
 from qcompiler.functions.library import DOMAIN, add_function
 from qcompiler.graph.edit import (
@@ -160,12 +160,12 @@ class Nf4(StagedPass):
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """A weight in blocks of 4-bit codes. `scale` is that of the blocks, or of `scale_codes` where there are any."""
+    """A weight in blocks of codes. `scale` is that of the blocks, or of `scale_codes` where there are any."""
 
     format: str
     block_size: int
     codes: ir.TensorProtocol
-    """uint4 [N, K]"""
+    """[N, K], as the format stores them: uint4."""
     scale: npt.NDArray[np.float32]
     scale_codes: npt.NDArray[np.int8] | None
     mean: np.float32
@@ -203,8 +203,8 @@ def encode(site: Linear, format: str, block_size: int, scales: Computed) -> Bloc
     mean = np.float32(scales.arrays.get("mean", 0))
     of_blocks = scale if scale_codes is None else restore_scales(scale_codes, scale, mean)
     codes = derived(
-        tensor, lambda data: _codes(in_rows(data), of_blocks, format, block_size), ir.DataType.UINT4, shape,
-        f"{site.weight.name}.codes",
+        tensor, lambda data: _codes(in_rows(data), of_blocks, format, block_size),
+        ir.DataType[find_format(format).storage], shape, f"{site.weight.name}.codes",
     )  # fmt: skip
     return Blocks(format, block_size, codes, scale, scale_codes, mean)
 

@@ -1,4 +1,4 @@
-"""Formats whose codes are indices into a table of 16 numbers from -1 to 1, as bitsandbytes has them.
+"""Formats whose codes are indices into a table of numbers from -1 to 1, 16 in those that bitsandbytes has.
 
 A weight is the entry of its code times the scale of its block, which is the block's largest magnitude.
 """

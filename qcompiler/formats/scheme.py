@@ -48,7 +48,7 @@ class NumberFormat:
     qmin: float
     qmax: float
     symmetric_divisor: float
-    storage: str  # the name of the ONNX data type that holds the codes; 3 bits are stored in a 4-bit container
+    storage: str  # the name of the ONNX data type that holds the codes, the narrowest: INT4 of 3 bits
     dtype: np.dtype[Any]  # the numpy dtype of the codes: one element a code, never packed
 
     @property
@@ -61,10 +61,20 @@ def _integer(bits: int, signed: bool) -> NumberFormat:
     name = f"{'int' if signed else 'uint'}{bits}"
     qmin, qmax = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     divisor = (2**bits - 1) / 2 if bits < 8 else 2 ** (bits - 1) - 1
-    container = 4 if bits == 3 else bits
-    storage = f"{'' if signed else 'U'}INT{container}"
+    storage = f"{'' if signed else 'U'}INT{_container(bits)}"
     dtype = np.dtype(f"{'int' if signed else 'uint'}{max(bits, 8)}")
     return NumberFormat(name, bits, "integer", signed, qmin, qmax, divisor, storage, dtype)
+
+
+def _codebook(name: str, entries: int) -> NumberFormat:
+    bits = (entries - 1).bit_length()
+    storage = f"UINT{_container(bits)}"
+    return NumberFormat(name, bits, "codebook", True, 0, entries - 1, 1.0, storage, np.dtype(np.uint8))
+
+
+def _container(bits: int) -> int:
+    """The bits of the narrowest integer type of ONNX that holds so many."""
+    return next(size for size in (2, 4, 8, 16, 32) if size >= bits)
 
 
 def _float(name: str, bits: int, largest: float, storage: str, dtype: Any) -> NumberFormat:
@@ -80,7 +90,7 @@ FORMATS: dict[str, NumberFormat] = {
         _float("fp8_e5m2", 8, 57344.0, "FLOAT8E5M2", ml_dtypes.float8_e5m2),
         _float("fp4", 4, 6.0, "FLOAT4E2M1", ml_dtypes.float4_e2m1fn),
         # Codes are indices into a table of codebooks.py, whose ends are -1 and 1. fp4_bnb is bitsandbytes' fp4.
-        *(NumberFormat(name, 4, "codebook", True, 0, 15, 1.0, "UINT4", np.dtype(np.uint8)) for name in CODEBOOKS),
+        *(_codebook(name, len(codebook.table)) for name, codebook in CODEBOOKS.items()),
         # Codes are -1 and 1. ONNX has no signed type below two bits; `functions/binary.py` stores them in one.
         NumberFormat("binary", 1, "sign", True, -1, 1, 1.0, "INT2", np.dtype(np.int8)),
     )

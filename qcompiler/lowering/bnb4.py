@@ -20,8 +20,10 @@ QUANT_TYPES = {"fp4_bnb": 0, "nf4": 1}
 LEAST_BLOCK = 16
 
 
-def block_obstacle(block: int) -> str | None:
-    """Why the operator cannot have such blocks, or None."""
+def obstacle(format: str, block: int) -> str | None:
+    """Why the operator cannot decode such a format in such blocks, or None."""
+    if format not in QUANT_TYPES:
+        return f"the operator's tables are those of nf4 and fp4, and none is that of {format}"
     if block < LEAST_BLOCK or block & (block - 1):
         return f"blocks of {block} weights are no power of two from {LEAST_BLOCK} on, as the operator's are"
     return None

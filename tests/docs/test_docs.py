@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -137,9 +139,14 @@ def test_links_lead_somewhere(path: Path) -> None:
 # --- the example of docs/writing-a-pass.md
 
 
+def files(page: str) -> list[tuple[str, str]]:
+    """The files that a page shows, by name."""
+    return FILE.findall((DOCS / page).read_text(encoding="utf-8"))
+
+
 def installed(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The page's files in a folder, as pip would install them: on the path, with the entry points in their metadata."""
-    for name, content in FILE.findall((DOCS / page).read_text(encoding="utf-8")):
+    for name, content in files(page):
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content, encoding="utf-8")
@@ -245,4 +252,43 @@ def test_the_example_of_a_target_is_clean(board: Path) -> None:
                     ["format", "--check", "--line-length", "120"]):  # fmt: skip
         done = subprocess.run([sys.executable, "-m", "ruff", *command, "board", "test_board.py"], cwd=board,
                               capture_output=True, text=True, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stdout
+
+
+# --- the example of docs/adding-a-number-format.md
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the code with the page's patch, and the page's test."""
+    folder = tmp_path_factory.mktemp("fp6")
+    for name in ("qcompiler", "passes"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, content in files("adding-a-number-format.md"):
+        (folder / name).write_text(content, encoding="utf-8")
+    done = subprocess.run(["git", "apply", "fp6.patch"], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"the page's patch no longer fits the code: {done.stderr}"
+    return folder
+
+
+def test_the_example_of_a_number_format_rounds_and_is_told(patched: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_fp6.py"]
+    done = subprocess.run(command, cwd=patched, capture_output=True, text=True, check=False,
+                          env=os.environ | {"PYTHONPATH": str(patched)})  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "5 passed" in done.stdout
+
+
+def test_the_example_of_a_number_format_touches_few_files() -> None:
+    """Beside them stand its test, the page of the pass and a line in the change log: six with both formats."""
+    patch = dict(files("adding-a-number-format.md"))["fp6.patch"]
+    assert len(re.findall(r"^\+\+\+ b/", patch, re.MULTILINE)) + len(["test", "page", "change log"]) <= 6
+
+
+def test_the_example_of_a_number_format_is_clean(patched: Path) -> None:
+    for command in (["check", "--config", str(ROOT / "pyproject.toml"), "--ignore", "I001"],
+                    ["format", "--check", "--line-length", "120"]):  # fmt: skip
+        done = subprocess.run([sys.executable, "-m", "ruff", *command, "test_fp6.py", "passes/nf4.py", *map(
+            str, (patched / "qcompiler" / "formats").glob("*.py"))], cwd=patched, capture_output=True, text=True,
+            check=False)  # fmt: skip
         assert done.returncode == 0, done.stdout

@@ -10,7 +10,7 @@ from math import prod
 
 import onnx_ir as ir
 
-from qcompiler.formats.scheme import Granularity, PerChannel, PerGroup, PerTensor
+from qcompiler.formats.scheme import FORMATS, Granularity, PerChannel, PerGroup, PerTensor
 from qcompiler.functions.binary import FORMAT as BINARY
 from qcompiler.functions.binary import UNPACK, is_binary
 from qcompiler.functions.library import DOMAIN, codebook_format
@@ -99,7 +99,8 @@ def _decoded(node: ir.Node) -> StoredWeight | None:
                             layout)  # fmt: skip
     if (book := codebook_format(node)) is not None:
         size = node.attributes.get_int("block_size", 0) or 0
-        return StoredWeight(node, codes, shape, book, 4, PerGroup(size), scale, None, layout)
+        bits = FORMATS[book].bits
+        return StoredWeight(node, codes, shape, book, bits, PerGroup(size), scale, None, layout)
     format, bits = _format(node, codes, stored)
     return StoredWeight(node, codes, shape, format, bits, _granularity(layout), scale, zero_point, layout)
 
