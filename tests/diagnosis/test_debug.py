@@ -22,7 +22,7 @@ from qcompiler.diagnosis.advice import advise
 from qcompiler.diagnosis.channels import Outliers, Rescaling
 from qcompiler.diagnosis.report import LayerDiagnosis
 from qcompiler.errors import DataError, ModelError
-from qcompiler.formats.scheme import PerGroup, PerTensor, Scheme
+from qcompiler.formats.scheme import PerGroup, PerTensor, PerToken, Scheme
 from qcompiler.graph import files as model_io
 from qcompiler.recipes import Recipe
 from qcompiler.sessions import segments
@@ -393,10 +393,11 @@ def test_advice_about_layers_leaves_caches_alone() -> None:
     proposed.resolved()
 
 
-def test_caches_of_4_bits_ask_for_8() -> None:
-    layers = [layer(f"c{i}", 30, weights="", weight_schemes=(), cache="int4 per-token") for i in range(8)] + [
-        layer("l", 60)
-    ]
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_caches_of_4_bits_ask_for_8(symmetric: bool) -> None:
+    scheme = Scheme("int4", PerToken(), symmetric, dynamic=True)
+    stored = {"weights": "", "weight_schemes": (), "cache": str(scheme), "cache_scheme": scheme}
+    layers = [*(layer(f"c{i}", 30, **stored) for i in range(8)), layer("l", 60)]
     proposals, proposed = advise(layers, Recipe.load("kv-int4"), 15.0)
     assert proposals[0].text == "set quantize-kv-cache.format=int8: 8 bits for caches instead of 4"
     proposed.resolved()
