@@ -129,7 +129,7 @@ class Reproducer:
             self._model, self._rest, self._statistics = self._snapshots.of(model), rest, statistics
 
     def after(self, step: Pass, model: ir.Model, changes: Changes) -> None:
-        if changes.modified:
+        if step.kind != "analysis":  # a pass may change what is no layer, and then names none
             self._snapshots.changed()
 
     def failed(self, step: Pass, error: Exception) -> None:

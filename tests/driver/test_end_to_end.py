@@ -176,3 +176,28 @@ def test_hooks_without_data_are_an_error() -> None:
 def test_a_model_without_layers_is_said_to_have_none() -> None:
     model = tiny.build("g (float[M,8] x) => (float[M,8] y) { y = Relu(x) }")
     assert any("no layer" in warning for warning in qcompiler.compile(model, "int8-weights").report.warnings)
+
+
+@options(frozen=True, config=OPTIONS)
+class Halve(Pass):
+    """Changes a constant that belongs to no layer, and so names none."""
+
+    name: ClassVar[str] = "halve"
+    kind: ClassVar[Kind] = "rounding"
+
+    def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
+        node = model.graph[0]
+        Rewriter(model, self.name).set_constant(node, 1, array(node.inputs[1]) / 2)
+        return Changes()
+
+
+def test_a_pass_that_names_no_layer_has_changed_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    steps = {"halve": Halve, "explode": Explode}
+    monkeypatch.setattr("qcompiler.recipes.pass_class", lambda name: steps.get(name) or pass_class(name))
+    model = tiny.build(
+        "g (float[M,2] x, float[2] a) => (float[M,2] y) { y = Mul(x, a) }", a=np.array([2, 4], np.float32)
+    )
+    with pytest.raises(PassError, match="boom"):
+        qcompiler.compile(model, Recipe.from_dict({"name": "r", "passes": ["halve", "explode"]}), dump_dir=tmp_path)
+    before = ir.load(tmp_path / "reproduce-explode" / "model.onnx").graph.initializers["a"]
+    assert before.const_value.numpy().tolist() == [1, 2]
