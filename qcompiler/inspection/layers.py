@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from qcompiler.formats.scheme import Scheme
 from qcompiler.graph.edit import constant
 from qcompiler.graph.module_path import block_of, module_path
 from qcompiler.graph.operators import has
@@ -45,6 +46,10 @@ class InspectedLayer:
     note: str
     """Why no pass quantizes it, where that is so."""
     statistics: WeightStatistics | None
+    weight_scheme: Scheme | None = None
+    """`scheme` as data."""
+    activation_scheme: Scheme | None = None
+    """`activations` as data."""
 
 
 def layers_of(model: ir.Model, *, statistics: bool = True) -> list[InspectedLayer]:
@@ -84,16 +89,14 @@ def _layer(
     stored = weight.constants[0]
     if statistics and stored not in computed:
         computed[stored] = statistics_of(weight)
+    activation = operand_activation(node).scheme if has(node, "product") else None
     return InspectedLayer(
         name=site.name if site is not None else node.name or "", module_path=path, block=block_of(path),
         op=node.op_type, type=weight.format, scheme=str(weight.scheme or ""),
-        activations=_activations(node), shape=weight.shape, bytes=weight.bytes,
+        activations=str(activation or ""), shape=weight.shape, bytes=weight.bytes,
         weight=str(stored.name), shared=False, note="", statistics=computed.get(stored),
+        weight_scheme=weight.scheme, activation_scheme=activation,
     )  # fmt: skip
-
-
-def _activations(node: ir.Node) -> str:
-    return str(operand_activation(node).scheme or "") if has(node, "product") else ""
 
 
 def _unsupported(site: Site) -> InspectedLayer:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.evaluation.compare import Measures
-from qcompiler.formats.scheme import in_words
+from qcompiler.formats.scheme import Scheme, in_words
 from qcompiler.graph.module_path import block_of
 from qcompiler.model_diff.arithmetic import error_of
 from qcompiler.model_diff.layers import CacheView, Layer, read_caches
@@ -36,13 +36,17 @@ class Form:
     op: str
     """The operator; several where the other model packs them into one."""
     weight: str
-    """``float32``, ``4-bit block 128 symmetric``."""
+    """``float32``, ``int4 group(128) symmetric``; of a cache how that is stored."""
     activations: str
     """``activations uint8 per-tensor asymmetric``; empty where they are float."""
     shape: tuple[int, ...]
     bytes: int
     output: str
     """The name of the value that it writes."""
+    scheme: Scheme | None = None
+    """`weight` as data; None of floats."""
+    activation_scheme: Scheme | None = None
+    """`activations` as data."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,7 @@ def _form(layers: Sequence[Layer]) -> Form:
         activations=in_words(None, first.activation.scheme), shape=shape,
         bytes=sum(value.const_value.nbytes for value in stored.values() if value.const_value is not None),
         output=", ".join(str(layer.output.name) for layer in layers),
+        scheme=first.weight.stored.scheme, activation_scheme=first.activation.scheme,
     )  # fmt: skip
 
 
@@ -287,4 +292,4 @@ def _fate_of_cache(view: CacheView, other: CacheView) -> Fate:
 
 
 def _cache(view: CacheView) -> Form:
-    return Form(view.past, "cache", view.form, "", (), view.bytes or 0, view.present)
+    return Form(view.past, "cache", view.form, "", (), view.bytes or 0, view.present, view.scheme)

@@ -12,9 +12,10 @@ import pytest
 import qcompiler
 from qcompiler.calibration.samples import from_python
 from qcompiler.driver.compiled import Compiled
-from qcompiler.formats.scheme import FORMATS
+from qcompiler.formats.scheme import Scheme
 from qcompiler.model_diff import LayerStory, diff
 from qcompiler.recipes import recipe_names
+from qcompiler.report import SiteReport
 from tests import decoders, tiny
 
 BLOCK = """
@@ -90,13 +91,20 @@ def compiled(model: ir.Model, recipe: str, target: str) -> Compiled:
     )
 
 
-def assert_form(story: LayerStory, scheme: str) -> None:
-    assert ", ".join(filter(None, (story.after.weight, story.after.activations))) == scheme
+def assert_form(story: LayerStory, site: SiteReport) -> None:
+    """The scheme that the pass reported is what the graph shows, as data and in words."""
+    reported = site.cache.scheme if site.cache is not None else site.weight
+    assert (story.after.scheme, story.after.activation_scheme) == (_numbers(reported), _numbers(site.activation))
+    assert ", ".join(filter(None, (story.after.weight, story.after.activations))) == site.scheme
+
+
+def _numbers(scheme: Scheme | None) -> Scheme | None:
+    return scheme.numbers if scheme is not None else None
 
 
 def assert_bytes(story: LayerStory) -> None:
     """Codes as wide as they are stored, scales and zero points: never as much as the float weight."""
-    bits = FORMATS[story.after.weight.split(" ")[0]].bits
+    bits = story.after.scheme.number_format.bits
     numbers = story.after.shape[0] * story.after.shape[1]
     assert numbers * bits // 8 <= story.after.bytes < story.before.bytes
     assert story.before.bytes == numbers * 4
@@ -126,10 +134,10 @@ def test_stories_say_what_the_report_says(target: str, recipe: str) -> None:
         assert story.fate == "quantized"
         assert story.method == site.pass_name
         if story.kind == "cache":
-            assert story.after.weight.startswith(f"{re.search(r'int(.)', site.scheme)[1]}-bit ")
+            assert_form(story, site)
             assert story.after.bytes < story.before.bytes / 2
             continue
-        assert_form(story, site.scheme)
+        assert_form(story, site)
         assert_bytes(story)
         assert 0 < story.weight_error < (1.5 if recipe in ("binary", "gptq-w2") else 0.8)
         into = {name for text in site.details.values() for name in re.findall(r"folded into ([\w.]+)", text)}

@@ -5,12 +5,24 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 import qcompiler
+from qcompiler.formats.scheme import (
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Scheme,
+    UnknownGranularity,
+    in_words,
+)
 from qcompiler.recipes import Recipe
 from qcompiler.report import Gate, PassReport, PassSkip, Report, SiteReport, Sizes, check_gates, render
 from qcompiler.report.build import sizes
@@ -296,3 +308,52 @@ def test_what_cannot_be_quantized_is_excluded_where_nobody_asked_for_it(
     (odd,) = (site for site in report.sites if site.name == "odd")
     assert odd.status == status
     assert reason in odd.reason
+
+
+# ------------------------------------------------------------------------------------------------------ schemes as data
+
+
+def test_schemes_of_every_kind_come_back_from_json() -> None:
+    """As objects: granularities of one shape are told apart by their kind, scales of two levels keep both."""
+    keys = Scheme("int4", PerToken(), symmetric=False, dynamic=True, normalized=True)
+    weights: list[Scheme | None] = [
+        Scheme("uint8", PerChannel(), positive=True), Scheme("int4", PerGroup(32), symmetric=False),
+        Scheme("fp8_e4m3", PerBlock(128, 64)), Scheme("int8", UnknownGranularity(), symmetric=None), None,
+        Scheme("fp4", PerGroup(32), scale_type="e8m0"),
+        Scheme("nf4", PerGroup(64), scales=Scheme("int8", PerGroup(256))),
+    ]  # fmt: skip
+    activations = [Scheme("int8", PerToken(), dynamic=True), Scheme("uint8", PerTensor(), symmetric=False), None]
+    sites = [
+        SiteReport(f"l{n}", f"l{n}", "MatMul", "quantized", scheme=in_words(weight, activation), weight=weight,
+                   activation=activation)
+        for n, (weight, activation) in enumerate(product(weights, activations))
+    ]  # fmt: skip
+    change = CacheChange("past", "present", "float32", "uint8", 256, 36, keys)
+    sites.append(SiteReport("past", "a.key_cache", "key cache", "quantized", scheme=str(keys), cache=change))
+    report = example(sites=sites)
+    again = Report.from_json(report.to_json())
+    assert again.sites == sites
+    assert again.to_json() == report.to_json()
+    written = json.loads(report.to_json())["sites"]
+    assert written[0]["scheme"] == "int8 per-channel symmetric, activations int8 per-token symmetric dynamic"
+    assert (written[0]["weight"]["format"], written[0]["weight"]["granularity"]) == ("uint8", {"kind": "channel"})
+    assert written[3]["weight"]["granularity"] == {"size": 32, "kind": "group"}
+    assert written[-1]["cache"]["scheme"]["normalized"] is True
+
+
+def test_a_report_of_before_schemes_were_data_is_read() -> None:
+    change = CacheChange("past", "present", "float32", "int8", 256, 68, Scheme("int8", PerToken(), dynamic=True))
+    sites = [SiteReport("l", "l", "MatMul", "quantized", scheme="int8 per-channel symmetric",
+                        weight=Scheme("int8", PerChannel()), activation=Scheme("int8", PerTensor())),
+             SiteReport("past", "a.key_cache", "key cache", "quantized", scheme="int8 per-token symmetric",
+                        cache=change)]  # fmt: skip
+    old = json.loads(example(sites=sites).to_json())
+    for site in old["sites"]:
+        del site["weight"], site["activation"]
+    del old["sites"][1]["cache"]["scheme"]
+    layer, cache = Report.from_json(json.dumps(old)).sites
+    assert (layer.scheme, layer.weight, layer.activation) == ("int8 per-channel symmetric", None, None)
+    assert cache.scheme == "int8 per-token symmetric"
+    assert cache.is_cache
+    assert cache.cache == replace(change, scheme=None)
+    assert "1 of 1 layers quantized, 1 of 1 caches" in printed(Report.from_json(json.dumps(old)))
