@@ -37,7 +37,7 @@ from qcompiler.graph.edit import node_graph
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.lowering.integer_weights import IntegerWeights, is_blocked, put_kernel, weight_obstacle
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
-from qcompiler.sites.activations import Dynamic, activation_of
+from qcompiler.sites.activations import Dynamic
 from qcompiler.sites.analyses import quantized_linears_of
 from qcompiler.sites.find import Linear
 from qcompiler.statistics import StatisticsStore
@@ -59,7 +59,7 @@ class LowerDynamicInt8(Pass):
         model.graph.opset_imports.setdefault("com.microsoft", 1)
         layers: list[tuple[Linear, Dynamic]] = []
         for site in self.selected(quantized_linears_of(model)):
-            pair = activation_of(site.input)
+            pair = site.activation
             if site.dequantize is None or not isinstance(pair, Dynamic) or is_blocked(site):
                 continue  # other passes' business
             obstacle = _activation_obstacle(pair) or weight_obstacle(site)

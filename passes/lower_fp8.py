@@ -38,7 +38,7 @@ from qcompiler.graph.flatten import rows_of
 from qcompiler.graph.lazy import derived
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
-from qcompiler.sites.activations import Float, activation_of
+from qcompiler.sites.activations import Float
 from qcompiler.sites.analyses import quantized_linears_of
 from qcompiler.sites.find import Linear
 from qcompiler.statistics import StatisticsStore
@@ -91,7 +91,7 @@ class LowerFp8(Pass):
 
 def _quantizes_input(site: Linear) -> ir.Node | None:
     """The node that makes the float8 codes whose dequantized form the layer reads; None where its input is float."""
-    activation = activation_of(site.input)
+    activation = site.activation
     if isinstance(activation, Float) or activation.quantize is None:
         return None
     return activation.quantize if activation.quantize.outputs[0].dtype in FLOAT8 else None

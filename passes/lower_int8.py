@@ -43,7 +43,7 @@ from qcompiler.lowering.integer_weights import (
 )
 from qcompiler.lowering.layer_inputs import read_float, static_obstacle
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
-from qcompiler.sites.activations import Static, activation_of
+from qcompiler.sites.activations import Static
 from qcompiler.sites.analyses import quantized_linears_of
 from qcompiler.statistics import StatisticsStore
 from qcompiler.targets.conditions import Call, obstacles, operand_of
@@ -63,7 +63,7 @@ class LowerInt8(Pass):
         activations, weights = _Activations(rw), IntegerWeights(rw)
         model.graph.opset_imports.setdefault("com.microsoft", 1)
         for site in self.selected(quantized_linears_of(model)):
-            activation = activation_of(site.input)
+            activation = site.activation
             if site.dequantize is None or not isinstance(activation, Static) or activation.quantize is None:
                 continue  # weight-only, dynamic and float layers are other passes' business
             obstacle = static_obstacle(activation, EIGHT_BITS, TAKES) or weight_obstacle(site)

@@ -49,7 +49,7 @@ from qcompiler.lowering.integer_weights import (
 )
 from qcompiler.lowering.layer_inputs import read_float, static_obstacle
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
-from qcompiler.sites.activations import Dynamic, Float, Static, activation_of
+from qcompiler.sites.activations import Dynamic, Float, Static
 from qcompiler.sites.analyses import quantized_linears_of
 from qcompiler.sites.find import Linear
 from qcompiler.statistics import StatisticsStore
@@ -109,7 +109,7 @@ class LowerIntegerChain(Pass):
 
 def _codes(site: Linear) -> Static | Dynamic | None:
     """The layer's activation where it is integer codes."""
-    activation = activation_of(site.input)
+    activation = site.activation
     if isinstance(activation, Float) or (isinstance(activation, Static) and activation.quantize is None):
         return None
     return activation if activation.scheme.number_format.kind == "integer" else None

@@ -50,7 +50,7 @@ from qcompiler.lowering.integer_weights import zero_point
 from qcompiler.lowering.layer_inputs import static_obstacle
 from qcompiler.lowering.tensorrt_rules import BLOCKS, violations
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
-from qcompiler.sites.activations import Activation, Dynamic, Float, Static, activation_of
+from qcompiler.sites.activations import Activation, Dynamic, Float, Static
 from qcompiler.sites.analyses import sites_of
 from qcompiler.sites.embeddings import QuantizedEmbedding, find_quantized_embeddings
 from qcompiler.sites.find import Convolution, Linear
@@ -81,7 +81,7 @@ class LowerTensorrt(Pass):
         for site in self.selected(layers):
             if site.dequantize is None or site.dequantize.domain == DOMAIN:
                 continue  # what is float, and what the check below refuses by name
-            form = _form(site, activation_of(site.input))
+            form = _form(site, site.activation)
             if isinstance(form, str):
                 replaced += _read_floats(site, floats)
                 changes.skipped.append(Skipped(site.name, f"{form}, so {FLOAT_AGAIN}", undone="layer"))
@@ -352,7 +352,7 @@ def _read_floats(site: Layer, floats: FloatConstants) -> list[ir.Node]:
         else:
             site.node.replace_input_with(1, value)
         replaced.append(node)
-    activation = activation_of(site.input)
+    activation = site.activation
     if not isinstance(activation, Float) and activation.quantize is not None:
         producer = site.input.producer()
         site.node.replace_input_with(0, activation.source)

@@ -66,7 +66,7 @@ from qcompiler.lowering.integer_weights import is_blocked
 from qcompiler.lowering.layer_inputs import read_float
 from qcompiler.lowering.packed import CodeMatrix, code_matrix, pack, two_bit_matrix
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
-from qcompiler.sites.activations import Dynamic, activation_of, is_quantized, rounds_to
+from qcompiler.sites.activations import Dynamic, is_quantized, rounds_to
 from qcompiler.sites.analyses import quantized_linears_of
 from qcompiler.sites.embeddings import QuantizedEmbedding, find_quantized_embeddings
 from qcompiler.sites.find import Linear
@@ -119,7 +119,7 @@ class LowerWeightOnly(Pass):
         embeddings = find_quantized_embeddings(model)
         made: dict[object, _Operator] = {}
         for site in self.selected(quantized_linears_of(model)):
-            found = activation_of(site.input)
+            found = site.activation
             pair = found if isinstance(found, Dynamic) else None
             if site.dequantize is None or (not is_blocked(site) if pair is not None else is_quantized(site.input)):
                 continue  # codes on both sides are other passes' business

@@ -46,7 +46,7 @@ def compile(
             model's inputs. The last `held_out` of them (4, the recipe says) are kept for comparing.
         tokenizer: a tokenizer.json, where the data is text.
         samples, sequence_length: samples to calibrate on (32) and tokens of each, where the data is text (256).
-        statistics: a file that `calibrate` wrote for this model, in the place of data.
+        statistics: a file that `qcompiler calibrate` wrote for this model, in the place of data.
         hooks: functions of your own that see values while they are measured (`Hook`).
 
     How it is done:

@@ -1,6 +1,6 @@
 """What lowering passes share about a layer's activation: why a kernel cannot take its codes, and how it is float again.
 
-activation = activation_of(site.input)                               Float | Static | Dynamic
+activation = site.activation                                       Float | Static | Dynamic
 obstacle = static_obstacle(activation, EIGHT_BITS, "the kernel takes int8 and uint8")
 read_float(site.node, activation)
 """

@@ -17,6 +17,7 @@ from qcompiler.graph.edit import constant
 from qcompiler.graph.metadata import PART_OF
 from qcompiler.graph.module_path import block_of, module_path
 from qcompiler.graph.operators import has, weight, weights
+from qcompiler.sites.activations import activation_of
 from qcompiler.sites.kinds import (
     Convolution,
     Embedding,
@@ -197,7 +198,7 @@ def _linear(node: ir.Node, derived: Derived) -> Linear | Unsupported | None:
     return Linear(
         node=node, name=node.name or "", module_path=path, block=block_of(path), input=source,
         weight=right.constant, transposed=transposed, dequantize=right.dequantize, transpose=right.transpose,
-        bias=bias, bias_node=bias_node, in_features=features, out_features=outputs,
+        bias=bias, bias_node=bias_node, in_features=features, out_features=outputs, activation=activation_of(source),
     )  # fmt: skip
 
 
@@ -252,7 +253,7 @@ def _convolution(node: ir.Node, derived: Derived) -> Convolution | Unsupported |
     path = module_path(node, weight.constant)
     return Convolution(
         node=node, name=node.name or "", module_path=path, block=block_of(path), input=source,
-        weight=weight.constant, dequantize=weight.dequantize, bias=bias,
+        weight=weight.constant, dequantize=weight.dequantize, bias=bias, activation=activation_of(source),
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,9 @@ import onnx_ir as ir
 import regex
 
 from qcompiler.errors import RecipeError
+
+if TYPE_CHECKING:
+    from qcompiler.sites.activations import Activation
 
 PATIENCE = 1.0  # seconds for one pattern and one name
 
@@ -55,6 +59,8 @@ class Linear(Site):
     """That Add, or None (Gemm's own bias, or no bias)."""
     in_features: int
     out_features: int
+    activation: Activation
+    """What `input` is: float, or quantized with constant scales, or with scales found while the model runs."""
 
     @property
     def output(self) -> ir.Value:
@@ -75,6 +81,8 @@ class Convolution(Site):
     weight: ir.Value
     dequantize: ir.Node | None
     bias: ir.Value | None
+    activation: Activation
+    """As of a linear layer."""
 
     @property
     def output(self) -> ir.Value:

@@ -13,6 +13,7 @@ import pytest
 from qcompiler.errors import RecipeError
 from qcompiler.graph.edit import constant
 from qcompiler.graph.files import load
+from qcompiler.sites.activations import Dynamic, Float, Static
 from qcompiler.sites.analyses import linear_groups_of, norm_groups_of
 from qcompiler.sites.canonicalize import canonicalize
 from qcompiler.sites.find import (
@@ -25,6 +26,7 @@ from qcompiler.sites.find import (
     find_sites,
     matches,
 )
+from tests import tiny
 
 OPSETS = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>'
 
@@ -509,3 +511,15 @@ def test_a_pattern_that_backtracks_without_end_is_given_up(two: Sites, monkeypat
     site = dataclasses.replace(two.all[0], name="a" * 60 + "b")
     with pytest.raises(RecipeError, match=r"is still undecided about 'a+b' after 0\.2 s; write it without"):
         matches("re:(a|aa)+$", site)
+
+
+def test_a_layer_says_what_its_activation_is() -> None:
+    quantized = "s = QuantizeLinear(x, a, b)  d = DequantizeLinear(s, a, b)"
+    dynamic = "s, t, u = DynamicQuantizeLinear(x)  d = DequantizeLinear(s, t, u)"
+    for body, kind in ((quantized, Static), (dynamic, Dynamic), ("d = Identity(x)", Float)):
+        for layer in ("y = MatMul(d, W)", "y = Gemm(d, W)"):
+            graph = f"g (float[8,4] x, float a, uint8 b, float[4,4] W) => (float[8,4] y) {{ {body}  [fc] {layer} }}"
+            used = {"a": np.float32(0.1), "b": np.uint8(7)} if kind is Static else {}
+            (linear,) = find_sites(tiny.build(graph, W="normal", **used)).linears
+            assert isinstance(linear.activation, kind)
+            assert len(linear.activation.nodes) == (0 if kind is Float else 2)
