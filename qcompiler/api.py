@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
 from qcompiler.errors import QCompilerError, SchemeError
@@ -39,10 +40,10 @@ from qcompiler.statistics import (
 
 __all__ = [
     "MSE", "OPTIONS", "Changed", "Changes", "ChannelAbsMax", "ChannelFolds", "ChannelMoments", "ChannelRange",
-    "Computed", "Convolution", "Embedding", "Entropy", "HeadRange", "Kind", "Linear", "MinMax", "MovingAverageMinMax",
-    "NormGroup", "Pass", "PerBlock", "PerChannel", "PerGroup", "PerTensor", "PerToken", "Percentile", "QCompilerError",
-    "Quantized", "Rewriter", "Scheme", "SchemeError", "SecondMoment", "Site", "Sites", "Skipped", "StagedPass",
-    "Statistic", "StatisticsStore", "Tap", "Unit", "Unsupported", "WeightConstant", "WeightPass", "array", "caches_of",
-    "constant", "dequantize", "linear_groups_of", "norm_groups_of", "options", "quantize", "quantize_weight", "read",
-    "sites_of",
+    "Computed", "Convolution", "Embedding", "Entropy", "Field", "HeadRange", "Kind", "Linear", "MinMax",
+    "MovingAverageMinMax", "NormGroup", "Pass", "PerBlock", "PerChannel", "PerGroup", "PerTensor", "PerToken",
+    "Percentile", "QCompilerError", "Quantized", "Rewriter", "Scheme", "SchemeError", "SecondMoment", "Site",
+    "Sites", "Skipped", "StagedPass", "Statistic", "StatisticsStore", "Tap", "Unit", "Unsupported",
+    "WeightConstant", "WeightPass", "array", "caches_of", "constant", "dequantize", "linear_groups_of",
+    "norm_groups_of", "options", "quantize", "quantize_weight", "read", "sites_of",
 ]  # fmt: skip
