@@ -167,7 +167,7 @@ CORE = {
     "qcompiler/report/build.py": ("report/test_report.py", "driver/test_end_to_end.py"),
     "qcompiler/rewriting/folding.py": ("rewriting/test_folding.py", "passes/test_smooth_quant.py"),
     "qcompiler/rewriting/quantease.py": ("rewriting/test_quantease.py",),
-    "qcompiler/rewriting/weights.py": ("passes/test_quantize_weights.py", "passes/test_mixed_precision.py"),
+    "qcompiler/rewriting/weights.py": ("passes/test_quantize_weights.py", "passes/test_hqq.py"),
     "qcompiler/sites/find.py": ("sites/test_find.py",),
     "qcompiler/sites/fold_targets.py": ("rewriting/test_folding.py",),
     "qcompiler/statistics/ranges.py": ("statistics/test_statistics.py",),

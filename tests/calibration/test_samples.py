@@ -141,6 +141,8 @@ def test_text_windows_are_spread_over_the_text(tmp_path: Path, tokenizer: Path) 
     assert [w["input_ids"].shape[1] for w in everything] == [30, 30, 30, 10]
     (short,) = read(tmp_path / "t.txt", tokenizer=tokenizer, sequence_length=1000)
     assert short["input_ids"].shape == (1, 100)
+    (tmp_path / "long.txt").write_text(" ".join(words * 6))
+    assert {w["input_ids"].shape for w in read(tmp_path / "long.txt", tokenizer=tokenizer)} == {(1, 256)}
 
 
 def test_of_a_very_long_text_only_the_places_of_the_windows_are_read(tmp_path: Path, tokenizer: Path) -> None:
@@ -219,6 +221,9 @@ def test_random_data_fits_and_warns() -> None:
     assert max(s["input_ids"].max() for s in samples) < VOCABULARY
     assert max(s["input_ids"].max() for s in samples) > 10
     np.testing.assert_array_equal(samples[1]["input_ids"], again[1]["input_ids"])
+    with pytest.warns(UserWarning, match="random"):
+        (seven,) = read("random", limit=1, sequence_length=7)
+    assert seven["input_ids"].shape == (1, 7)
     with pytest.warns(UserWarning, match=r"random data \(seed 1\)|says nothing"):
         other = read("random", limit=3, seed=1)
     ids = [tuple(s["input_ids"].ravel()) for s in (*samples, *other)]
