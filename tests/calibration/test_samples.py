@@ -316,6 +316,12 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, name: str, content: b
         read(tmp_path / name)
 
 
+@pytest.mark.parametrize("spec", ["", "  "])
+def test_data_without_a_name_is_not_the_folder_at_hand(spec: str) -> None:
+    with pytest.raises(DataError, match="the data has an empty name"):
+        read(spec)
+
+
 def test_pickles_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", input_ids=np.array([[None]], object))
     with pytest.raises(DataError, match="pickled Python objects, which are never loaded"):
