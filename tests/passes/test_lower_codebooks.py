@@ -12,7 +12,7 @@ from passes.lower_embedding import LowerEmbedding
 from passes.lower_weight_only import LowerWeightOnly
 from passes.nf4 import Nf4
 from qcompiler.formats.codebooks import CODEBOOKS
-from qcompiler.lowering.bnb4 import packed
+from qcompiler.lowering.bnb4 import obstacle, packed
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.find import find_sites
 from qcompiler.statistics import StatisticsStore
@@ -108,3 +108,8 @@ def test_blocks_along_the_outputs_are_skipped_with_the_reason() -> None:
     assert tiny.reasons(changes) == {
         "fc": "the blocks of its weight run along its outputs, and the operator's along the inputs"
     }
+
+
+def test_tables_that_the_operator_does_not_have() -> None:
+    assert obstacle("nf4", 64) is None
+    assert obstacle("own", 64) == "the operator's tables are those of nf4 and fp4, and none is that of own"
