@@ -133,6 +133,7 @@ def test_a_block_opens_its_drawing(opened: Opened, difference: Diff) -> None:
     block = opened.page.locator("#blocks details", has_text="model.layers.1")
     assert block.locator("svg").count() == 0
     block.locator("summary").press("Enter")
+    block.locator("svg.drawing").first.wait_for()  # drawn when the browser says that it was opened
     before, after = block.locator("svg.drawing").all()
     assert before.get_by_text("before").count() == 1
     for side in (before, after):
