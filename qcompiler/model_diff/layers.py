@@ -14,7 +14,7 @@ from qcompiler.graph.edit import constant
 from qcompiler.graph.metadata import PART_OF
 from qcompiler.graph.module_path import block_of, module_path
 from qcompiler.graph.operators import QuantizedOperand, has, multiplies_floats, quantized
-from qcompiler.model_diff.weights import Weight, as_table, of_codes, of_operand, type_name
+from qcompiler.model_diff.weights import Weight, as_table, float_name, of_codes, of_operand
 from qcompiler.sites.activations import Activation, Float, activation_of, operand_activation, through_quantization
 from qcompiler.sites.analyses import caches_of, sites_of
 from qcompiler.sites.caches import Cache
@@ -224,7 +224,7 @@ class CacheView:
     @property
     def form(self) -> str:
         """The scheme in words, or the type of the floats."""
-        return str(self.scheme or type_name(self.dtype))
+        return str(self.scheme or float_name(self.dtype))
 
 
 def read_caches(model: ir.Model) -> Iterator[CacheView]:

@@ -13,10 +13,7 @@ from qcompiler.sites.stored import StoredWeight, format_of, operand_weight
 from qcompiler.sites.stored.constants import chain, evaluate, shape_of
 from qcompiler.sites.stored.layout import Array
 
-KINDS = {
-    "float": "float32", "double": "float64", "fp8_e4m3": "fp8 e4m3", "fp8_e5m2": "fp8 e5m2", "fp4": "fp4 e2m1",
-    "fp4_bnb": "fp4",
-}  # fmt: skip
+KINDS = {"float": "float32", "double": "float64"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +44,9 @@ def phrase(weight: StoredWeight) -> str:
     return str(weight.scheme or KINDS.get(weight.format, weight.format))
 
 
-def type_name(dtype: ir.DataType | None) -> str:
-    """``float32``, ``8-bit``, ``fp8 e4m3``."""
-    if dtype is None:
-        return "?"
-    return f"{dtype.bitwidth}-bit" if dtype.is_integer() else KINDS.get(format_of(dtype), format_of(dtype))
+def float_name(dtype: ir.DataType) -> str:
+    """``float32``, ``float16``."""
+    return KINDS.get(format_of(dtype), format_of(dtype))
 
 
 def of_operand(value: ir.Value | None, *, outputs_first: bool) -> Weight | None:
