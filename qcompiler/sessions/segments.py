@@ -11,7 +11,6 @@ Graph optimizations are off, so that every value means what the graph says and d
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ import onnx_ir as ir
 from qcompiler.errors import ModelError
 from qcompiler.graph.operators import has
 from qcompiler.progress import Progress
+from qcompiler.sessions.garbage import Garbage
 from qcompiler.sessions.session import Kept, Session
 
 Consume = Callable[[str, int, np.ndarray], None]
@@ -65,6 +65,7 @@ def run(
     inputs = {str(value.name) for value in model.graph.inputs}
     count = samples.count if hasattr(samples, "count") and isinstance(samples.count, int | None) else None
     done = 0
+    garbage = Garbage()
     with Kept(None if memory_limit is None else int(memory_limit * KEPT_SHARE)) as kept:
         feeds: Iterable[Mapping[str, np.ndarray]] = _first(samples, inputs, segments, wanted, consume, kept)
         if not segments:
@@ -73,9 +74,10 @@ def run(
                 _report(progress, done, count)
         for number, segment in enumerate(segments):
             session = Session(model, segment.inputs, segment.outputs, kept, limited=memory_limit is not None)
-            ran = 0
+            ran, used = 0, segment.weight_bytes
             for index, feed in enumerate(feeds):
                 for name, array in session.run(feed, index):
+                    used += array.nbytes
                     if name in wanted:
                         consume(name, index, array)
                     if name in segment.kept:
@@ -84,7 +86,7 @@ def run(
                 _report(progress, done, None if count is None else count * len(segments))
             count = ran
             del session
-            gc.collect()  # the session and the mapped weights go now, not at some later time
+            garbage.left(used)
             later = {name for following in segments[number + 1 :] for name in following.inputs}
             kept.drop_all_but(later)
             feeds = _between(segments[number + 1].inputs, ran, kept) if number + 1 < len(segments) else ()

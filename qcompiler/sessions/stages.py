@@ -8,7 +8,6 @@ is run twice at most, and only the weights of one stage are in memory. Stages th
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.progress import Progress
+from qcompiler.sessions.garbage import Garbage
 from qcompiler.sessions.segments import KEPT_SHARE, Consume, Schedule, Segment, wanted_values
 from qcompiler.sessions.session import Kept, Session
 
@@ -63,15 +63,18 @@ def run_stages(
         runs = sum(2 if stage.forward else 1 for stage in stages)
         steps = iter(range(1, runs * count + 1))
 
+        garbage = Garbage()
+
         def through(part: Segment, use: Consume) -> None:
-            session = Session(model, part.inputs, part.outputs, kept, limited=limited)
+            session, used = Session(model, part.inputs, part.outputs, kept, limited=limited), part.weight_bytes
             for index in range(count):
                 for name, array in session.run({name: kept.get(name, index) for name in part.inputs}, index):
+                    used += array.nbytes
                     use(name, index, array)
                 if progress is not None:
                     progress(next(steps), runs * count)
             del session
-            gc.collect()  # the session and the mapped weights go now, not at some later time
+            garbage.left(used)
 
         for number, stage in enumerate(stages):
             if not done(stage.members):
