@@ -61,3 +61,8 @@ def closest(name: str, known: Iterable[str]) -> str:
     if len(known) > MOST_LISTED:
         return f"; there are {len(known)}, such as {', '.join(known[:3])}"
     return f"; there are {', '.join(known)}" if known else ""
+
+
+def printable(text: str) -> str:
+    """On one line, with what does not print written out: escape sequences, newlines, bidirectional marks."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

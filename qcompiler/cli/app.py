@@ -27,7 +27,7 @@ from qcompiler.cli.passes import explain, passes
 from qcompiler.cli.placement import placement
 from qcompiler.cli.recipes import recipes
 from qcompiler.cli.targets import targets
-from qcompiler.errors import PassError, QCompilerError
+from qcompiler.errors import PassError, QCompilerError, printable
 
 DEFECT = 70  # EX_SOFTWARE of sysexits.h; 1 would look like a gate that failed
 ISSUES = "please report it, with the command, the versions (qcompiler --version) and the text above"
@@ -89,7 +89,7 @@ def _stopping() -> Iterator[None]:
 
 def main() -> None:
     """The console script."""
-    warnings.showwarning = lambda message, *_: print(f"warning: {_printable(message)}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(f"warning: {printable(str(message))}", file=sys.stderr)
     try:
         with _stopping():
             app(prog_name="qcompiler")
@@ -107,10 +107,5 @@ def main() -> None:
 
 
 def _fail(message: str, remark: str = "") -> None:
-    print(f"error: {_printable(message)}", *([remark] if remark else []), sep="\n", file=sys.stderr)
+    print(f"error: {printable(message)}", *([remark] if remark else []), sep="\n", file=sys.stderr)
     sys.exit(2)
-
-
-def _printable(message: object) -> str:
-    """One line, and what a terminal would obey written out: messages name things of the user's model."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(message))

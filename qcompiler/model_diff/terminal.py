@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qcompiler.report.plain import escape, printable
+from qcompiler.errors import printable
+from qcompiler.report.plain import escape
 from qcompiler.report.table import decibels, size
 
 if TYPE_CHECKING:

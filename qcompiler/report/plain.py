@@ -8,11 +8,7 @@ from rich import markup
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-
-def printable(text: str) -> str:
-    """On one line, with every character that does not print written out: escape sequences, newlines, bidirectional
-    marks."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+from qcompiler.errors import printable
 
 
 def escape(text: str) -> str:

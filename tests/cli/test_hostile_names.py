@@ -14,7 +14,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from qcompiler import cli
-from qcompiler.report.plain import printable
+from qcompiler.errors import printable
 
 NASTY = [
     "\x1b[2J", "\x1b]0;title\x07", "a\nbroken", "a\rb", "\x9b31m", "\u202eabc", "\x00", "\x7f", "\u2028",

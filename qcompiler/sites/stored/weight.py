@@ -85,11 +85,6 @@ class StoredWeight:
             return None
         return any(bool((self.layout.points(points).astype(np.float32) == middle).all()) for middle in middles)
 
-    @property
-    def scales_quantized(self) -> bool:
-        """Whether the scales are codes themselves."""
-        return any(node.op_type == "DequantizeLinear" for node in chain(self.scale))
-
     @cached_property
     def scheme(self) -> Scheme | None:
         """What the numbers are quantized to, as passes say it; None of floats."""
