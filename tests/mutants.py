@@ -164,7 +164,7 @@ CORE = {
     "qcompiler/formats/arithmetic.py": ("formats/test_arithmetic.py", "passes/test_quantize_weights.py"),
     "qcompiler/formats/scheme.py": ("formats/test_scheme.py", "formats/test_arithmetic.py"),
     "qcompiler/formats/search.py": ("formats/test_arithmetic.py", "passes/test_quantize_weights.py"),
-    "qcompiler/report/build.py": ("report/test_report.py", "driver/test_end_to_end.py"),
+    "qcompiler/report/build.py": ("report/test_build.py", "report/test_report.py", "driver/test_end_to_end.py"),
     "qcompiler/rewriting/folding.py": ("rewriting/test_folding.py", "passes/test_smooth_quant.py"),
     "qcompiler/rewriting/quantease.py": ("rewriting/test_quantease.py",),
     "qcompiler/rewriting/weights.py": ("passes/test_quantize_weights.py", "passes/test_hqq.py"),

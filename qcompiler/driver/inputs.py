@@ -99,9 +99,9 @@ def calibrator(
     measured_on: Samples | None, hooks: Sequence[Hook], memory_limit: int | None, progress: bool
 ) -> Calibrator | None:
     """What measures the model, where there is data; hooks without data are an error, as they would see nothing."""
-    if measured_on is None and hooks:
-        raise DataError("calibration hooks need data to look at: give calibration=…")
     if measured_on is None:
+        if hooks:
+            raise DataError("calibration hooks need data to look at: give calibration=…")
         return None
     return Calibrator(measured_on, memory_limit=memory_limit, progress=progress, hooks=hooks)
 
@@ -126,7 +126,7 @@ def finish(graph: ir.Model, recipe: Recipe) -> None:
 
 
 def _leave_out(step: Pass, patterns: Sequence[str]) -> Pass:
-    if not patterns or step.kind == "lowering":  # which excludes layers from being quantized, not from being lowered
+    if step.kind == "lowering":  # which excludes layers from being quantized, not from being lowered
         return step
     return dataclasses.replace(step, ignore=(*step.ignore, *patterns))
 

@@ -14,6 +14,7 @@ and 3 bits may lie in 4. So symmetric integers go by the name of the signed form
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -54,7 +55,7 @@ class NumberFormat:
     @property
     def middle(self) -> int:
         """The zero point of a symmetric scheme: 0 when signed, else half the number of codes (uint8: 128)."""
-        return 0 if self.signed else int(self.qmax + 1) // 2
+        return 0 if self.signed else 2 ** (self.bits - 1)
 
 
 def _integer(bits: int, signed: bool) -> NumberFormat:
@@ -67,7 +68,7 @@ def _integer(bits: int, signed: bool) -> NumberFormat:
 
 
 def _codebook(name: str, entries: int) -> NumberFormat:
-    bits = (entries - 1).bit_length()
+    bits = math.ceil(math.log2(entries))
     storage = f"UINT{_container(bits)}"
     return NumberFormat(name, bits, "codebook", True, 0, entries - 1, 1.0, storage, np.dtype(np.uint8))
 
@@ -218,7 +219,7 @@ class Scheme:
     def numbers(self) -> Scheme:
         """The scheme without what only says how codes are stored and scales were chosen: equal for equal numbers."""
         name = self.format
-        if self.number_format.kind == "integer" and self.symmetric is not None:
+        if self.symmetric is not None:  # others than integers are symmetric, and none begins with a u
             name = f"{'' if self.symmetric else 'u'}{name.removeprefix('u')}"
         scale_type: ScaleType = "" if self.scale_type.startswith("float") else self.scale_type
         return replace(self, format=name, positive=False, scale_type=scale_type)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from safetensors.numpy import save_file
 
 import qcompiler
 from passes.awq import Awq
@@ -246,6 +247,15 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     stage.write_bytes(content)
     with pytest.raises(DataError, match=r"is damaged .*remove it"):
         compiled(tmp_path / "work", resume=True)
+
+
+def test_a_file_without_notes_of_what_it_holds_is_damaged(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "work", {"model": "1"}, resume=False)
+    checkpoint.write(0, "gptq", 0, {"a": Computed({"scale": np.ones(1, np.float32)}, {})})
+    (stage,) = (tmp_path / "work").glob("*.safetensors")
+    save_file({"0.scale": np.ones(1, np.float32)}, stage)
+    with pytest.raises(DataError, match=r"is damaged \('sha256'\); remove it"):
+        checkpoint.read(0, "gptq", 0)
 
 
 def test_nothing_of_somebody_else_is_removed(tmp_path: Path) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qcompiler.calibration.calibrator import Hook
 from qcompiler.calibration.samples import Samples
 from qcompiler.driver import inputs
+from qcompiler.errors import DataError
 from qcompiler.recipes import Recipe
 from tests import tiny
 
@@ -45,3 +51,46 @@ def test_no_sample_is_both_calibrated_on_and_compared_on(
     count: int, held_out: int, samples: int, measured: range, compared: range
 ) -> None:
     assert split(count, held_out, samples) == (list(measured), list(compared))
+
+
+def recipe(*passes: Any) -> Recipe:
+    return Recipe.from_dict({"name": "r", "passes": list(passes), "calibration": {"held_out": 2}})
+
+
+def test_samples_that_do_not_say_how_many_they_are_are_counted() -> None:
+    def generated() -> Iterator[dict[str, np.ndarray]]:
+        yield from ({"x": np.full((1, 1), number, np.float32)} for number in range(7))
+
+    measured_on, compared_on = inputs.samples(generated, model(), recipe("quantize-weights"), None)
+    assert (numbered(measured_on), numbered(compared_on)) == (list(range(5)), [5, 6])
+
+
+def test_without_data_nothing_is_measured_and_nobody_can_look_on() -> None:
+    assert inputs.calibrator(None, [], None, progress=False) is None
+    with pytest.raises(DataError, match="calibration hooks need data to look at"):
+        inputs.calibrator(None, [Hook("*", lambda *_: None)], None, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("passes", "given", "noted"),
+    [
+        (["hqq"], True, True),
+        (["quantize-weights", "nf4"], True, True),  # one long pass is enough
+        (["quantize-weights"], True, False),
+        (["hqq"], False, False),
+    ],
+)
+def test_only_long_passes_note_what_they_have_computed(
+    tmp_path: Path, passes: list[str], given: bool, noted: bool
+) -> None:
+    plan = inputs.plan(recipe(*passes), None, (), (), None, None)
+    found = inputs.checkpoint(plan, {}, tmp_path / "work" if given else None, resume=False)
+    assert (found is not None) == noted
+
+
+def test_what_is_excluded_is_not_quantized_and_lowered_all_the_same() -> None:
+    """Also where the recipe lists a lowering pass itself; what a step ignores already stays ignored."""
+    steps = ({"quantize-weights": {"ignore": ["lm_head"]}}, "lower-weight-only")
+    plan = inputs.plan(recipe(*steps), None, (), ("*.0.*",), None, None)
+    assert [step.ignore for step in plan.passes] == [("lm_head", "*.0.*"), ()]
+    assert all(step.ignore == () for step in plan.lowering)

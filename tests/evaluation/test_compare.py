@@ -188,6 +188,7 @@ def test_difference_of_special_numbers() -> None:
     assert math.isnan(measured([1, 1], [1, np.nan]).sqnr_db)
     assert math.isnan(measured([1, 1], [1, np.nan]).largest)
     assert measured([0, 0], [0, 1]).sqnr_db == -math.inf
+    assert math.isnan(measured([0, 0], [0, np.nan]).sqnr_db)
     assert measured([1, 1], [1, np.inf]).sqnr_db == -math.inf
     assert measured([np.inf, 1], [0, 1]).sqnr_db == -math.inf
     assert (measured([0], [0]).cosine, measured([0], [1]).cosine) == (1, 0)

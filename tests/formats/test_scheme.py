@@ -20,6 +20,20 @@ from qcompiler.formats.scheme import (
 )
 
 
+def test_bits_and_storage_of_the_formats_that_are_no_integers() -> None:
+    expected = {
+        "fp8_e4m3": (8, "FLOAT8E4M3FN"), "fp8_e5m2": (8, "FLOAT8E5M2"), "fp4": (4, "FLOAT4E2M1"),
+        "nf4": (4, "UINT4"), "fp4_bnb": (4, "UINT4"), "binary": (1, "INT2"),
+    }  # fmt: skip
+    assert {n: (f.bits, f.storage) for n, f in FORMATS.items() if f.kind != "integer"} == expected
+
+
+def test_a_symmetric_scheme_has_its_zero_in_the_middle_of_the_codes() -> None:
+    unsigned = {name: found.middle for name, found in FORMATS.items() if not found.signed}
+    assert unsigned == {"uint2": 2, "uint3": 4, "uint4": 8, "uint8": 128, "uint16": 32768}
+    assert {found.middle for found in FORMATS.values() if found.signed} == {0}
+
+
 def test_ranges_and_divisors_of_the_integer_formats() -> None:
     expected = {
         "int8": (-128, 127, 127), "uint8": (0, 255, 127), "int4": (-8, 7, 7.5), "uint4": (0, 15, 7.5),
@@ -77,6 +91,7 @@ def test_flat_options_name_a_scheme() -> None:
         (("int4", "group"), "group_size"),
         (("int4", "group", 0), "at least 1"),
         (("int4", "group", True), "at least 1"),
+        (("int4", "group", 32.0), "a whole number"),
         (("int4", "channel", 128), "no meaning"),
         (("nf4", "group", 64, False), "no zero point"),
         (("fp8_e4m3", "tensor", None, False), "no zero point"),
@@ -100,6 +115,13 @@ def test_a_granularity_of_another_kind_is_refused() -> None:
 def test_a_misspelt_format_gets_the_closest_names_and_is_a_recipe_error() -> None:
     with pytest.raises(RecipeError, match="fp8_e4m3"):
         find_format("fp8_e4m3fn")
+
+
+def test_three_names_are_offered_at_most_and_all_where_none_is_close() -> None:
+    with pytest.raises(SchemeError, match=r"did you mean int8 or uint8 or int16\?"):
+        find_format("int18")
+    with pytest.raises(SchemeError, match=f"did you mean {' or '.join(FORMATS)}"):
+        find_format("…")
 
 
 # --------------------------------------------------------------------------------------------------------- what it says
