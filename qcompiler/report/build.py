@@ -145,7 +145,7 @@ def _site_report(item: SiteFacts, runs: Sequence[PassRun], sqnr_db: float | None
         status = "skipped"
         reason = item.unsupported or next(reasons[step.name] for step in rounding if step.name in reasons)
         pass_name = next((step.name for step in rounding if step.name in reasons), "")
-        if item.unsupported and not any(step.selects(item.site) for step in rounding):
+        if not any(step.selects(item.site) for step in rounding):  # it cannot be quantized, and nobody asked for it
             status, reason = "excluded", RECIPE_LEAVES_IT_OUT
     else:
         status = "excluded"

@@ -5,7 +5,7 @@ Recognisers look at operators, shapes and types only; they never read the data o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -83,8 +83,7 @@ class _Weight:
 
 def _shape(value: ir.Value) -> tuple[int, ...]:
     tensor = constant(value)
-    if tensor is None:
-        raise ValueError(f"{value.name!r} is not a constant")
+    assert tensor is not None  # asked of constants alone
     return tuple(int(size) for size in tensor.shape.numpy())
 
 
@@ -96,18 +95,27 @@ def _trace(value: ir.Value | None, derived: Derived) -> _Weight | str | None:
     """The float constant behind a value; a reason where it comes from constants in an unknown way; None if computed."""
     if value is None:
         return None
-    dequantize, transpose = None, None
-    node = value.producer()
-    if node is not None and _is(node, "Transpose") and _swaps(node):
-        transpose, value = node, node.inputs[0]
-        node = value.producer() if value is not None else None
-    if node is not None and decodes_weight(node) and constant(node.inputs[0]) is not None:
-        dequantize, value = node, node.inputs[0]
-    if value is not None and constant(value) is not None:
+    transpose, value = _behind(value, _swaps)
+    dequantize, value = _behind(value, lambda node: decodes_weight(node) and constant(node.inputs[0]) is not None)
+    if constant(value) is not None:
         return _Weight(value, dequantize, transpose) if dequantize is not None or _is_float(value) else None
     if value in derived and _is_float(value):
+        node = value.producer()
         return f"its weight is computed from constants by {node.op_type if node else '?'}; fold the constants first"
     return None
+
+
+def _behind(value: ir.Value, is_one: Callable[[ir.Node], bool]) -> tuple[ir.Node | None, ir.Value]:
+    """The node that writes a value and what it reads first, where it is one of a kind; else none, and the value."""
+    node = value.producer()
+    return (node, _input(node, 0)) if node is not None and is_one(node) else (None, value)
+
+
+def _input(node: ir.Node, index: int) -> ir.Value:
+    """An input that the operator cannot do without."""
+    value = node.inputs[index]
+    assert value is not None  # the structure was checked
+    return value
 
 
 def _is(node: ir.Node, *op_types: str) -> bool:
@@ -119,12 +127,15 @@ def decodes_weight(node: ir.Node) -> bool:
     return _is(node, "DequantizeLinear") or codebook_format(node) is not None or is_binary(node)
 
 
-def _swaps(transpose: ir.Node) -> bool:
-    permutation = transpose.attributes.get_ints("perm")
+def _swaps(node: ir.Node) -> bool:
+    """Whether a node transposes a matrix."""
+    if not _is(node, "Transpose"):
+        return False
+    permutation = node.attributes.get_ints("perm")
     if permutation is not None:
         return list(permutation) == [1, 0]
-    source = transpose.inputs[0]
-    return source is not None and source.shape is not None and len(source.shape) == 2
+    shape = _input(node, 0).shape
+    return shape is not None and len(shape) == 2
 
 
 def _derived(graph: ir.Graph) -> Derived:
@@ -171,13 +182,13 @@ def _unsupported(node: ir.Node, reason: str) -> Unsupported:
 
 
 def _linear(node: ir.Node, derived: Derived) -> Linear | Unsupported | None:
-    source = node.inputs[0]
+    source = _input(node, 0)
     left, right = _trace(source, derived), _trace(node.inputs[1], derived)
     if right is None:
         if isinstance(left, str) or (left is not None and _is_matrix(left.shape)):
             return _unsupported(node, "its constant is the left operand; only x W is handled, not W x")
         return None
-    if left is not None or source is None:
+    if left is not None:
         return None  # constants alone: nothing that data flows through
     if isinstance(right, str):
         return _unsupported(node, right)
@@ -234,16 +245,16 @@ def _added_bias(node: ir.Node, outputs: int) -> tuple[ir.Value | None, ir.Node |
     add = uses[0].node
     if add.domain or add.op_type != "Add" or add.graph is not node.graph:
         return None, None
-    bias = add.inputs[1 - uses[0].idx]
-    if bias is None or not _is_vector(bias, outputs):
+    bias = _input(add, 1 - uses[0].idx)
+    if not _is_vector(bias, outputs):
         return None, None
     rank = len(product.shape) if product.shape is not None else 1
     return (bias, add) if len(_shape(bias)) <= rank else (None, None)
 
 
 def _convolution(node: ir.Node, derived: Derived) -> Convolution | Unsupported | None:
-    source, weight = node.inputs[0], _trace(node.inputs[1], derived)
-    if weight is None or source is None or _trace(source, derived) is not None:
+    source, weight = _input(node, 0), _trace(node.inputs[1], derived)
+    if weight is None or _trace(source, derived) is not None:
         return None
     if isinstance(weight, str):
         return _unsupported(node, weight)
@@ -258,10 +269,10 @@ def _convolution(node: ir.Node, derived: Derived) -> Convolution | Unsupported |
 
 
 def _embedding(node: ir.Node, derived: Derived) -> Embedding | Unsupported | None:
-    table, ids = _trace(node.inputs[0], derived), node.inputs[1]
+    table, ids = _trace(node.inputs[0], derived), _input(node, 1)
     if table is None or isinstance(table, str) or table.dequantize is not None or not _is_matrix(table.shape):
         return None
-    if ids is None or constant(ids) is not None or _is_rotary(node):
+    if constant(ids) is not None or _is_rotary(node):
         return None
     if len(table.shape) != 2:
         return _unsupported(node, f"its table has rank {len(table.shape)}, not 2")
@@ -277,16 +288,12 @@ def _embedding(node: ir.Node, derived: Derived) -> Embedding | Unsupported | Non
 
 def _is_rotary(gather: ir.Node) -> bool:
     """Whether what is gathered is cosines or sines that rotate other values, not features of tokens."""
-    pending, seen = [gather.outputs[0]], set()
+    reached = [gather.outputs[0]]
     readers: list[bool] = []
-    while pending:
-        value = pending.pop()
+    for value in reached:  # which grows
         for reader, index in value.uses():
-            if reader in seen:
-                continue
             if has(reader, "moves") and not has(reader, "picks"):
-                seen.add(reader)
-                pending.extend(reader.outputs)
+                reached += [output for output in reader.outputs if output not in reached]
                 continue
             rotates = _is(reader, "RotaryEmbedding", "GroupQueryAttention", "MultiHeadAttention")
             scales = _is(reader, "Mul") and constant(reader.inputs[1 - index]) is None

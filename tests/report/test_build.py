@@ -7,6 +7,7 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 
+import qcompiler
 from passes.lower_int8 import LowerInt8
 from passes.quantize_activations import QuantizeActivations
 from passes.quantize_kv_cache import QuantizeKvCache
@@ -163,6 +164,14 @@ def test_constants_count_once_each_by_their_types() -> None:
         W="normal", h=np.ones(3, np.float16),
     )  # fmt: skip
     assert constant_bytes(model) == {"W": 64, "h": 6}
+
+
+def test_bfloat16_is_compared_as_a_processor_that_has_it_would_compute() -> None:
+    """ONNX Runtime has hardly a kernel for it on CPUs, and the graph as it is would not run."""
+    model = tiny.build("g (float[M,8] x, float[8,8] W) => (float[M,8] y) { [fc] y = MatMul (x, W) }", W="normal")
+    recipe = Recipe.from_dict({"name": "r", "target": "portable", "passes": [{"convert-float": {"dtype": "bf16"}}]})
+    told = qcompiler.compile(model, recipe, calibration=tiny.feeds(model, 4)).report
+    assert 40 < told.outputs["y"]["sqnr_db"] < 70
 
 
 def test_versions_are_of_what_is_installed() -> None:

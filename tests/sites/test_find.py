@@ -10,9 +10,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from passes.nf4 import Nf4
+from passes.quantize_weights import QuantizeWeights
 from qcompiler.errors import RecipeError
 from qcompiler.graph.edit import constant
 from qcompiler.graph.files import load
+from qcompiler.graph.metadata import PART_OF
+from qcompiler.rewriting.contract import Pass
 from qcompiler.sites.activations import Dynamic, Float, Static
 from qcompiler.sites.analyses import linear_groups_of, norm_groups_of
 from qcompiler.sites.canonicalize import canonicalize
@@ -25,6 +29,7 @@ from qcompiler.sites.find import (
     check_patterns,
     find_sites,
     matches,
+    weight_decoder,
 )
 from tests import tiny
 
@@ -95,14 +100,23 @@ def test_bias_of_an_add(shape: tuple[int, ...], sides: str) -> None:
     "body",
     [
         "p = MatMul(x, W) q = Relu(p) y = Add(p, b)",  # somebody else reads the product
+        "p = MatMul(x, W) y = Add(p, b) q = Relu(p)",
         "p = MatMul(x, W) y = Add(p, r)",  # a residual stream
         "p = MatMul(x, W) y = Mul(p, b)",
         "p = MatMul(x, W) y = Add(p, s)",  # a scalar is no bias
+        "p = MatMul(x, W) y = Add(p, t)",
+        "p = MatMul(x, W) y = Add(p, column)",  # as many numbers, one for each row
+        "p = MatMul(x, W) y = Add(p, rows)",  # a bias for each row
+        "p = MatMul(x, W) y = custom.Add(p, b)",
     ],
 )
 def test_an_add_that_is_no_bias(body: str) -> None:
-    text = "g (float[B,4] x, float[4,3] W, float[3] b, float[1] s, float[B,3] r) => (float[B,3] y, float[B,3] q) {"
-    model = build(text + body + ("" if "q =" in body else " q = Relu(y)") + "}", W=(4, 3), b=(3,), s=(1,))
+    text = (
+        "g (float[B,4] x, float[4,3] W, float[3] b, float[1] s, float t, float[3,1] column, float[2,3] rows, "
+        "float[B,3] r) => (float[B,3] y, float[B,3] q) <float[B,3] p> {"
+    )
+    shapes: dict[str, Any] = {"W": (4, 3), "b": (3,), "s": (1,), "t": (), "column": (3, 1), "rows": (2, 3)}
+    model = build(text + body + ("" if "q =" in body else " q = Relu(y)") + "}", **shapes)
     site = only_linear(model)
     assert site.bias is None
     assert site.bias_node is None
@@ -115,6 +129,24 @@ def test_what_gives_the_product_another_rank_is_no_bias() -> None:
     assert site.bias is None
     assert site.bias_node is None
     assert site.output.name == "p"
+
+
+@pytest.mark.parametrize(("shape", "found"), [((3,), True), ((1, 3), False)])
+def test_what_is_added_to_a_product_of_unknown_rank_is_a_bias_where_it_cannot_widen_it(
+    shape: tuple[int, ...], found: bool
+) -> None:
+    dims = ",".join(map(str, shape))
+    text = f"g (x, float[4,3] W, float[{dims}] b) => (y) {{ p = MatMul(x, W) y = Add(p, b) }}"
+    assert (only_linear(build(text, W=(4, 3), b=shape)).bias is not None) == found
+
+
+def test_an_add_inside_a_body_is_no_bias_of_a_product_outside() -> None:
+    text = """g (float[B,4] x, bool c, float[4,3] W, float[3] b) => (float[B,3] y) <float[B,3] p> {
+        p = MatMul(x, W)
+        y = If(c) <then_branch = t () => (float[B,3] u) { u = Add(p, b) },
+                   else_branch = e () => (float[B,3] v) { v = Neg(x) }> }"""
+    site = only_linear(build(text, W=(4, 3), b=(3,)))
+    assert (site.bias, site.bias_node, site.output.name) == (None, None, "p")
 
 
 def test_a_product_that_is_an_output_has_no_bias() -> None:
@@ -141,6 +173,38 @@ def test_gemm(transposed: int) -> None:
     assert site.bias_node is None
 
 
+def test_a_gemm_without_a_bias_has_none() -> None:
+    # What is added behind it is left alone: a Gemm has a bias of its own, or none.
+    text = (
+        "g (float[B,4] x, float[4,3] W, float[3] b) => (float[B,3] y) <float[B,3] p> { p = Gemm(x, W) y = Add(p, b) }"
+    )
+    site = only_linear(build(text, W=(4, 3), b=(3,)))
+    assert (site.bias, site.bias_node, site.output.name) == (None, None, "p")
+
+
+def test_attributes_may_say_what_goes_without_saying() -> None:
+    call = "Gemm<alpha=1.0, beta=1.0, transA=0>(x, W)"
+    assert only_linear(build(f"g (float[B,4] x, float[4,3] W) => (y) {{ y = {call} }}", W=(4, 3))).in_features == 4
+
+
+def test_sites_of_nodes_without_names_have_none() -> None:
+    text = """g (int64[B] ids, float[9,4] E, float[4,4] W, float[B,2,8,8] i, float[6,2,3,3] K) => (y, z, u) {
+        e = Gather(E, ids) y = MatMul(e, W) z = Conv(i, K) u = MatMul(W, e) }"""
+    model = build(text, E=(9, 4), W=(4, 4), K=(6, 2, 3, 3))
+    for node in model.graph:
+        node.name = None
+    assert [(type(site), site.name) for site in find_sites(model)] == [
+        (Embedding, ""), (Linear, ""), (Convolution, ""), (Unsupported, "")
+    ]  # fmt: skip
+
+
+def test_few_features_are_features() -> None:
+    site = only_linear(build("g (float[B,2] x, float[2,2] W) => (y) { y = MatMul(x, W) }", W=(2, 2)))
+    assert (site.in_features, site.out_features) == (2, 2)
+    left = "g (float[2,B] x, float[2,2] W) => (y) { y = MatMul(W, x) }"
+    assert "left operand" in reason(build(left, W=(2, 2)))
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -151,7 +215,11 @@ def test_gemm(transposed: int) -> None:
         ("Gemm(x, W, s)", "what it adds has shape [1], not [3]"),
         ("com.microsoft.FusedMatMul<alpha=0.125>(x, W)", "alpha"),
         ("com.microsoft.FusedMatMul<transA=1>(x, W)", "transA"),
+        ("com.microsoft.FusedMatMul<transBatchA=1>(x, W)", "its attribute transBatchA is 1, not 0"),
+        ("com.microsoft.FusedMatMul<transBatchB=1>(x, W)", "its attribute transBatchB is 1, not 0"),
         ("MatMul(W, x)", "left operand"),
+        ("MatMul(casted, x)", "left operand"),
+        ("Conv(x, casted)", "its weight is computed from constants by Cast; fold the constants first"),
         ("MatMul(x, T)", "rank 3"),
         ("MatMul(x, O)", "outer product"),
         ("MatMul(x, casted)", "its weight is computed from constants by Cast; fold the constants first"),
@@ -169,6 +237,21 @@ def test_forms_that_no_pass_handles(call: str, words: str) -> None:
     assert words in reason(model)
 
 
+def test_weights_that_an_operator_is_not_given_are_none() -> None:
+    text = """g (float[B,4] x, float[B,2] router, float[2,4,4] U, float[2,4,4] D, float[2,4] b) => (y, z) {
+        y = com.microsoft.MoE(x, router, U, b, D, b) z = com.microsoft.MoE(x, router, x, b, , b) }"""
+    model = build(text, U=(2, 4, 4), D=(2, 4, 4), b=(2, 4))
+    assert [(site.name, reason) for site in find_sites(model).unsupported for reason in [site.reason]] == [
+        ("y", "no pass handles the weights of MoE")
+    ]
+
+
+def test_operators_of_other_domains_are_no_layers() -> None:
+    text = """g (float[B,4] x, int64[B] ids, float[4,3] W, float[6,2,3,3] K) => (a, b, c) {
+        a = custom.MatMul(x, W) b = custom.Gather(W, ids) c = custom.Conv(x, K) }"""
+    assert list(find_sites(build(text, W=(4, 3), K=(6, 2, 3, 3)))) == []
+
+
 def test_recurrent_and_transposed_convolutions_are_named() -> None:
     text = """g (float[S,B,4] x, float[1,12,4] W, float[1,12,3] R, float[B,4,8,8] i, float[4,2,3,3] K) => (y, z) {
         y = LSTM<hidden_size=3>(x, W, R) z = ConvTranspose(i, K) }"""
@@ -180,10 +263,28 @@ def test_recurrent_and_transposed_convolutions_are_named() -> None:
 def test_what_is_no_site_at_all() -> None:
     model = build(
         """g (float[B,H,S,4] q, float[B,H,4,S] k, float[1,8,1] F, float[1,1,S] p, uint8[B,4] a, uint8[4,B] c,
-              float[4] v) => (s, r, t, u) {
-              s = MatMul(q, k) r = MatMul(F, p) t = MatMulInteger(a, c) u = MatMul(q, v) }""",
-        F=(1, 8, 1), v=(4,),
+              float[4] v, float[4,3] W, float[3,4] V, float[1,6,1] T) => (s, r, t, u, w, n, o) {
+              s = MatMul(q, k) r = MatMul(F, p) t = MatMulInteger(a, c) u = MatMul(q, v)
+              w = MatMul(W, V) n = MatMul(q, noise) o = MatMul(q, T)
+              noise = RandomNormal<shape=[4,3]>() }""",
+        F=(1, 8, 1), v=(4,), W=(4, 3), V=(3, 4), T=(1, 6, 1),
     )  # fmt: skip
+    assert list(find_sites(model)) == []
+
+
+def test_what_is_not_known_to_be_of_constants_or_of_floats_is_no_weight() -> None:
+    """A body may read anything, and a value without a type may hold anything."""
+    text = """g (float[B,4] x, float[4,3] W, bool c) => (a, b) {
+        chosen = If(c) <then_branch = t () => (float[4,3] u) { u = Neg(x) },
+                        else_branch = e () => (float[4,3] v) { v = Abs(x) }>
+        untyped = custom.Foo(W)
+        a = MatMul(x, chosen)  b = MatMul(x, untyped) }"""
+    assert list(find_sites(build(text, W=(4, 3), c=np.bool_(True)))) == []
+
+
+def test_a_part_of_another_layer_is_no_layer() -> None:
+    model = build("g (float[B,4] x, float[4,3] W) => (y) { y = MatMul(x, W) }", W=(4, 3))
+    model.graph[0].metadata_props[PART_OF] = "fc"
     assert list(find_sites(model)) == []
 
 
@@ -203,6 +304,55 @@ def test_fused_matmul_and_a_transposed_weight() -> None:
     assert (tied.transposed, tied.in_features, tied.out_features, tied.weight.name) == (True, 4, 3, "W")
     assert tied.transpose is not None
     assert tied.transpose.op_type == "Transpose"
+
+
+@pytest.mark.parametrize(("transpose", "found"), [("", True), ("<perm=[1,0]>", True), ("<perm=[0,1]>", False)])
+def test_a_transpose_before_a_layer_swaps_the_axes_of_a_matrix(transpose: str, found: bool) -> None:
+    """Together with that of a Gemm it gives the matrix back; what else moves numbers is no part of a layer."""
+    body = f"T = Transpose{transpose}(W) y = Gemm<transB=1>(x, T)"
+    sites = find_sites(build(f"g (float[B,3] x, float[3,4] W) => (y) <float[4,3] T> {{ {body} }}", W=(3, 4)))
+    assert [type(site) for site in sites] == [Linear if found else Unsupported]
+    if found:
+        assert (sites.linears[0].transposed, sites.linears[0].in_features) == (False, 3)
+
+
+def test_a_transpose_of_more_than_two_axes_is_not_looked_through() -> None:
+    text = "g (float[B,4] x, float[2,4,3] W) => (y) <float[3,4,2] T> { T = Transpose(W) y = MatMul(x, T) }"
+    assert "computed from constants by Transpose" in reason(build(text, W=(2, 4, 3)))
+
+
+@pytest.mark.parametrize("step", [Nf4(block_size=16), QuantizeWeights(format="binary")], ids=["nf4", "binary"])
+def test_codes_that_a_function_decodes_are_still_the_same_site(step: Pass) -> None:
+    """Also its name, though codes of functions lie as [outputs, inputs] behind a Transpose."""
+    text = "g (float[M,32] x, float[32,16] W) => (float[M,16] y) { [MatMul_7] y = MatMul(x, W) }"
+    model = tiny.build(text, W="normal")
+    model.graph.initializers["W"].name = "fc.weight"
+    before = only_linear(model)
+    assert weight_decoder(before.node) is None
+    tiny.compile(model, [step], [])
+    site = only_linear(model)
+    assert (site.module_path, site.in_features, site.out_features) == (before.module_path, 32, 16) == ("fc", 32, 16)
+    assert site.dequantize is not None
+    assert site.dequantize.domain == "qcompiler"
+    assert weight_decoder(site.node) is site.dequantize
+
+
+def test_a_transposed_weight_is_named_by_whose_it_is() -> None:
+    """A table that a head shares keeps the name of the embedding; the head is called as its node is."""
+    text = "g (float[B,4] x, float[3,4] W) => (y) { T = Transpose<perm=[1,0]>(W) [MatMul_7] y = MatMul(x, T) }"
+    model = build(text, W=(3, 4))
+    model.graph.initializers["W"].name = "embed_tokens.weight"
+    assert only_linear(model).module_path == "MatMul_7"
+    codes = """g (float[B,4] x, int8[3,4] W, float[3] s) => (y) {
+        D = DequantizeLinear<axis=0>(W, s) T = Transpose<perm=[1,0]>(D) [MatMul_7] y = MatMul(x, T) }"""
+    model = build(codes, W=np.ones((3, 4), np.int8), s=(3,))
+    model.graph.initializers["W"].name = "embed_tokens.weight"
+    assert only_linear(model).module_path == "MatMul_7"
+
+
+def test_what_reads_one_value_has_no_decoder() -> None:
+    model = build("g (float[B,4] x) => (y) { y = Relu(x) }")
+    assert weight_decoder(model.graph[0]) is None
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -272,15 +422,29 @@ def test_embedding_and_tied_forms() -> None:
 
 def test_gathers_that_are_no_embeddings() -> None:
     text = """g (int64[B,S] ids, float[9,4] E, float[9] V, int64[9,2] I, float[9,4] R, float[9,4] Z, int64[2] C,
-               int8[9,4] Q, float[9] s, float[B,1,S,4] q) => (a, b, c, d, f) <float[9,4] D> {
+               int8[9,4] Q, float[9] s, float[B,1,S,4] q, float[B,4] x, float16[9,4] H)
+               => (a, b, c, d, f, k, l) <float[9,4] D, float[9,4] casted> {
+        k = Gather(x, ids) casted = Cast<to=1>(H) l = Gather(casted, ids)
         a = Gather(V, ids) b = Gather(I, ids) c = Gather(E, C)
         cos = Gather(R, ids) wide = Unsqueeze(cos, C) d = Mul(q, wide)
         D = DequantizeLinear<axis=0>(Q, s) f = Gather(D, ids) }"""
     model = build(
         text, E=(9, 4), V=(9,), I=np.ones((9, 2), np.int64), R=(9, 4), Z=(9, 4), C=np.array([0, 1]),
-        Q=np.ones((9, 4), np.int8), s=(9,),
+        Q=np.ones((9, 4), np.int8), s=(9,), H=np.ones((9, 4), np.float16),
     )  # fmt: skip
     assert list(find_sites(model)) == []
+
+
+def test_an_embedding_that_is_the_output_is_one() -> None:
+    """Nobody rotates anything by it."""
+    (site,) = find_sites(build("g (int64[B] ids, float[9,4] E) => (y) { y = Gather<axis=-2>(E, ids) }", E=(9, 4)))
+    assert isinstance(site, Embedding)
+
+
+def test_tables_of_angles_are_known_behind_what_moves_them() -> None:
+    text = """g (int64[B,S] ids, int64[1] two, float[9,4] R, float[B,1,S,8] q) => (y) {
+        cos = Gather(R, ids) twice = Concat<axis=-1>(cos, cos) wide = Unsqueeze(twice, two) y = Mul(q, wide) }"""
+    assert list(find_sites(build(text, R=(9, 4), two=np.array([1])))) == []
 
 
 def test_tables_of_a_rotary_embedding_are_none_but_its_input_is() -> None:
