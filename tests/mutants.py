@@ -169,7 +169,7 @@ CORE = {
     "qcompiler/rewriting/quantease.py": ("rewriting/test_quantease.py",),
     "qcompiler/rewriting/weights.py": ("passes/test_quantize_weights.py", "passes/test_hqq.py"),
     "qcompiler/sites/find.py": ("sites/test_find.py",),
-    "qcompiler/sites/fold_targets.py": ("rewriting/test_folding.py",),
+    "qcompiler/sites/fold_targets.py": ("sites/test_fold_targets.py", "rewriting/test_folding.py"),
     "qcompiler/statistics/ranges.py": ("statistics/test_statistics.py",),
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ ONNX Runtime computes both once, when it opens the model: in memory, a weight ta
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,7 @@ SMALLEST_BITS = 2
 """Of the codes that MatMulNBits takes."""
 
 
-def is_binary(node: ir.Node | None) -> bool:
+def is_binary(node: ir.Node | None) -> TypeGuard[ir.Node]:
     """Whether a node decodes a binary weight."""
     return node is not None and node.domain == DOMAIN and node.op_type == DEQUANTIZE
 

@@ -76,7 +76,7 @@ class _Weight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        if self.dequantize is not None and is_binary(self.dequantize):
+        if is_binary(self.dequantize):
             return weight_shape(self.dequantize)
         return _shape(self.constant)
 

@@ -46,7 +46,7 @@ def find_factor(value: ir.Value, features: int, writers: Mapping[ir.Value, Linea
     if labels is None or labels.shape[-1] not in (1, features) or labels.size != labels.shape[-1]:
         unknown = f"the shapes between it and {route.linear.module_path} do not show which channel goes where"
         return unknown if route.attention else None
-    channels = np.broadcast_to(labels.reshape(-1), features).astype(np.int64)
+    channels = np.broadcast_to(labels.ravel(), features).astype(np.int64)
     return Factor(linear=route.linear, channels=channels, through_attention=route.attention)
 
 
@@ -123,9 +123,7 @@ def _carriers(node: ir.Node) -> Iterable[ir.Value] | str:
     """The operands that the node's output is homogeneous in, each by itself; a reason where a cache holds them."""
     kind = node.op_type
     indices: tuple[int, ...] = ()
-    if node.domain == "com.microsoft" and kind == "GroupQueryAttention":
-        return "GroupQueryAttention keeps its values in a cache, whose contents would change meaning"
-    if _is_attention(node) and kind in ("Attention", "MultiHeadAttention"):
+    if _is_attention(node) and kind != "MatMul":
         if refusal := _cached(node):
             return refusal
         indices = (2,)
@@ -137,9 +135,9 @@ def _carriers(node: ir.Node) -> Iterable[ir.Value] | str:
         indices = (1, 0)
     elif has(node, "homogeneous") and _is_followed(node):
         indices = (0,) if kind != "Cast" or node.outputs[0].dtype in _FLOATS else ()
-    elif kind == "Concat" and node.outputs[0].dtype in _FLOATS:
+    elif kind == "Concat":
         return "attention's values are joined with a cache by Concat, whose contents would change meaning"
-    return [value for i in indices if i < len(node.inputs) and (value := node.inputs[i]) is not None]
+    return [value for i in indices if (value := node.inputs[i]) is not None]
 
 
 def _is_followed(node: ir.Node) -> bool:
@@ -153,9 +151,9 @@ def _cached(node: ir.Node) -> str | None:
     past = set(continuations(node)) | ({COUNTS} if standard else set())
     given = any(i < len(node.inputs) and node.inputs[i] is not None for i in past)
     kept = any(value.uses() or value.is_graph_output() for value in node.outputs[1:3])
-    if given or kept:
+    if given or kept or node.op_type == "GroupQueryAttention":
         return f"{node.op_type} keeps its values in a cache, whose contents would change meaning"
-    if not standard and (len(node.inputs) < 3 or node.inputs[2] is None):
+    if len(node.inputs) < 3 or node.inputs[2] is None:
         return f"{node.op_type} reads its values packed with keys"
     if not standard and len(node.inputs) > 3 and node.inputs[3] is not None:
         return f"{node.op_type} adds the bias of its values itself"
@@ -181,7 +179,7 @@ def _moved(step: _Step, labels: Labels) -> Labels | None:
     if has(node, "elementwise") or kind == "Expand":
         return labels
     if kind == "MatMul":
-        return labels if labels.ndim < 2 or labels.shape[-2] == 1 else None  # else it sums over channels
+        return labels if labels.shape[-2:-1] in ((), (1,)) else None  # else it sums over channels
     rank = len(_sizes(step.source))
     if rank < labels.ndim:
         return None
@@ -196,7 +194,7 @@ def _moved(step: _Step, labels: Labels) -> Labels | None:
 
 def _reshaped(labels: Labels, before: Sizes, after: Sizes) -> Labels | None:
     """Labels after a reshape; axes are matched from the right, in the smallest groups of equal size."""
-    sizes = [label if label > 1 else size for label, size in zip(labels.shape, before, strict=True)]
+    sizes = [size if label == 1 else label for label, size in zip(labels.shape, before, strict=True)]
     after = _solved(sizes, after)
     full, shape = list(labels.shape), [1] * len(after)
     for left, right in _groups(sizes, after):
@@ -227,7 +225,7 @@ def _matched(before: Sizes, after: Sizes) -> Iterator[tuple[list[int], list[int]
         while (a := _product(before, left)) != (b := _product(after, right)):
             if a is None or b is None:
                 return
-            longer, end = (left, len(before)) if a < b else (right, len(after))
+            _, longer, end = min((a, left, len(before)), (b, right, len(after)))
             if longer[-1] + 1 == end:
                 return
             longer.append(longer[-1] + 1)
@@ -276,8 +274,8 @@ def _attended(step: _Step, labels: Labels) -> Labels | None:
     """Attention with heads: head h of the output averages the values of head h // (query heads / value heads)."""
     attributes = step.node.attributes
     if labels.ndim == 4 and not step.node.domain:
-        query = step.node.inputs[0]
-        heads, of_query = labels.shape[1], _sizes(query)[1] if query is not None and len(_sizes(query)) == 4 else None
+        query = _sizes(step.node.inputs[0])
+        heads, of_query = labels.shape[1], query[1] if len(query) == 4 else None
         if labels.shape[2] != 1 or not isinstance(of_query, int) or of_query % heads:
             return None
         return np.repeat(labels, of_query // heads, axis=1)
@@ -285,9 +283,8 @@ def _attended(step: _Step, labels: Labels) -> Labels | None:
         return None
     if step.node.domain:
         return labels
-    heads = attributes.get_int("kv_num_heads", 0) or 0
-    of_query = attributes.get_int("q_num_heads", 0) or 0
-    if heads == 0 or of_query % heads or labels.shape[2] % heads:
+    heads, of_query = attributes.get_int("kv_num_heads"), attributes.get_int("q_num_heads")
+    if not heads or not of_query or of_query % heads or labels.shape[2] % heads:
         return None
     split = labels.reshape(labels.shape[0], 1, heads, -1)
     return np.repeat(split, of_query // heads, axis=2).reshape(labels.shape[0], 1, -1)
@@ -295,6 +292,5 @@ def _attended(step: _Step, labels: Labels) -> Labels | None:
 
 def _sizes(value: ir.Value | None) -> Sizes:
     """The sizes of a value's axes; empty where not even their number is known."""
-    if value is None or value.shape is None:
-        return []
-    return [size.value if isinstance(size, ir.SymbolicDim) else int(size) for size in value.shape]
+    shape = value.shape if value is not None else None
+    return [size.value if isinstance(size, ir.SymbolicDim) else int(size) for size in shape or ()]

@@ -263,10 +263,11 @@ def test_recurrent_and_transposed_convolutions_are_named() -> None:
 def test_what_is_no_site_at_all() -> None:
     model = build(
         """g (float[B,H,S,4] q, float[B,H,4,S] k, float[1,8,1] F, float[1,1,S] p, uint8[B,4] a, uint8[4,B] c,
-              float[4] v, float[4,3] W, float[3,4] V, float[1,6,1] T) => (s, r, t, u, w, n, o) {
+              float[4] v, float[4,3] W, float[3,4] V, float[1,6,1] T) => (s, r, t, u, w, n, o, e)
+              <float[4,3] noise> {
               s = MatMul(q, k) r = MatMul(F, p) t = MatMulInteger(a, c) u = MatMul(q, v)
               w = MatMul(W, V) n = MatMul(q, noise) o = MatMul(q, T)
-              noise = RandomNormal<shape=[4,3]>() }""",
+              noise = RandomNormal<shape=[4,3]>() e = Einsum<equation="bhsi,i->bhs">(q, v) }""",
         F=(1, 8, 1), v=(4,), W=(4, 3), V=(3, 4), T=(1, 6, 1),
     )  # fmt: skip
     assert list(find_sites(model)) == []
@@ -274,12 +275,18 @@ def test_what_is_no_site_at_all() -> None:
 
 def test_what_is_not_known_to_be_of_constants_or_of_floats_is_no_weight() -> None:
     """A body may read anything, and a value without a type may hold anything."""
-    text = """g (float[B,4] x, float[4,3] W, bool c) => (a, b) {
+    text = """g (float[B,4] x, float[4,3] W, bool c) => (a, b) <float[4,3] chosen> {
         chosen = If(c) <then_branch = t () => (float[4,3] u) { u = Neg(x) },
                         else_branch = e () => (float[4,3] v) { v = Abs(x) }>
         untyped = custom.Foo(W)
         a = MatMul(x, chosen)  b = MatMul(x, untyped) }"""
     assert list(find_sites(build(text, W=(4, 3), c=np.bool_(True)))) == []
+
+
+def test_what_a_function_has_decoded_is_quantized_not_computed_from_constants() -> None:
+    text = """g (float16[B,4] x, uint8[4,3] Q, float[1] s) => (y) <float[4,3] D, float16[4,3] H> {
+        D = qcompiler.DequantizeNF4(Q, s) H = Cast<to=10>(D) y = MatMul(x, H) }"""
+    assert list(find_sites(build(text, Q=np.ones((4, 3), np.uint8), s=(1,)))) == []
 
 
 def test_a_part_of_another_layer_is_no_layer() -> None:
