@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from tests import tiny
 from tests.oracles import kv_cache as oracle
+from tests.there import dims, held, numpy_type, there
 
 HEADS, CHANNELS, WIDTH = 2, 8, 16  # of keys and values; of the residual stream
 NUMPY = {"float": np.float32, "float16": np.float16}
@@ -78,11 +79,11 @@ def text(seed: int, length: int, batch: int = 2) -> np.ndarray:
 
 
 def _feed(x: np.ndarray, model: ir.Model) -> dict[str, np.ndarray]:
-    types = {value.name: value for value in model.graph.inputs}
+    types = {there(value.name): value for value in model.graph.inputs}
     given = inputs(x, whole(x)) | fused(model, x.shape[1], len(x))
-    feed = {name: array.astype(types[name].dtype.numpy()) for name, array in given.items()}
+    feed = {name: array.astype(numpy_type(types[name])) for name, array in given.items()}
     pasts = [value for name, value in types.items() if name not in feed]
-    return feed | {value.name: empty(value, len(x)) for value in pasts}
+    return feed | {there(value.name): empty(value, len(x)) for value in pasts}
 
 
 def whole(x: np.ndarray) -> np.ndarray:
@@ -112,8 +113,8 @@ def causal(rows: np.ndarray, total: int | None = None) -> np.ndarray:
 
 
 def empty(value: ir.Value, batch: int) -> np.ndarray:
-    sizes = [size if isinstance(size, int) else (batch if axis == 0 else 0) for axis, size in enumerate(value.shape)]
-    return np.zeros(sizes, value.dtype.numpy())
+    sizes = [size if isinstance(size, int) else (batch if axis == 0 else 0) for axis, size in enumerate(dims(value))]
+    return np.zeros(sizes, numpy_type(value))
 
 
 class Reader:
@@ -121,11 +122,10 @@ class Reader:
 
     def __init__(self, model: ir.Model, batch: int, *, optimized: bool = True) -> None:
         self._session = tiny.session(model, optimized=optimized)
-        self._types = {value.name: value.dtype.numpy() for value in model.graph.inputs}
+        self._types = {there(value.name): numpy_type(value) for value in model.graph.inputs}
         self._outputs = [value.name for value in model.graph.outputs]
-        self.caches = {
-            value.name: empty(value, batch) for value in model.graph.inputs if re.match("(input.)?past", value.name)
-        }
+        pasts = [value for value in model.graph.inputs if re.match("(input.)?past", there(value.name))]
+        self.caches = {there(value.name): empty(value, batch) for value in pasts}
         self._model, self._steps = model, 0
 
     def read(
@@ -139,7 +139,7 @@ class Reader:
         feed = {name: array.astype(self._types[name]) for name, array in given.items()}
         found = dict(zip(self._outputs, self._session.run(self._outputs, feed | self.caches), strict=True))
         self.caches = {name: found[_present(name)] for name in self.caches}
-        return -found["y"].astype(np.float64)
+        return np.asarray(-found["y"], np.float64)
 
 
 def _present(past: str) -> str:
@@ -153,7 +153,7 @@ class Simulation:
 
     def __init__(self, model: ir.Model, repeat: int = 2) -> None:
         self._weights = {
-            name: value.const_value.numpy().astype(np.float64)
+            name: held(value).astype(np.float64)
             for name, value in model.graph.initializers.items() if re.match(r"W[qkvo]\d", name)
         }  # fmt: skip
         self._repeat = repeat

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph.edit import Names, add_constant, insert_before, new_node, replace_output
+from tests.there import dims, held, numpy_type, operand, operands, there
 
 
 def on_cpu(model: ir.Model) -> ir.Model:
@@ -29,25 +30,25 @@ def weight_of_blocks(codes: np.ndarray, scale: np.ndarray, block_size: int) -> n
 
 
 def _weight_only(node: ir.Node, graph: ir.Graph, names: Names) -> None:
-    a, b, scale = node.inputs
+    a, b, scale = operands(node)
     assert len(node.outputs) == 1
     assert (a.dtype or ir.DataType.FLOAT16) in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
     assert (b.dtype, scale.dtype) == (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT)
-    codes, scales = b.const_value.numpy(), scale.const_value.numpy()
+    codes, scales = held(b), held(scale)
     block = node.attributes["block_size"].value
     assert scales.shape == (codes.shape[0], -(-codes.shape[1] // block))
-    W = weight_of_blocks(codes, scales, block).astype(a.dtype.numpy() if a.dtype else np.float16)
-    _replace(node, graph, names, a, None, W.T, node.outputs[0].dtype)
+    W = weight_of_blocks(codes, scales, block).astype(numpy_type(a) if a.dtype else np.float16)
+    _replace(node, graph, names, a, None, W.T, there(node.outputs[0].dtype))
 
 
 def _gemm(node: ir.Node, graph: ir.Graph, names: Names) -> None:
-    a, b, c, scale_a, scale_b = node.inputs
-    assert c is None
+    assert node.inputs[2] is None
+    a, b, scale_a, scale_b = (operand(node, index) for index in (0, 1, 3, 4))
     assert node.attributes["transB"].value == 1
     assert "transA" not in node.attributes
-    assert len(a.shape) == 2
+    assert len(dims(a)) == 2
     assert scale_a.dtype == scale_b.dtype == ir.DataType.FLOAT
-    W = b.const_value.numpy().astype(np.float64) * scale_b.const_value.numpy().astype(np.float64)
+    W = held(b).astype(np.float64) * held(scale_b).astype(np.float64)
     _replace(node, graph, names, a, scale_a, W.T, ir.DataType(node.attributes["dtype"].value))
 
 

@@ -129,11 +129,11 @@ def test_feeds_of_a_decoder() -> None:
         ("past_key_values.0.key", "tensor(int8)", ["batch", 2, "past", 4]),
     ]  # fmt: skip
     found = feeds(declared, Shape("", 3, 1, 5), np.random.default_rng(0), capacity=6)
-    assert (found["x"].shape, found["x"].dtype) == ((3, 1, 8), np.float16)
+    assert (found["x"].shape, found["x"].dtype) == ((3, 1, 8), np.dtype(np.float16))
     assert found["seqlens_k"].tolist() == [5, 5, 5]
     assert found["total_sequence_length"] == 6
     past = found["past_key_values.0.key"]
-    assert (past.shape, past.dtype) == ((3, 2, 6, 4), np.int8)
+    assert (past.shape, past.dtype) == ((3, 2, 6, 4), np.dtype(np.int8))
 
 
 def test_sqnr() -> None:

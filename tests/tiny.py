@@ -20,6 +20,7 @@ from qcompiler.rewriting.contract import Changes, Pass
 from qcompiler.sites.canonicalize import canonicalize
 from qcompiler.statistics import StatisticsStore
 from tests.stand_ins import on_cpu
+from tests.there import dims, held, numpy_type, there
 
 Feeds = Mapping[str, np.ndarray]
 # Of symbolic dimensions; P positions of a past and one token make L, an empty past of N and S tokens make T.
@@ -50,8 +51,7 @@ def build(graph: str, *, opset: int | Any = 21, **constants: Any) -> ir.Model:
 def weight(value: ir.Value, recipe: str) -> np.ndarray:
     """Numbers by the name alone: `normal`, `gain` (near 1), `outliers` (a gain with channels × 30), `zeros`."""
     rng = np.random.default_rng(zlib.crc32(str(value.name).encode()))
-    shape = tuple(value.shape.numpy())
-    numbers = rng.normal(size=shape)
+    numbers = rng.normal(size=there(value.shape).numpy())
     if recipe == "gain":
         numbers = 1 + 0.1 * numbers
     elif recipe == "outliers":
@@ -61,12 +61,12 @@ def weight(value: ir.Value, recipe: str) -> np.ndarray:
         numbers *= 0
     elif recipe != "normal":
         raise ValueError(f"there is no recipe {recipe!r}")
-    return numbers.astype(value.dtype.numpy())
+    return numbers.astype(numpy_type(value))
 
 
 def sizes(value: ir.Value) -> list[int]:
     """The shape, with `SIZES` for symbolic dimensions."""
-    return [SIZES[size.value] if isinstance(size, ir.SymbolicDim) else size for size in value.shape]
+    return [size if isinstance(size, int) else SIZES[str(size)] for size in dims(value)]
 
 
 def feeds(model: ir.Model, count: int = 3, ids: int = 4, seed: int = 0) -> list[dict[str, np.ndarray]]:
@@ -77,11 +77,11 @@ def feeds(model: ir.Model, count: int = 3, ids: int = 4, seed: int = 0) -> list[
         sample = {}
         for value in model.graph.inputs:
             shape = sizes(value)
-            integer = not value.dtype.is_floating_point()
+            integer = not there(value.dtype).is_floating_point()
             numbers = rng.integers(0, ids, shape) if integer else rng.normal(size=shape)
             if value.name == "attention_mask":
                 numbers = np.ones(shape)
-            sample[value.name] = numbers.astype(value.dtype.numpy())
+            sample[there(value.name)] = numbers.astype(numpy_type(value))
         samples.append(sample)
     return samples
 
@@ -90,7 +90,7 @@ def run(
     model: ir.Model, feed: Feeds, outputs: Sequence[str] | None = None, *, optimized: bool = False
 ) -> list[np.ndarray]:
     """What ONNX Runtime computes: each operator by itself in float, or with all of its optimizations."""
-    return session(model, optimized=optimized).run(outputs, dict(feed))
+    return list(session(model, optimized=optimized).run(outputs, dict(feed)))
 
 
 def session(model: ir.Model, *, optimized: bool = False) -> Any:
@@ -103,6 +103,14 @@ def session(model: ir.Model, *, optimized: bool = False) -> Any:
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     proto = ir.to_proto(on_cpu(model))
     return ort.InferenceSession(proto.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+
+
+def multiplied(model: ir.Model, *, optimized: bool = False) -> np.ndarray:
+    """The matrix that a layer alone multiplies its only input by, [inputs, outputs]: its answer to the unit vectors."""
+    (value,) = model.graph.inputs
+    size = sizes(value)[-1]
+    rows = np.eye(size, dtype=numpy_type(value)).reshape(*[1] * (len(dims(value)) - 2), size, size)
+    return run(model, {there(value.name): rows}, optimized=optimized)[0].reshape(size, -1)
 
 
 def optimized_nodes(model: ir.Model, path: Path) -> list[onnx.NodeProto]:
@@ -168,4 +176,4 @@ def reasons(changes: Changes) -> dict[str, str]:
 
 def data(model: ir.Model, name: str) -> np.ndarray:
     """The numbers of an initializer."""
-    return model.graph.initializers[name].const_value.numpy()
+    return held(model.graph.initializers[name])

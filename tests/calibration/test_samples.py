@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from qcompiler.calibration.samples import from_python, open_samples
 from qcompiler.errors import DataError
+from tests.there import numpy_type
 
 VOCABULARY = 20
 
@@ -247,7 +248,7 @@ def test_hash_follows_shapes_and_types() -> None:
             f"""<ir_version: 10, opset_import: ["" : 21]>
             m ({type}[a, b] x) => ({type}[a, b] y) {{ y = Identity (x) }}"""
         )
-        return from_python([{"x": np.array(rows, model.graph.inputs[0].dtype.numpy())}], model=model).hash()
+        return from_python([{"x": np.array(rows, numpy_type(model.graph.inputs[0]))}], model=model).hash()
 
     assert of("int32", [1, 2]) == of("int32", [1, 2])
     assert of("int32", [1, 2]) != of("int32", [1], [2]), "the same bytes in another shape"

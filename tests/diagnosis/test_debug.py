@@ -27,6 +27,7 @@ from qcompiler.graph import files as model_io
 from qcompiler.recipes import Recipe
 from qcompiler.sessions import segments
 from tests import decoders, tiny
+from tests.there import held, there
 
 Compilations = Callable[[str, str], ir.Model]
 WIDTH, LAYERS, DAMAGED = 32, 12, 5
@@ -69,7 +70,7 @@ def scale_of(model: ir.Model, layer: str) -> str:
 def damage(model: ir.Model, constant: str, factor: float = 1.2) -> ir.Model:
     copy = model.clone()
     value = copy.graph.initializers[constant]
-    value.const_value = ir.tensor((value.const_value.numpy() * factor).astype(np.float32), name=constant)
+    value.const_value = ir.tensor((held(value) * factor).astype(np.float32), name=constant)
     return copy
 
 
@@ -119,7 +120,7 @@ def test_a_damaged_range_of_activations_is_told_from_weights(model: ir.Model, co
     found = debug(model, damage(compiled, scale, 0.25), calibration=data())
     assert found.alone[0].name == found.accumulated[0].name == f"p{DAMAGED}"
     assert found.alone[0].cause == "activations"
-    assert found.alone[0].activation_share > 0.95
+    assert there(found.alone[0].activation_share) > 0.95
     assert found.alone[0].activations == "uint8 per-tensor asymmetric"
 
 
@@ -158,7 +159,7 @@ def test_loud_channels_ask_for_smoothquant() -> None:
     assert all(layer.loud_channels == 1 for layer in found.alone)
     assert found.proposals[0].text == "take the recipe smoothquant"
     assert "loudest channel" in found.proposals[0].reason
-    better = qcompiler.compile(small, found.recipe, calibration=data())
+    better = qcompiler.compile(small, there(found.recipe), calibration=data())
     assert debug(small, better.model, calibration=data()).output_db > found.output_db + 2
 
 
@@ -182,7 +183,7 @@ def test_models_of_onnxruntime(model: ir.Model, tmp_path: Path, form: str) -> No
     theirs = model_io.load(tmp_path / "quantized.onnx")
     name = next(name for name in theirs.graph.initializers if name.startswith("w7") and "scale" in name)
     value = theirs.graph.initializers[name]
-    value.const_value = ir.tensor((value.const_value.numpy() * 1.2).astype(np.float32), name=name)
+    value.const_value = ir.tensor((held(value) * 1.2).astype(np.float32), name=name)
     found = debug(tmp_path / "float.onnx", theirs, calibration=data())
     assert len(found.alone) == 10
     assert found.alone[0].name == found.accumulated[0].name == "p7"
@@ -281,7 +282,7 @@ def test_every_kind_of_damage_is_found(model: ir.Model, compilations: Compilatio
     live = np.argsort(-inner(model, data(1)[0], f"r{place}").mean((0, 1)))
     copy = compilations(recipe, target).clone()
     constant = copy.graph.initializers[pattern.replace("{}", str(place)).replace("{-}", str(place - 1))]
-    constant.const_value = ir.tensor(how(constant.const_value.numpy().copy(), live), name=constant.name)
+    constant.const_value = ir.tensor(how(held(constant).copy(), live), name=constant.name)
     found = debug(model, copy, calibration=data(2))
     assert found.alone[0].name == found.accumulated[0].name == f"p{place}"
     if pattern.startswith("s"):
@@ -359,7 +360,7 @@ def test_weights_ask_for_better_rounding(recipe: str, expected: str) -> None:
     layers = [layer(f"l{i}", 30 + i % 3, weight_schemes=(Scheme(bits, PerGroup(128)),)) for i in range(20)]
     proposals, proposed = advise(layers, Recipe.load(recipe), 15.0)
     assert proposals[0].text == expected
-    proposed.resolved()
+    there(proposed).resolved()
 
 
 def test_inputs_ask_by_what_is_loud() -> None:
@@ -387,11 +388,11 @@ def test_inputs_ask_by_what_is_loud() -> None:
 def test_advice_about_layers_leaves_caches_alone() -> None:
     layers = [layer(f"l{i}", 30) for i in range(20)]
     _, proposed = advise(layers, Recipe.load("gptq-w4-kv8"), 15.0)
-    assert [step.name for step in proposed.passes] == ["gptq", "quantize-weights", "quantize-kv-cache"]
+    assert [step.name for step in there(proposed).passes] == ["gptq", "quantize-weights", "quantize-kv-cache"]
     rounded = Recipe.load("rtn-w4").passes + Recipe.load("kv-int8").passes
     _, proposed = advise(layers, Recipe.load("rtn-w4").model_copy(update={"passes": rounded}), 15.0)
-    assert [step.name for step in proposed.passes] == ["gptq", "quantize-weights", "quantize-kv-cache"]
-    proposed.resolved()
+    assert [step.name for step in there(proposed).passes] == ["gptq", "quantize-weights", "quantize-kv-cache"]
+    there(proposed).resolved()
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -401,7 +402,7 @@ def test_caches_of_4_bits_ask_for_8(symmetric: bool) -> None:
     layers = [*(layer(f"c{i}", 30, **stored) for i in range(8)), layer("l", 60)]
     proposals, proposed = advise(layers, Recipe.load("kv-int4"), 15.0)
     assert proposals[0].text == "set quantize-kv-cache.format=int8: 8 bits for caches instead of 4"
-    proposed.resolved()
+    there(proposed).resolved()
 
 
 def test_sensitive_layers_are_rounded_better_before_they_are_left_out() -> None:
@@ -419,7 +420,7 @@ def test_good_models_get_no_advice() -> None:
 def test_what_is_left_out_stays_left_out() -> None:
     layers = [layer(f"l{i}", 50 if i else 20) for i in range(20)]
     recipe = Recipe.load("rtn-w4").model_copy(update={"exclude": ("lm_head",)})
-    assert advise(layers, recipe, 15.0)[1].exclude == ("lm_head", "l0")
+    assert there(advise(layers, recipe, 15.0)[1]).exclude == ("lm_head", "l0")
 
 
 # ---------------------------------------------------------------------------------------------------- parts

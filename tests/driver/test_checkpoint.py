@@ -21,6 +21,7 @@ from qcompiler.rewriting.gptq import solve
 from qcompiler.rewriting.staged import Computed, StagedPass, Unit
 from qcompiler.statistics import StatisticsStore
 from tests import tiny
+from tests.there import tensors
 
 BLOCKS = 3
 RECIPE = {
@@ -63,7 +64,7 @@ def compiled(
 
 
 def weights(result: qcompiler.Compiled) -> dict[str, bytes]:
-    return {name: value.const_value.tobytes() for name, value in result.model.graph.initializers.items()}
+    return {name: constant.tobytes() for name, constant in tensors(result.model).items()}
 
 
 class Killed(BaseException):

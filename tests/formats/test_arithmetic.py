@@ -79,7 +79,7 @@ def run(
     feeds = {"in": values if op == "QuantizeLinear" else values.astype(wide), "scale": np.asarray(scale)}
     if zero is not None:
         feeds["zero"] = np.asarray(zero).astype(wide)
-    return session(op, format, x_type, axis, block, opset, zero is not None).run(None, feeds)[0]
+    return np.asarray(session(op, format, x_type, axis, block, opset, zero is not None).run(None, feeds)[0])
 
 
 LAYOUTS = st.sampled_from(["tensor", "channel", "block"])
@@ -91,14 +91,15 @@ def problems(draw: st.DrawFn, format: str, dtype: Any = np.float32) -> tuple[Any
     shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     layout = draw(LAYOUTS)
-    axis = None if layout == "tensor" else draw(st.integers(0, len(shape) - 1))
+    along = draw(st.integers(0, len(shape) - 1))
+    axis = None if layout == "tensor" else along
     block = None
     scale_shape: tuple[int, ...] = ()
     if layout == "channel":
-        scale_shape = (shape[axis],)
+        scale_shape = (shape[along],)
     elif layout == "block":
-        block = draw(st.integers(1, shape[axis] + 1))
-        scale_shape = (*shape[:axis], -(-shape[axis] // block), *shape[axis + 1 :])
+        block = draw(st.integers(1, shape[along] + 1))
+        scale_shape = (*shape[:along], -(-shape[along] // block), *shape[along + 1 :])
     if scale_shape == (1,):  # ONNX Runtime takes one scale for per-tensor, and then wants no block_size
         axis, block, scale_shape = None, None, ()
     exponents = (-14, 6) if dtype == np.float16 else draw(st.sampled_from([(-8, 4), (-126, -100), (60, 90)]))

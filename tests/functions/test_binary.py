@@ -24,6 +24,7 @@ from qcompiler.sites.canonicalize import canonicalize
 from qcompiler.sites.find import find_sites
 from tests import tiny
 from tests.oracles import binary as oracle
+from tests.there import held, numpy_type, tensors, there
 
 MATMUL = "g (float[B,S,{K}] x, float[{K},{N}] W) => (float[B,S,{N}] y) {{ [fc] y = MatMul(x, W) }}"
 GEMM = """g (float[M,{K}] x, float[{N},{K}] W, float[{N}] b) => (float[M,{N}] y) {{
@@ -50,11 +51,8 @@ def quantize(model: ir.Model, **options: Any) -> tuple[ir.Model, Changes]:
 
 
 def effective_weight(model: ir.Model, optimized: bool = False) -> np.ndarray:
-    """The matrix [N, K] that the only layer really multiplies by: its answer to the unit vectors."""
-    value = model.graph.inputs[0]
-    eye = np.eye(tiny.sizes(value)[-1], dtype=value.dtype.numpy())
-    x = eye if len(value.shape) == 2 else eye[None]
-    return tiny.run(model, {"x": x}, optimized=optimized)[0].reshape(len(eye), -1).T
+    """The matrix [N, K] that the only layer really multiplies by."""
+    return tiny.multiplied(model, optimized=optimized).T
 
 
 # ------------------------------------------------------------------------------------------------------- arithmetic
@@ -129,10 +127,10 @@ def test_linear(text: str, N: int, K: int, size: int | None) -> None:
     (site,) = find_sites(after).linears
     assert (site.in_features, site.out_features, site.transposed) == (K, N, True)
     assert binary.is_binary(site.dequantize)
-    bits = site.weight.const_value
-    assert (bits.dtype, tuple(bits.shape)) == (ir.DataType.UINT8, (N, -(-K // 8)))
-    np.testing.assert_array_equal(binary.unpacked_signs(bits.numpy(), K), np.where(rows < 0, -1, 1))
-    scales = binary.channel_scales(site.dequantize)
+    bits = held(site.weight)
+    assert (bits.dtype, bits.shape) == (np.dtype(np.uint8), (N, -(-K // 8)))
+    np.testing.assert_array_equal(binary.unpacked_signs(bits, K), np.where(rows < 0, -1, 1))
+    scales = binary.channel_scales(there(site.dequantize))
     assert (scales is None) == (size is not None)
 
 
@@ -148,7 +146,7 @@ def test_other_types(dtype: str) -> None:
     model = tiny.build(MATMUL.replace("float", dtype).format(K=20, N=6), W="normal")
     after, _ = quantize(model)
     got = effective_weight(after)
-    assert got.dtype == model.graph.inputs[0].dtype.numpy()
+    assert got.dtype == numpy_type(model.graph.inputs[0])
     np.testing.assert_allclose(got, oracle.restored(tiny.data(model, "W").T), rtol=1e-3 if dtype == "float16" else 1e-6)
 
 
@@ -157,7 +155,7 @@ def test_bits_a_weight() -> None:
     assert quantize(model)[1].changed[0].detail == "1.06 bits a weight"
     assert quantize(model, granularity="group", group_size=64)[1].changed[0].detail == "1.50 bits a weight"
     after, _ = quantize(model)
-    assert sum(value.const_value.nbytes for value in after.graph.initializers.values()) == 512 * 64 / 8 + 4 * 64
+    assert sum(constant.nbytes for constant in tensors(after).values()) == 512 * 64 / 8 + 4 * 64
 
 
 def test_weights_that_loud_inputs_meet_count_more() -> None:
@@ -273,7 +271,7 @@ def test_bits_that_are_computed_when_they_are_written(tmp_path: Path) -> None:
     assert isinstance(after.graph.initializers["W.codes"].const_value, ir.LazyTensor)
     model_io.save(after, tmp_path / "out")
     assert sum(file.stat().st_size for file in (tmp_path / "out").iterdir()) < 1.05 * W.size / 8
-    bits = model_io.load(tmp_path / "out").graph.initializers["W.codes"].const_value.numpy()
+    bits = tiny.data(model_io.load(tmp_path / "out"), "W.codes")
     np.testing.assert_array_equal(binary.unpacked_signs(bits, 4100), np.where(W.T < 0, -1, 1))
 
 

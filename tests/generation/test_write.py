@@ -21,6 +21,7 @@ from qcompiler.generation.write import Generation, generate
 from qcompiler.graph.model_inputs import Signature
 from qcompiler.sessions.cache_io import find_cache_io
 from qcompiler.sessions.decoder import Decoder
+from tests.there import dims, operand
 
 NEW = 16
 EXPORTED = ["dynamo-past", "optimum", pytest.param("genai", marks=pytest.mark.exporters)]
@@ -147,14 +148,14 @@ def with_quantized_cache(folder: Path, bits: int) -> Path:
     for value in (*model.graph.inputs, *model.graph.outputs):
         if str(value.name).startswith(("past", "present")):
             value.type = ir.TensorType(ir.DataType.INT8 if bits == 8 else ir.DataType.UINT8)
-            value.shape = ir.Shape([*list(value.shape)[:3], 32 * bits // 8])
+            value.shape = ir.Shape([*dims(value)[:3], 32 * bits // 8])
     for node in [node for node in model.graph if node.op_type == "GroupQueryAttention"]:
         node.resize_inputs(14)
         for index, largest in ((12, 8.0), (13, 3.0)):
             name = f"{node.name}/scale_{index}"
             scale = ir.tensor(np.array([largest / (2 ** (bits - 1) - 1)], np.float32), name=name)
             node.replace_input_with(index, ir.Value(name=name, const_value=scale))
-            model.graph.register_initializer(node.inputs[index])
+            model.graph.register_initializer(operand(node, index))
         kinds = {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": bits}
         for attribute in ir.convenience.convert_attributes(kinds):
             node.attributes.add(attribute)

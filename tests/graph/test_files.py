@@ -19,6 +19,7 @@ from qcompiler.errors import ModelError, OutputError, QCompilerError
 from qcompiler.graph import files as model_io
 from qcompiler.graph.files import DATA_FILE, MODEL_FILE, check_free, find_model, load, save, session
 from qcompiler.graph.model_folder import companions_in
+from tests import tiny
 
 K, N = 300, 1000  # 1.2 MB: beyond what stays in one file
 WEIGHT = np.random.default_rng(0).standard_normal((K, N)).astype(np.float32)
@@ -44,7 +45,7 @@ def small() -> ir.Model:
 
 
 def result(model: ir.Model) -> np.ndarray:
-    k = int(model.graph.inputs[0].shape[1])  # type: ignore[arg-type]
+    k = tiny.sizes(model.graph.inputs[0])[1]
     (y,) = session(model).run(None, {"x": np.linspace(-1, 1, 2 * k, dtype=np.float32).reshape(2, k)})
     return np.asarray(y)
 

@@ -18,6 +18,7 @@ from qcompiler.inspection import inspect
 from qcompiler.inspection.weights import statistics_of
 from qcompiler.sites.stored import float_weight
 from tests import tiny
+from tests.there import there
 
 GRAPH = """g (int64[B,S] ids, float[50,32] table, float[32,64] w0, float[64] b0, float[64,32] w1, float[64,64] wx)
     => (float[B,S,32] y, float[B,S,64] z) {
@@ -55,7 +56,7 @@ def test_a_float_model(model: ir.Model) -> None:
 
 def test_statistics(model: ir.Model) -> None:
     weights = np.asarray(tiny.data(model, "w1"), np.float64)
-    seen = {layer.module_path: layer.statistics for layer in inspect(model).layers}["layers.0.down"]
+    seen = there({layer.module_path: layer.statistics for layer in inspect(model).layers}["layers.0.down"])
     assert seen.absmax == pytest.approx(np.abs(weights).max())
     assert seen.mean == pytest.approx(weights.mean())
     assert seen.std == pytest.approx(weights.std())
@@ -70,10 +71,11 @@ def test_statistics_of_odd_weights(case: str) -> None:
         "offset": 1e4 + rng.normal(size=(300, 5000)), "constant": np.full((3, 4), 2.0),
         "broken": np.array([1.0, np.nan, np.inf, -3.0]), "empty": np.zeros((0, 4)),
     }[case].astype(np.float32)  # fmt: skip
-    seen = statistics_of(float_weight(ir.Value(name="w", const_value=ir.tensor(array))))
+    seen = statistics_of(there(float_weight(ir.Value(name="w", const_value=ir.tensor(array)))))
     if case == "empty":
         assert seen is None
         return
+    assert seen is not None
     finite = array[np.isfinite(array)].astype(np.float64)
     assert seen.absmax == np.abs(finite).max()
     assert seen.std == pytest.approx(finite.std(), rel=1e-6)
@@ -110,9 +112,9 @@ def test_models_of_ours(model: ir.Model, recipe: str, target: str, op: str, sche
     assert found.metadata["recipe"] == recipe
     assert {layer.module_path for layer in found.layers} == {"embed", "layers.0.up", "layers.0.down", "extra"}
     assert all(layer.scheme for layer in found.layers)
-    floats = {layer.module_path: layer.statistics for layer in inspect(model).layers}
+    floats = {layer.module_path: there(layer.statistics) for layer in inspect(model).layers}
     for layer in found.layers:
-        assert layer.statistics.std == pytest.approx(floats[layer.module_path].std, rel=0.06)
+        assert there(layer.statistics).std == pytest.approx(floats[layer.module_path].std, rel=0.06)
 
 
 def test_weights_in_files(model: ir.Model, tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_weights_in_files(model: ir.Model, tmp_path: Path) -> None:
     model_io.save(big, tmp_path / "out")
     found = inspect(tmp_path / "out")
     assert found.external == {"model.onnx.data": 600 * 600 * 4}
-    assert found.layers[0].statistics.std == pytest.approx(1, abs=0.01)
+    assert there(found.layers[0].statistics).std == pytest.approx(1, abs=0.01)
 
 
 def test_models_of_onnxruntime(model: ir.Model, tmp_path: Path) -> None:

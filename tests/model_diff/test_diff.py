@@ -36,7 +36,7 @@ def build(
         [numpy_helper.from_array(np.asarray(data), name) for name, data in initializers.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    return ir.from_proto(model)
+    return ir.serde.deserialize_model(model)
 
 
 def float_model(**changes: np.ndarray) -> ir.Model:

@@ -14,6 +14,7 @@ from qcompiler.compiler import compile
 from qcompiler.model_diff import Diff, diff
 from tests import tiny
 from tests.browser import WIDTHS, Opened, assert_fits_and_can_be_read, launched, visit
+from tests.there import there
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -41,7 +42,8 @@ def model() -> ir.Model:
     text = f"g (float[2,S,32] x0{inputs}, float[32,16] head) => (float[2,S,16] y) {{{blocks}"
     model = tiny.build(text + "\n  y = MatMul(x2, head)\n}", **constants, head="normal")
     for node in model.graph:
-        letter, number = node.name[0], node.name[1:]
+        name = there(node.name)
+        letter, number = name[0], name[1:]
         path = f"/model/{NAMES[letter].format(n=number)}" if letter in NAMES else f"/{node.name}"
         node.name = "/head/MatMul" if letter == "y" else f"{path}/{node.op_type}"
     return model
@@ -157,7 +159,7 @@ def test_nodes_are_the_same_under_other_names(difference: Diff, model: ir.Model)
     """Of a model that another exporter wrote, in the blocks of the first one."""
     other = model.clone()
     for number, node in enumerate(other.graph):
-        node.name = node.name.replace("/model/layers", "/transformer/h")
+        node.name = there(node.name).replace("/model/layers", "/transformer/h")
         for value in node.outputs:
             if not value.is_graph_output():
                 value.name = f"value_{number}"

@@ -12,6 +12,7 @@ from qcompiler.graph.metadata import PART_OF
 from qcompiler.graph.module_path import module_path
 from qcompiler.model_diff import diff
 from tests.demo import EMBEDDING, HEAD, LAYERS, LINEARS, WHOLE, Reader, clause, compiled, stories, variant, windows
+from tests.there import there
 
 
 def test_awq_says_where_the_scales_went() -> None:
@@ -23,7 +24,7 @@ def test_awq_says_where_the_scales_went() -> None:
     for path, shape in LINEARS.items():
         assert clause(told[path]) == f"{path}: MatMul float32 {shape} → {form}"
         # Four bits alone: without the moved scales, which go beyond 50, it would be far more.
-        assert told[path].weight_error < 0.2
+        assert there(told[path].weight_error) < 0.2
     for n in range(LAYERS):
         block = f"model.layers.{n}"
         into = {
@@ -57,7 +58,7 @@ def test_outlier_columns_stay_float(target: str, op: str) -> None:
         columns = [note for note in story.notes if re.fullmatch(r"\d+ outlier columns? stays? float", note)]
         assert bool(columns) == (path in split)
         # With the rows that outlier columns meet in float, the weight is as near as 8 bits are.
-        assert story.weight_error < 0.02
+        assert there(story.weight_error) < 0.02
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_caches_of_a_fused_operator(recipe: str, form: str, code_bytes: float) -
     for path, story in caches.items():
         assert story.text == f"{path}: cache float32 → cache {form}, quantize-kv-cache"
         assert story.fate == "quantized"
-        assert (story.before.bytes, story.after.bytes) == (2 * 32 * 4, 2 * 32 * code_bytes)
+        assert (there(story.before).bytes, there(story.after).bytes) == (2 * 32 * 4, 2 * 32 * code_bytes)
     fused = [fate for fate in found.fates if fate.op == "com.microsoft.GroupQueryAttention"]
     assert [(fate.fate, fate.count, fate.activations) for fate in fused] == [("quantized", LAYERS, f"cache {form}")]
     assert {story.fate for story in stories(found).values()} == {"untouched"}
@@ -98,9 +99,9 @@ def test_onnxruntimes_static_quantizer_per_channel(layout: str, weights: str, tm
         kind = "int8" if symmetry == "symmetric" else "uint8"
         form = f"{op} {kind} per-channel {symmetry}, activations uint8 per-tensor asymmetric"
         assert told[path].text == f"{path}: MatMul float32 {shape} → {form}"
-        assert told[path].weight_error < 0.02
+        assert there(told[path].weight_error) < 0.02
     assert told[EMBEDDING].text.startswith(f"{EMBEDDING}: Gather float32 3072×256 → Gather uint8 per-tensor asymmetric")
-    assert told[EMBEDDING].weight_error < 0.02
+    assert there(told[EMBEDDING].weight_error) < 0.02
     assert {story.fate for story in told.values()} == {"quantized"}
     kinds = {fate.activations for fate in found.fates if fate.fate == "quantized"}
     assert kinds <= {"", "activations uint8 per-tensor asymmetric", "activations int8 per-tensor symmetric"}

@@ -34,6 +34,7 @@ from tests.demo import (
     variant,
     windows,
 )
+from tests.there import tensors, there
 
 # ---------------------------------------------------------------------------------------------------- our own recipes
 
@@ -55,8 +56,8 @@ def test_gptq(target: str, rounded: str, linear: str, table: str) -> None:
     assert clause(found[EMBEDDING]) == f"{EMBEDDING}: Gather float32 3072×256 → {form}"
     assert clause(found[HEAD]).endswith(f"int8 per-channel symmetric{rounded}, quantize-weights")
     for path in LINEARS:
-        assert 0.05 < found[path].weight_error < 0.5, "four bits, and GPTQ is after the outputs"
-    assert found[HEAD].weight_error < 0.02, "eight bits"
+        assert 0.05 < there(found[path].weight_error) < 0.5, "four bits, and GPTQ is after the outputs"
+    assert there(found[HEAD].weight_error) < 0.02, "eight bits"
 
 
 @pytest.mark.parametrize(("target", "op"), [("ort-cpu", "MatMulIntegerToFloat"), ("portable", "MatMul")])
@@ -69,7 +70,7 @@ def test_smoothquant_says_where_the_scales_went(target: str, op: str) -> None:
         form = "int8 per-channel symmetric, activations uint8 per-tensor asymmetric, quantize-weights"
         assert clause(told[path]) == f"{path}: MatMul float32 {shape} → {op} {form}"
         # Only with the moved scales taken into account are the weights as close as eight bits are.
-        assert told[path].weight_error < 0.05
+        assert there(told[path].weight_error) < 0.05
     moved = {move.into: move for move in found.scales}
     for n in range(LAYERS):
         block = f"model.layers.{n}"
@@ -89,11 +90,11 @@ def test_smoothquant_says_where_the_scales_went(target: str, op: str) -> None:
 def test_dynamic_activations_and_binary_weights() -> None:
     told = stories(diff(variant("dynamo"), compiled("int8-dynamic", "ort-cpu")))
     for path in LINEARS:
-        assert told[path].after.activations == "activations int8 per-token symmetric dynamic"
-        assert told[path].after.weight == "int8 per-channel symmetric"
+        assert there(told[path].after).activations == "activations int8 per-token symmetric dynamic"
+        assert there(told[path].after).weight == "int8 per-channel symmetric"
     told = stories(diff(variant("dynamo"), compiled("nf4", "ort-cpu")))
-    assert {told[path].after.weight for path in LINEARS} == {"nf4 group(64) symmetric"}
-    assert all(0.03 < told[path].weight_error < 0.15 for path in LINEARS)
+    assert {there(told[path].after).weight for path in LINEARS} == {"nf4 group(64) symmetric"}
+    assert all(0.03 < there(told[path].weight_error) < 0.15 for path in LINEARS)
 
 
 def test_caches() -> None:
@@ -105,7 +106,7 @@ def test_caches() -> None:
         scheme = f"int8 per-token symmetric dynamic{', channels normalized' if 'key' in path else ''}"
         assert told[path].text == f"{path}: cache float32 → cache {scheme}, quantize-kv-cache"
         # 2 heads of 32 channels: four bytes each, then one each and a scale of two bytes a head.
-        assert (told[path].before.bytes, told[path].after.bytes) == (256, 68)
+        assert (there(told[path].before).bytes, there(told[path].after).bytes) == (256, 68)
     assert {port.name for port in found.ports} >= {"past_key_values.0.key", "present.3.value", "present.0.key_scale"}
     assert all(story.fate == "untouched" for path, story in stories(found).items() if path != HEAD)
     assert stories(found)[HEAD].notes == (f"stored once with {EMBEDDING}",)
@@ -145,9 +146,9 @@ def test_onnxruntimes_quantizers(peers: dict[str, Path], name: str, form: str) -
         text = re.sub(r"\bint8 per-tensor symmetric", "uint8 per-tensor asymmetric", told[path].text)
         assert text == f"{path}: MatMul float32 {shape} → {form}"
         assert told[path].fate == "quantized"
-        assert told[path].weight_error < 0.1
+        assert there(told[path].weight_error) < 0.1
     assert told[EMBEDDING].text == f"{EMBEDDING}: Gather float32 3072×256 → Gather uint8 per-tensor asymmetric"
-    assert told[HEAD].weight_error < 0.05
+    assert there(told[HEAD].weight_error) < 0.05
     quantized = {(fate.op, fate.after.split(".")[-1]): fate.count for fate in found.fates if fate.fate == "quantized"}
     product = {"qdq": "MatMul", "qoperator": "QLinearMatMul", "dynamic": "MatMulInteger"}[name]
     # The products inside attention, and that of the rotary angles, are quantized where the peer is static.
@@ -180,11 +181,11 @@ def test_the_genai_builders_int4_graph(tmp_path: Path) -> None:
         packed = told[f"model.layers.{n}.attn.qkv_proj"]
         assert clause(packed) == f"model.layers.{n}.attn.qkv_proj: 3 × MatMul float32 256×384 → {form}"
         assert packed.notes[0] == "q_proj, k_proj, v_proj packed into one"
-        assert 0.05 < packed.weight_error < 0.12
+        assert 0.05 < there(packed.weight_error) < 0.12
         for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
             path = f"model.layers.{n}.{name}"
             assert clause(told[path]) == f"{path}: MatMul float32 {LINEARS[path]} → {form}"
-    assert told[EMBEDDING].after.op == "GatherBlockQuantized"
+    assert there(told[EMBEDDING].after).op == "GatherBlockQuantized"
     assert {fate.after for fate in found.fates if fate.fate == "fused"} >= {"com.microsoft.GroupQueryAttention"}
 
 
@@ -208,11 +209,11 @@ def scrambled(model: ir.Model, seed: int = 0) -> ir.Model:
         node.name = f"n{order[number]}"
         del node.metadata_props[:]
     del proto.graph.value_info[:]
-    found = ir.from_proto(proto)
-    folders = [v.const_value.base_dir for v in model.graph.initializers.values() if hasattr(v.const_value, "base_dir")]
-    for value in found.graph.initializers.values():
-        if hasattr(value.const_value, "base_dir"):
-            value.const_value.base_dir = folders[0]
+    found = ir.serde.deserialize_model(proto)
+    folders = [held.base_dir for held in tensors(model).values() if isinstance(held, ir.ExternalTensor)]
+    for held in tensors(found).values():
+        if isinstance(held, ir.ExternalTensor):
+            held.base_dir = folders[0]
     return found
 
 
@@ -259,7 +260,7 @@ def test_swapped_weights_are_found_though_names_and_shapes_agree() -> None:
     first = tiny.build(text.format("A", "B"), A="normal", B="normal")
     second = tiny.build(text.format("B", "A"), A="normal", B="normal")
     told = diff(first, second).layers
-    assert [(story.before.name, story.after.name, story.weight_error) for story in told] == [
+    assert [(there(story.before).name, there(story.after).name, there(story.weight_error)) for story in told] == [
         ("one", "two", 0), ("two", "one", 0),
     ]  # fmt: skip
 
@@ -289,10 +290,9 @@ def test_measures_of_matched_values(peers: dict[str, Path]) -> None:
     samples = from_python(windows(), model=model_io.load(path))
     found = diff(path, peers["qoperator"], calibration=samples, samples=2)
     told = stories(found)
-    assert all(story.measures is not None for story in told.values())
-    assert all(5 < story.measures.sqnr_db < 60 for story in told.values())
-    assert told[HEAD].measures.sqnr_db == pytest.approx(found.outputs["logits"].sqnr_db, abs=0.1)
-    assert 0 < found.outputs["logits"].kl < 1
+    assert all(5 < there(story.measures).sqnr_db < 60 for story in told.values())
+    assert there(told[HEAD].measures).sqnr_db == pytest.approx(found.outputs["logits"].sqnr_db, abs=0.1)
+    assert 0 < there(found.outputs["logits"].kl) < 1
 
 
 def test_what_smoothing_divided_is_multiplied_back() -> None:
@@ -300,7 +300,7 @@ def test_what_smoothing_divided_is_multiplied_back() -> None:
     path = variant("dynamo-outliers")
     samples = from_python(windows(), model=model_io.load(path))
     told = stories(diff(path, quantized, calibration=samples))
-    assert all(told[f"model.layers.{n}.mlp.up_proj"].measures.sqnr_db > 15 for n in range(LAYERS))
+    assert all(there(told[f"model.layers.{n}.mlp.up_proj"].measures).sqnr_db > 15 for n in range(LAYERS))
 
 
 # --------------------------------------------------------------------------------------------------------- how it shows
@@ -350,7 +350,7 @@ def test_two_graphs_of_two_thousand_nodes() -> None:
     found = diff(model, scrambled(quantized))
     assert len(model.graph) == 2000
     assert {story.fate for story in found.layers} == {"quantized"}
-    assert [story.before.name for story in found.layers] == [f"node{n}_0" for n in range(count)]
-    assert max(story.weight_error for story in found.layers) < 0.02
+    assert [there(story.before).name for story in found.layers] == [f"node{n}_0" for n in range(count)]
+    assert max(there(story.weight_error) for story in found.layers) < 0.02
     assert {change.kind for change in found.nodes} == {"added", "changed"}
     assert {change.after for change in found.nodes if change.kind == "added"} == {"DequantizeLinear"}

@@ -11,7 +11,7 @@ import numpy as np
 def scales(X: np.ndarray, alpha: float) -> np.ndarray:
     """s_j = rms(X_j)^α / √(max s · min s) for the channels of X [M, K]."""
     s = np.sqrt(np.mean(X.astype(np.float64) ** 2, axis=0)) ** alpha
-    return s / np.sqrt(s.max() * s.min())
+    return np.asarray(s / np.sqrt(s.max() * s.min()))
 
 
 def rounded(W: np.ndarray, group_size: int, bits: int = 4, symmetric: bool = True) -> np.ndarray:

@@ -24,7 +24,7 @@ def sweep(
     group_of = np.arange(K) // group
 
     def weight() -> np.ndarray:
-        return (codes - zero[:, group_of]) * scale[:, group_of]
+        return np.asarray((codes - zero[:, group_of]) * scale[:, group_of])
 
     for g in range(scale.shape[1]):
         members = np.flatnonzero(group_of == g)

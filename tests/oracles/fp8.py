@@ -16,7 +16,7 @@ def nearest(x: np.ndarray, format: str) -> np.ndarray:
     bounded = np.clip(x.astype(np.float64), -largest, largest)
     exponent = np.maximum(np.frexp(bounded)[1] - 1, least)  # |x| = 1.… × 2^exponent
     step = np.exp2(exponent - bits)
-    return np.copysign(np.round(bounded / step) * step, bounded)
+    return np.asarray(np.copysign(np.round(bounded / step) * step, bounded))
 
 
 def rounded(x: np.ndarray, format: str, axis: int | None = None, cap: float = np.inf) -> np.ndarray:
@@ -31,10 +31,11 @@ def rounded(x: np.ndarray, format: str, axis: int | None = None, cap: float = np
 
 def row_wise(x: np.ndarray, w: np.ndarray, format: str, activation_format: str, cap: float = np.inf) -> np.ndarray:
     """x [..., K] times w [K, N]: a scale for each row of x, bounded, times one for each column of w."""
-    return rounded(x, activation_format, axis=-1, cap=cap) @ rounded(w, format, axis=0)
+    return np.asarray(rounded(x, activation_format, axis=-1, cap=cap) @ rounded(w, format, axis=0))
 
 
 def tensor_wise(x: np.ndarray, w: np.ndarray, format: str, activation_format: str, absmax: float) -> np.ndarray:
     """The same with one scale for w and one for all inputs, made for the magnitude `absmax`."""
     scale = np.float32(absmax / FORMATS[activation_format][2])
-    return nearest(x.astype(np.float32) / scale, activation_format) * np.float64(scale) @ rounded(w, format)
+    inputs = nearest(x.astype(np.float32) / scale, activation_format) * np.float64(scale)
+    return np.asarray(inputs @ rounded(w, format))

@@ -16,7 +16,7 @@ def rotate(x: np.ndarray, positions: np.ndarray, cos: np.ndarray, sin: np.ndarra
 def to_codes(x: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
     """x [heads, tokens, D] → codes, round half to even, saturated; scale [1] or [heads, 1, D]."""
     low = -(2 ** (bits - 1))
-    return np.clip(np.rint(x / scale), low, -low - 1).astype(np.int64)
+    return np.asarray(np.clip(np.rint(x / scale), low, -low - 1), np.int64)
 
 
 def packed(codes: np.ndarray) -> np.ndarray:

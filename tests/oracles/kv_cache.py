@@ -50,7 +50,7 @@ class Cache:
         return np.clip(np.rint((numbers - offset) / scale), low, high), scale, offset
 
     def decode(self, codes: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
-        return (codes * scale + offset) * self.reach + self.center
+        return np.asarray((codes * scale + offset) * self.reach + self.center)
 
     def _rounded(self, numbers: np.ndarray) -> np.ndarray:
         return numbers.astype(self.scale_dtype).astype(np.float64)
@@ -80,4 +80,4 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: np.ndarray) -> 
     k, v = np.repeat(k, repeat, 1), np.repeat(v, repeat, 1)
     scores = q.astype(np.float64) @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1]) + bias
     weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True) @ v
+    return np.asarray(weights / weights.sum(-1, keepdims=True) @ v)

@@ -21,7 +21,7 @@ def vector_wise(X: np.ndarray, W: np.ndarray) -> np.ndarray:
     """S · (X_i8 W_i8) with S the outer product of the scales of X's rows and of W's columns."""
     rows, row_scales = absmax_quantized(X.astype(np.float64), axis=1)
     columns, column_scales = absmax_quantized(W.astype(np.float64), axis=0)
-    return (rows @ columns) * (row_scales * column_scales)
+    return np.asarray((rows @ columns) * (row_scales * column_scales))
 
 
 def product(X: np.ndarray, W: np.ndarray, threshold: float) -> np.ndarray:
@@ -29,7 +29,7 @@ def product(X: np.ndarray, W: np.ndarray, threshold: float) -> np.ndarray:
     outliers = outlier_columns(X, threshold)
     others = np.setdiff1d(np.arange(X.shape[1]), outliers)
     exact = X[:, outliers].astype(np.float64) @ W[outliers].astype(np.float64)
-    return exact + vector_wise(X[:, others], W[others])
+    return np.asarray(exact + vector_wise(X[:, others], W[others]))
 
 
 def predicted_error(X: np.ndarray, W: np.ndarray, threshold: float) -> float:

@@ -20,7 +20,7 @@ def vector_wise(x: np.ndarray, w: np.ndarray, qmax: float = 127) -> np.ndarray:
     """x [..., K] times w [K, N]: C ≈ (Q_x Q_w) / (c_x ⊗ c_w), a constant for each row of x and each column of w."""
     q_x, c_x = absmax_codes(x, qmax)
     q_w, c_w = absmax_codes(w.T)
-    return (q_x @ q_w.T) / (c_x * c_w[:, 0])
+    return np.asarray((q_x @ q_w.T) / (c_x * c_w[:, 0]))
 
 
 def tensor_wise(x: np.ndarray) -> np.ndarray:
@@ -28,4 +28,4 @@ def tensor_wise(x: np.ndarray) -> np.ndarray:
     low, high = min(0.0, float(x.min())), max(0.0, float(x.max()))
     scale = (high - low) / 255 or 1.0
     zero_point = np.clip(np.round(-low / scale), 0, 255)
-    return (np.clip(np.round(x.astype(np.float64) / scale) + zero_point, 0, 255) - zero_point) * scale
+    return np.asarray((np.clip(np.round(x.astype(np.float64) / scale) + zero_point, 0, 255) - zero_point) * scale)

@@ -11,7 +11,7 @@ def scales(X: np.ndarray, Ws: Sequence[np.ndarray], alpha: float) -> np.ndarray:
     """s_j = max|X_j|^α / max|W_j|^(1-α), where W_j is row j of all the weights [K, N_i] that read X [M, K]."""
     x_max = np.abs(X.astype(np.float64)).max(axis=0)
     w_max = np.abs(np.concatenate([W.astype(np.float64) for W in Ws], axis=1)).max(axis=1)
-    return x_max**alpha / w_max ** (1 - alpha)
+    return np.asarray(x_max**alpha / w_max ** (1 - alpha))
 
 
 def smoothed(X: np.ndarray, Ws: Sequence[np.ndarray], s: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -25,7 +25,7 @@ def rounded_activation(X: np.ndarray, bits: int = 8, measured: np.ndarray | None
     lo, hi = min(seen.min(), 0.0), max(seen.max(), 0.0)
     step = (hi - lo) / (2**bits - 1)
     zero = np.round(-lo / step)
-    return (np.clip(np.round(X / step) + zero, 0, 2**bits - 1) - zero) * step
+    return np.asarray((np.clip(np.round(X / step) + zero, 0, 2**bits - 1) - zero) * step)
 
 
 def rounded_weight(W: np.ndarray, bits: int = 8) -> np.ndarray:
@@ -33,7 +33,7 @@ def rounded_weight(W: np.ndarray, bits: int = 8) -> np.ndarray:
     top = 2 ** (bits - 1) - 1
     step = np.abs(W).max(axis=0) / top
     step[step == 0] = 1.0
-    return np.clip(np.round(W / step), -top, top) * step
+    return np.asarray(np.clip(np.round(W / step), -top, top) * step)
 
 
 def product_error(X: np.ndarray, Ws: Sequence[np.ndarray], s: np.ndarray) -> float:

@@ -24,6 +24,7 @@ from qcompiler.recipes import Recipe
 from qcompiler.rewriting.contract import Changes
 from qcompiler.statistics import StatisticsStore
 from tests import tiny
+from tests.there import operands, there
 
 HALF, BRAIN, FLOAT = ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
@@ -350,7 +351,7 @@ def test_a_layer_that_reads_codes_and_stays_in_float32_is_still_a_quantized_laye
     steps = [QuantizeWeights(), QuantizeActivations(granularity="token"), ConvertFloat(ignore=("down",))]
     tiny.compile(model, steps, tiny.feeds(model))
     down = next(node for node in model.graph if node.name == "down")
-    assert [item.producer().op_type for item in down.inputs] == ["DequantizePerToken", "DequantizeLinear"]
+    assert [there(item.producer()).op_type for item in operands(down)] == ["DequantizePerToken", "DequantizeLinear"]
     assert down.outputs[0].dtype == FLOAT
 
 
@@ -477,7 +478,7 @@ def test_operators_without_a_kernel_in_bfloat16_stay_in_float32() -> None:
         z = MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (c)
     }"""
     after, _ = converted(tiny.build(text, opset=22, W="normal", k="normal"), dtype="bf16")
-    types = {node.op_type: [item.dtype for item in node.inputs] for node in after.graph if node.op_type != "Cast"}
+    types = {node.op_type: [item.dtype for item in operands(node)] for node in after.graph if node.op_type != "Cast"}
     assert types == {
         "MatMul": [BRAIN] * 2, "ArgMax": [FLOAT], "Atan": [FLOAT], "Sign": [BRAIN], "Conv": [BRAIN] * 2,
         "MaxPool": [FLOAT],
@@ -493,7 +494,7 @@ def test_weights_of_convolutions_are_decoded_in_float32_where_bfloat16_has_no_ke
         (decoder,) = (node for node in model.graph if node.op_type == "DequantizeLinear")
         assert decoder.outputs[0].dtype == kind
         (conv,) = (node for node in model.graph if node.op_type == "Conv")
-        assert {item.dtype for item in conv.inputs} == {HALF if dtype == "fp16" else BRAIN}
+        assert {item.dtype for item in operands(conv)} == {HALF if dtype == "fp16" else BRAIN}
 
 
 def test_a_state_of_zeros_fits() -> None:

@@ -24,6 +24,7 @@ from qcompiler.sites.activations import Dynamic, activation_of
 from qcompiler.sites.find import find_sites
 from tests import tiny
 from tests.oracles import per_token as oracle
+from tests.there import operand
 
 LAYER = "g (float[B,S,9] x, float[9,5] W) => (float[B,S,5] y) { [fc] y = MatMul(x, W) }"
 SIBLINGS = """g (float[B,S,8] x, float[8,6] W, float[8,4] V) => (float[B,S,6] y, float[B,S,4] z, float[B,S,8] r) {
@@ -186,7 +187,7 @@ def test_siblings_share_a_pair_and_others_read_the_float(granularity: str) -> No
     assert isinstance(pair, Dynamic)
     assert (pair.source.name, pair.per_token) == ("h", granularity == "token")
     (negative,) = [node for node in after.graph if node.op_type == "Neg"]
-    assert negative.inputs[0].name == "h"
+    assert operand(negative, 0).name == "h"
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "token"])

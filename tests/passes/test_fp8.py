@@ -29,6 +29,7 @@ from qcompiler.sites.activations import Dynamic, activation_of, is_quantized
 from qcompiler.sites.find import find_sites
 from tests import tiny
 from tests.oracles import fp8 as oracle
+from tests.there import operand, tensor_of
 
 FP8 = ["fp8_e4m3", "fp8_e5m2"]
 VARIANTS = ["dynamo", "dynamo-past", "opset23", "optimum", "fp16", pytest.param("genai", marks=pytest.mark.exporters)]
@@ -264,7 +265,7 @@ def test_layers_share_the_pair_of_their_input() -> None:
     assert pairs[0].float8
     assert pairs[0].per_token
     assert all(is_quantized(site.input) and site.input is sites[0].input for site in sites)
-    assert next(node for node in after.graph if node.op_type == "Neg").inputs[0].name == "h"
+    assert operand(next(node for node in after.graph if node.op_type == "Neg"), 0).name == "h"
 
 
 def test_a_tied_table_keeps_its_float_embedding() -> None:
@@ -277,7 +278,7 @@ def test_a_tied_table_keeps_its_float_embedding() -> None:
     after, changes = compiled(model, layers=["linear", "head"])
     assert [changed.site for changed in changes.changed] == ["head", "head"]
     gather = next(node for node in after.graph if node.op_type == "Gather")
-    assert gather.inputs[0].const_value.dtype == ir.DataType.FLOAT
+    assert tensor_of(operand(gather, 0)).dtype == ir.DataType.FLOAT
     assert 0 < tiny.relative_error(*(tiny.run(m, tiny.feeds(model)[0])[0] for m in (after, model))) < 0.06
 
 

@@ -20,6 +20,7 @@ from qcompiler.sites.attention import CachedAttention, find_cached_attention
 from qcompiler.sites.attention_proof import prove
 from qcompiler.statistics import StatisticsStore
 from tests import tiny
+from tests.there import there
 
 VARIANTS = ("dynamo-past", "optimum")
 VOCABULARY, LAYERS, KV_HEADS, HEAD_SIZE = 3072, 4, 2, 32
@@ -39,7 +40,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[ir.Model, ir.Model]:
     assert len(changes.changed) == LAYERS
     assert not changes.skipped
     tiny.check(after)
-    pasts = [value for value in after.graph.inputs if value.name.startswith("past")]
+    pasts = [value for value in after.graph.inputs if there(value.name).startswith("past")]
     # Nothing asks a past for its length, which is that of a buffer where past and present share one.
     assert {node.op_type for value in pasts for node, _ in value.uses()} == {"GroupQueryAttention"}
     return before, after
@@ -178,7 +179,7 @@ def test_names_of_caches_do_not_matter() -> None:
     assert len(changes.changed) == LAYERS
     tiny.check(model)
     assert model.graph.outputs[1].name == "output.past_key_values.layers.0.keys"
-    assert model.graph.outputs[1].producer().op_type == "GroupQueryAttention"
+    assert there(model.graph.outputs[1].producer()).op_type == "GroupQueryAttention"
 
 
 def test_on_cuda_float32_is_left_alone() -> None:

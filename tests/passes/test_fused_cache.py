@@ -22,6 +22,7 @@ from qcompiler.sites.caches import Cache, find_caches
 from qcompiler.statistics import HeadRange, StatisticsStore
 from tests import tiny
 from tests.oracles.grouped_query_attention import Row, packed, rotate
+from tests.there import dims, operand, there
 
 HEADS, KV_HEADS, SIZE, SCALE, LONGEST = 4, 2, 16, 0.25, 64
 
@@ -123,10 +124,10 @@ def test_what_is_written_down() -> None:
     assert node.attributes["k_quant_type"].value == "PER_CHANNEL"
     assert node.attributes["v_quant_type"].value == "PER_TENSOR"
     assert node.attributes["kv_cache_bit_width"].value == 4
-    assert [tuple(value.shape) for value in node.inputs[12:14]] == [(KV_HEADS, 1, SIZE), (1,)]
-    for value in (node.inputs[3], node.inputs[4], *node.outputs[1:]):
+    assert [dims(operand(node, index)) for index in (12, 13)] == [[KV_HEADS, 1, SIZE], [1]]
+    for value in (operand(node, 3), operand(node, 4), *node.outputs[1:]):
         assert value.dtype == ir.DataType.UINT8
-        assert value.shape[-1] == SIZE // 2
+        assert dims(value)[-1] == SIZE // 2
 
 
 def refused(model: ir.Model, **options: Any) -> str:
@@ -175,9 +176,9 @@ def test_the_demo_model(variant: str, format: str) -> None:
         tokenizer=CHECKPOINT / "tokenizer.json", samples=6, sequence_length=64,
     )  # fmt: skip
     assert compiled.report.outputs["logits"]["sqnr_db"] > (40 if format == "int8" else 20)
-    pasts = [value for value in compiled.model.graph.inputs if value.name.startswith("past")]
+    pasts = [value for value in compiled.model.graph.inputs if there(value.name).startswith("past")]
     assert {value.dtype for value in pasts} == {ir.DataType.INT8 if format == "int8" else ir.DataType.UINT8}
-    assert {value.shape[-1] for value in pasts} == {32 if format == "int8" else 16}
+    assert {dims(value)[-1] for value in pasts} == {32 if format == "int8" else 16}
 
 
 @pytest.mark.parametrize("recipe", ["kv-int8-fused", "kv-int4-fused"])

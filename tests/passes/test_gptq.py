@@ -24,10 +24,10 @@ from qcompiler.rewriting import gptq as gptq_solver
 from qcompiler.rewriting.contract import Changes
 from qcompiler.rewriting.gptq import CholeskyFactor, factorise, solve
 from qcompiler.rewriting.staged import Unit, stages
-from qcompiler.sites.find import find_sites
 from qcompiler.statistics import StatisticsStore
 from tests import tiny
 from tests.oracles import gptq as oracle
+from tests.there import held, numpy_type, there
 
 BOUNDS = {"int2": (-2, 1), "uint2": (0, 3), "int3": (-4, 3), "uint3": (0, 7), "int4": (-8, 7), "uint4": (0, 15),
           "int8": (-128, 127), "uint8": (0, 255)}  # fmt: skip
@@ -49,11 +49,11 @@ def correlated(rows: int, K: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     directions = rng.normal(size=(max(1, K // 8), K))
     inputs = rng.normal(size=(rows, len(directions))) @ directions / np.sqrt(len(directions))
-    return (inputs + 0.1 * rng.normal(size=(rows, K))).astype(np.float32)
+    return np.asarray(inputs + 0.1 * rng.normal(size=(rows, K)), np.float32)
 
 
 def hessian(X: np.ndarray) -> np.ndarray:
-    return (X.T @ X / len(X)).astype(np.float32)
+    return np.asarray(X.T @ X / len(X), np.float32)
 
 
 def weights(N: int, K: int, seed: int = 1) -> np.ndarray:
@@ -73,7 +73,7 @@ def error(W: np.ndarray, rounded: np.ndarray, H: np.ndarray) -> float:
 
 
 def decibels(relative_error: float) -> float:
-    return -10 * np.log10(relative_error)
+    return float(-10 * np.log10(relative_error))
 
 
 # ---------------------------------------------------------------------------------------------------------- quality
@@ -257,15 +257,8 @@ def inputs(model: ir.Model, count: int = 4) -> list[dict[str, np.ndarray]]:
     """Correlated rows for the graph's only input, in its shape."""
     (value,) = model.graph.inputs
     *lead, width = tiny.sizes(value)
-    rows = correlated(count * int(np.prod(lead)), width).astype(value.dtype.numpy())
-    return [{value.name: part} for part in rows.reshape(count, *lead, -1)]
-
-
-def effective_weight(model: ir.Model) -> np.ndarray:
-    """The float matrix [K, N] that the only linear layer multiplies by."""
-    (site,) = find_sites(model).linears
-    eye = np.eye(site.in_features, dtype=site.input.dtype.numpy())
-    return tiny.run(model, {"x": eye if len(model.graph.inputs[0].shape) == 2 else eye[None]})[0].reshape(len(eye), -1)
+    rows = correlated(count * int(np.prod(lead)), width).astype(numpy_type(value))
+    return [{there(value.name): part} for part in rows.reshape(count, *lead, -1)]
 
 
 def compiled(text: str, samples: int = 4, **options: Any) -> tuple[ir.Model, ir.Model, Changes]:
@@ -290,7 +283,7 @@ def test_layouts_of_a_layer(text: str, granularity: str, size: int | None, act_o
     X = np.concatenate([sample["x"].reshape(-1, 16) for sample in inputs(model)]).astype(np.float32)
     expected = oracle.gptq(W, hessian(X), BOUNDS["int4"], symmetric=True, group=16 if size is None else size,
                            act_order=act_order)  # fmt: skip
-    got = effective_weight(after).T
+    got = tiny.multiplied(after).T
     nearest = quantize_weight(W, Gptq(**options).scheme(), channel_axis=0).dequantize()
     assert error(W, got, hessian(X)) < 0.8 * error(W, nearest, hessian(X))
     if granularity != "tensor" and text is not HALF:
@@ -331,8 +324,8 @@ def test_a_constant_that_meets_two_values() -> None:
     expected = solve(W, factor_of(hessian(both)), Scheme("int4", PerGroup(8)), channel_axis=0)
     after = model.clone()
     tiny.compile(after, [Gptq(group_size=8)], samples)
-    (codes,) = [v.const_value for v in after.graph.initializers.values() if v.name.endswith("codes")]
-    assert (expected.codes == np.asarray(codes.numpy(), np.int8).T).mean() > 0.95
+    (codes,) = [held(value) for name, value in after.graph.initializers.items() if name.endswith("codes")]
+    assert (expected.codes == np.asarray(codes, np.int8).T).mean() > 0.95
     assert len(Gptq().units(model, Changes())) == 1
 
 
@@ -342,7 +335,7 @@ def test_a_layer_whose_hessian_has_no_factor(monkeypatch: pytest.MonkeyPatch) ->
     assert "rounded to nearest: the Hessian is singular" in changes.changed[0].detail
     W = tiny.data(model, "W")
     nearest = quantize_weight(W, Scheme("int4", PerGroup(8)), channel_axis=1, search="mse").dequantize()
-    np.testing.assert_allclose(effective_weight(after), nearest, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(tiny.multiplied(after), nearest, rtol=1e-5, atol=1e-6)
 
 
 def test_the_report_says_when_the_damping_was_raised() -> None:

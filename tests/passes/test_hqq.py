@@ -19,6 +19,7 @@ from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.find import find_sites
 from tests import tiny
 from tests.oracles import hqq as oracle
+from tests.there import there
 
 Search = Literal["minmax", "mse"]
 
@@ -55,7 +56,8 @@ def test_against_the_oracle(search: Search, format: str, channel_axis: int) -> N
     scheme = Scheme(format, PerGroup(16), symmetric=False)
     found, before, after = hqq(weight, scheme, channel_axis, search=search)
     start = quantize_weight(weight, scheme, channel_axis=channel_axis, search=search)
-    rows, scales, zeros = (array if channel_axis == 0 else array.T for array in (weight, start.scale, start.zero_point))
+    arrays = weight, start.scale, there(start.zero_point)
+    rows, scales, zeros = (array if channel_axis == 0 else array.T for array in arrays)
     bounds = int(FORMATS[format].qmin), int(FORMATS[format].qmax)
     expected = 0.0
     for channel, group in np.ndindex(scales.shape):

@@ -18,6 +18,7 @@ from qcompiler.sites.find import find_sites
 from qcompiler.statistics import StatisticsStore
 from tests import tiny
 from tests.passes.test_lower_weight_only import ADD, ALL, GEMM, MATMUL, assert_same, model_of
+from tests.there import operand, tensors, there
 
 
 def lower(model: ir.Model, half_precision: bool = False, **options: Any) -> tuple[ir.Model, ir.Model, Changes]:
@@ -52,7 +53,7 @@ def test_half_precision(half_precision: bool) -> None:
     model = model_of(ALL["matmul"], 64, half=True)
     portable, lowered, _ = lower(model, half_precision)
     (kernel,) = (node for node in lowered.graph if node.op_type == "MatMulBnb4")
-    assert kernel.inputs[2].dtype == (ir.DataType.FLOAT16 if half_precision else ir.DataType.FLOAT)
+    assert operand(kernel, 2).dtype == (ir.DataType.FLOAT16 if half_precision else ir.DataType.FLOAT)
     assert ("Cast" in tiny.operators(lowered)) != half_precision
     if not half_precision:
         assert_same(portable, lowered, tiny.feeds(model), 2e-3)
@@ -70,8 +71,8 @@ def test_what_the_operator_takes_codes_for(table: str) -> None:
     _, lowered, _ = lower(model, table=table, block_size=16, double_quantization=False)
     codes = np.arange(16, dtype=np.uint8).reshape(1, 16)
     (kernel,) = (node for node in lowered.graph if node.op_type == "MatMulBnb4")
-    kernel.inputs[1].const_value = packed(ir.Tensor(codes, dtype=ir.DataType.UINT4), "pairs")
-    kernel.inputs[2].const_value = ir.tensor(np.array([3], np.float32))
+    operand(kernel, 1).const_value = packed(ir.Tensor(codes, dtype=ir.DataType.UINT4), "pairs")
+    operand(kernel, 2).const_value = ir.tensor(np.array([3], np.float32))
     lowered.graph.initializers["b"].const_value = ir.tensor(np.zeros(1, np.float32))
     got = tiny.run(lowered, {"x": np.eye(16, dtype=np.float32)})[0]
     format = {"nf4": "nf4", "fp4": "fp4_bnb"}[table]
@@ -86,7 +87,7 @@ def test_layers_that_share_a_weight_share_it_lowered() -> None:
     )
     portable, lowered, changes = lower(model)
     assert len(changes.changed) == 2
-    assert sum(value.const_value.nbytes == 512 for value in lowered.graph.initializers.values()) == 1
+    assert sum(constant.nbytes == 512 for constant in tensors(lowered).values()) == 1
     assert_same(portable, lowered, tiny.feeds(model), 1e-5)
 
 
@@ -103,7 +104,7 @@ def test_blocks_along_the_outputs_are_skipped_with_the_reason() -> None:
     model = tiny.build("g (float[M,64] x, float[64,64] W) => (float[M,64] y) { [fc] y = MatMul(x, W) }", W="normal")
     tiny.compile(model, [Nf4(double_quantization=False)], [])
     (site,) = find_sites(model).linears
-    site.node.replace_input_with(1, site.dequantize.outputs[0])
+    site.node.replace_input_with(1, there(site.dequantize).outputs[0])
     changes = LowerWeightOnly().apply(model, StatisticsStore())
     assert tiny.reasons(changes) == {
         "fc": "the blocks of its weight run along its outputs, and the operator's along the inputs"

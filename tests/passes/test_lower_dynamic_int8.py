@@ -20,6 +20,7 @@ from passes.quantize_weights import QuantizeWeights
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.find import find_sites
 from tests import tiny
+from tests.there import dims, operand, tensor_of, tensors, there
 
 MATMUL = "g (float[B,S,8] x, float[8,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 ADD_2D = "g (float[M,8] x, float[8,6] W, float[6] b) => (float[M,6] y) { [fc] p = MatMul(x, W)  y = Add(p, b) }"
@@ -225,7 +226,7 @@ def test_extreme_codes_do_not_saturate(saturation_safe: bool, activations: dict[
     samples = [{"x": np.ones((3, features), np.float32)}]
     portable, lowered, _ = lower(model, activations, {"saturation_safe": saturation_safe}, samples)
     (kernel,) = [node for node in lowered.graph if node.op_type in KERNELS]
-    assert kernel.inputs[1].dtype == (ir.DataType.INT8 if saturation_safe else ir.DataType.UINT8)
+    assert operand(kernel, 1).dtype == (ir.DataType.INT8 if saturation_safe else ir.DataType.UINT8)
     assert_same(portable, lowered, samples)
 
 
@@ -302,16 +303,16 @@ def test_binary_weights(layer: str, half: bool, activations: dict[str, Any], tmp
 
 def test_four_bits_stay_four_bits_in_the_file() -> None:
     _, lowered, _ = lower(model_of(GEMM_T), TOKEN, {"format": "int4"})
-    (stored,) = [value for value in lowered.graph.initializers.values() if value.const_value.size == 48]
+    (stored,) = [value for value in lowered.graph.initializers.values() if tensor_of(value).size == 48]
     assert stored.dtype == ir.DataType.INT4
-    assert list(stored.shape) == [8, 6]
+    assert dims(stored) == [8, 6]
 
 
 @pytest.mark.parametrize("format", ["uint8", "int8"])
 @pytest.mark.parametrize("text", [TIED, TIED_GEMM], ids=["transpose", "gemm"])
 def test_a_tied_embedding_is_stored_once(text: str, format: str) -> None:
     _, lowered, _ = lower(model_of(text), TOKEN, {"format": format, "saturation_safe": format == "int8"})
-    assert len([value for value in lowered.graph.initializers.values() if value.const_value.size == 96]) == 1
+    assert sum(constant.size == 96 for constant in tensors(lowered).values()) == 1
 
 
 # ------------------------------------------------------------------------------------------- W4A8 in groups, and skips
@@ -356,7 +357,7 @@ def test_scales_along_the_inputs_are_skipped_with_the_reason() -> None:
         model_of("g (float[M,8] x, float[8,8] W) => (float[M,8] y) { [fc] y = MatMul(x, W) }"), TOKEN
     )
     (site,) = find_sites(portable).linears
-    site.dequantize.attributes["axis"] = ir.AttrInt64("axis", 0)
+    there(site.dequantize).attributes["axis"] = ir.AttrInt64("axis", 0)
     (changes,) = tiny.compile(portable, [LowerDynamicInt8()], [])
     assert "channel" in tiny.reasons(changes)["fc"]
 

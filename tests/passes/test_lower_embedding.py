@@ -16,6 +16,7 @@ from passes.quantize_weights import QuantizeWeights
 from qcompiler.rewriting.contract import Changes, Pass
 from qcompiler.sites.embeddings import find_quantized_embeddings
 from tests import tiny
+from tests.there import tensors
 
 EMBED = "g (int64[B,S] ids, float[12,K] E) => (float[B,S,K] x) { [embed] x = Gather(E, ids) }"
 TURNED = """g (int64[B,S] ids, float[K,12] E) => (float[B,S,K] x) {
@@ -116,7 +117,7 @@ def test_two_embeddings_share_a_table() -> None:
     )
     portable, lowered, (changes,) = lower(model, LowerEmbedding(), format="int8")
     assert len(changes.changed) == 2
-    assert sum(value.const_value.size == 12 * 32 for value in lowered.graph.initializers.values()) == 1
+    assert sum(constant.size == 12 * 32 for constant in tensors(lowered).values()) == 1
     assert_identical(portable, lowered, tiny.feeds(model, ids=12))
 
 
@@ -142,8 +143,8 @@ def test_tied_to_a_layer(text: str, features: int, symmetric: bool, half: bool, 
     assert {changed.site for changed in changes[0].changed} == {"embed", "lm_head"}
     assert not changes[1].changed
     assert not changes[1].skipped
-    large = [value for value in lowered.graph.initializers.values() if value.const_value.size >= 12 * features]
-    assert [value.const_value.nbytes for value in large] == [12 * -(-features // 16) * 16]
+    large = [constant for constant in tensors(lowered).values() if constant.size >= 12 * features]
+    assert [constant.nbytes for constant in large] == [12 * -(-features // 16) * 16]
     for sample in tiny.feeds(model, ids=12):
         (got,), (wanted,) = tiny.run(lowered, sample, optimized=True), tiny.run(portable, sample)
         assert tiny.relative_error(got, wanted) <= (2e-3 if half else 1e-5)
@@ -163,10 +164,9 @@ def test_four_bits_tied_to_a_layer(features: int, group: int, type: str) -> None
     changes, _ = tiny.compile(lowered, [LowerWeightOnly(accuracy_level=0), LowerEmbedding()], [])
     assert {changed.site for changed in changes.changed} == {"embed", "lm_head"}
     assert "DequantizeLinear" not in tiny.operators(lowered)
-    codes = [
-        value for value in lowered.graph.initializers.values() if len(value.shape) == 3 and value.shape.numpy()[-1] > 1
-    ]
-    assert [value.const_value.nbytes for value in codes] == [
+    shapes = [(constant.shape.numpy(), constant) for constant in tensors(lowered).values()]
+    codes = [constant for shape, constant in shapes if len(shape) == 3 and shape[-1] > 1]
+    assert [constant.nbytes for constant in codes] == [
         12 * -(-features // {32: 32}.get(group, 16)) * {32: 16}.get(group, 8)
     ]
     assert_identical_outputs(model, lowered, tiny.feeds(model, ids=12), 0)
@@ -200,7 +200,7 @@ def test_a_table_is_not_stored_twice_beside_an_integer_kernel(weights: dict[str,
         assert [changed.site for changed in changes.changed] == ["embed"]
     else:
         assert "stored twice" in tiny.reasons(changes)["embed"]
-    assert sum(value.const_value.size >= 12 * 32 for value in model.graph.initializers.values()) == 1
+    assert sum(constant.size >= 12 * 32 for constant in tensors(model).values()) == 1
 
 
 def test_groups_that_the_operator_has_no_block_for() -> None:

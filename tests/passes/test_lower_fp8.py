@@ -23,6 +23,7 @@ from qcompiler.statistics import StatisticsStore
 from qcompiler.targets.kernels import missing_on_cpu
 from tests import tiny
 from tests.stand_ins import weight_of_blocks
+from tests.there import dims, held, operand, there
 
 MATMUL = "g (float16[B,S,32] x, float16[32,16] W) => (float16[B,S,16] y) { [fc] y = MatMul(x, W) }"
 ADD = """g (float16[B,S,32] x, float16[32,16] W, float16[16] b) => (float16[B,S,16] y) {
@@ -95,7 +96,7 @@ def test_against_the_definition_of_the_operator(layer: str, scheme: str) -> None
     model = model_of(LAYERS[layer])
     _, lowered, _ = lower(model, SCHEMES[scheme])
     (kernel,) = [node for node in lowered.graph if node.op_type == "MatMulBlockQuantizedFp8Weight"]
-    codes, scale = (kernel.inputs[i].const_value.numpy() for i in (1, 2))
+    codes, scale = (held(operand(kernel, i)) for i in (1, 2))
     block = kernel.attributes["block_size"].value
     assert codes.shape == (16, 32)
     assert codes.dtype == ml_dtypes.float8_e4m3fn
@@ -142,8 +143,8 @@ def test_one_scale_on_both_sides_can_be_a_product_of_float8(layer: str, scheme: 
     assert {c.kernel for c in changes.changed} == {"GemmFloat8"}
     for node in lowered.graph:
         if node.op_type == "GemmFloat8":
-            assert [node.inputs[i].dtype for i in (0, 1)] == [E4M3, E4M3]
-            assert list(node.inputs[1].shape) == [node.inputs[1].shape[0], 32]
+            assert [operand(node, i).dtype for i in (0, 1)] == [E4M3, E4M3]
+            assert dims(operand(node, 1)) == [dims(operand(node, 1))[0], 32]
     assert "DequantizeLinear" not in tiny.operators(lowered)
     assert_same(portable, lowered, model, TOLERANCES.get(layer, 2e-3) if dtype == "float16" else 1e-5)
 
@@ -182,11 +183,11 @@ def test_what_else_is_no_product_of_float8() -> None:
     portable, _, _ = lower(model_of(MATMUL), SCHEMES["tensor"])
     assert "not GemmFloat8" not in LowerFp8(gemm=True).apply(portable.clone(), StatisticsStore()).changed[0].detail
     channels = portable.clone()
-    of_weight = find_sites(channels).linears[0].dequantize.inputs[1]
+    of_weight = operand(find_sites(channels).linears[0].dequantize, 1)
     of_weight.const_value = ir.tensor(np.ones(16, np.float16), name=of_weight.name)
     assert against_gemm(channels) == "its weight has more than one scale"
     (quantize,) = (node for node in portable.graph if node.op_type == "QuantizeLinear")
-    scale = quantize.inputs[1]
+    scale = operand(quantize, 1)
     computed = ir.node("Identity", [scale], name="computed")
     computed.outputs[0].type, computed.outputs[0].shape = scale.type, scale.shape
     portable.graph.insert_before(quantize, computed)
@@ -238,12 +239,12 @@ def test_scales_along_the_inputs_are_skipped_with_the_reason() -> None:
     square = "g (float16[M,16] x, float16[16,16] W) => (float16[M,16] y) { [fc] y = MatMul(x, W) }"
     portable, _, _ = lower(model_of(square), SCHEMES["weights-channel"])
     (site,) = find_sites(portable).linears
-    site.dequantize.attributes["axis"] = ir.AttrInt64("axis", 0)
+    there(site.dequantize).attributes["axis"] = ir.AttrInt64("axis", 0)
     (changes,) = tiny.compile(portable, [LowerFp8()], [])
     assert tiny.reasons(changes)["fc"] == (
         "its weight has scales along the inputs, and the operator takes one for each output or block of inputs"
     )
-    site.dequantize.replace_input_with(1, portable.graph.inputs[0])
+    there(site.dequantize).replace_input_with(1, portable.graph.inputs[0])
     changes = LowerFp8().apply(portable, StatisticsStore())
     assert tiny.reasons(changes)["fc"] == "the scales of its weight are computed, and the operator's are constants"
 

@@ -21,6 +21,7 @@ from qcompiler.sites.find import find_sites
 from qcompiler.statistics import StatisticsStore
 from tests import tiny
 from tests.oracles import quantized_linear as oracle
+from tests.there import dims, operand, tensor_of, there
 
 MATMUL = "g (float[B,S,8] x, float[8,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 ADD_2D = "g (float[M,8] x, float[8,6] W, float[6] b) => (float[M,6] y) { [fc] p = MatMul(x, W)  y = Add(p, b) }"
@@ -94,7 +95,7 @@ def test_the_kernel_gives_what_the_graph_means(
     assert operators.count("QuantizeLinear") == 1
     for node in lowered.graph:
         if node.op_type == "MatMulIntegerToFloat":
-            assert [node.inputs[i].dtype for i in (0, 1, 4, 5)] == [ir.DataType.UINT8] * 4
+            assert [operand(node, i).dtype for i in (0, 1, 4, 5)] == [ir.DataType.UINT8] * 4
     assert_same(portable, lowered, tiny.feeds(model))
 
 
@@ -177,13 +178,13 @@ def test_random_codes_of_full_range_do_not_saturate() -> None:
 
 
 def matrices(model: ir.Model, size: int) -> list[ir.Value]:
-    return [value for value in model.graph.initializers.values() if value.const_value.size == size]
+    return [value for value in model.graph.initializers.values() if tensor_of(value).size == size]
 
 
 def test_a_transposed_weight_of_one_layer_is_stored_transposed() -> None:
     _, lowered, _ = lower(model_of(GEMM_T))
     (stored,) = matrices(lowered, 48)
-    assert list(stored.shape) == [8, 6]
+    assert dims(stored) == [8, 6]
     assert "Transpose" not in tiny.operators(lowered)
 
 
@@ -278,12 +279,12 @@ def test_scales_along_the_inputs_are_skipped_with_the_reason() -> None:
     """A quantized model from elsewhere can have one scale for each row of [K, N], which the kernel cannot take."""
     portable, _, _ = lower(model_of("g (float[M,8] x, float[8,8] W) => (float[M,8] y) { [fc] y = MatMul(x, W) }"))
     (site,) = find_sites(portable).linears
-    site.dequantize.attributes["axis"] = ir.AttrInt64("axis", 0)
+    there(site.dequantize).attributes["axis"] = ir.AttrInt64("axis", 0)
     (changes,) = tiny.compile(portable, [LowerInt8()], [])
     assert tiny.reasons(changes)["fc"] == (
         "its weight has scales along the inputs, and the integer kernel takes one for each output channel"
     )
-    site.dequantize.replace_input_with(1, portable.graph.inputs[0])
+    there(site.dequantize).replace_input_with(1, portable.graph.inputs[0])
     changes = LowerInt8().apply(portable, StatisticsStore())
     assert (
         tiny.reasons(changes)["fc"] == "the scales of its weight are computed, and the integer kernel's are constants"
@@ -328,7 +329,7 @@ def test_signs_with_computed_scales_are_skipped_with_the_reason() -> None:
     model = model_of(MATMUL)
     tiny.compile(model, [QuantizeWeights(format="binary"), QuantizeActivations()], tiny.feeds(model))
     (site,) = find_sites(model).linears
-    site.dequantize.replace_input_with(1, model.graph.inputs[0])
+    there(site.dequantize).replace_input_with(1, model.graph.inputs[0])
     changes = LowerInt8().apply(model, StatisticsStore())
     assert tiny.reasons(changes) == {
         "fc": "its weight has no constant scale for each output channel, so its activation stays float"

@@ -19,6 +19,7 @@ from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.find import find_sites
 from tests import tiny
 from tests.oracles import quantized_linear as oracle
+from tests.there import operand, tensor_of
 
 MATMUL = "g (float[B,S,8] x, float[8,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 FOUR = "g (float[B,2,S,8] x, float[8,6] W) => (float[B,2,S,6] y) { [fc] y = MatMul(x, W) }"
@@ -101,7 +102,7 @@ def test_the_chain_gives_what_the_graph_means(layer: str, weights: str, activati
     assert operators.count("QuantizeLinear") == 1  # siblings share it
     for node in lowered.graph:
         if node.op_type == "MatMulInteger":
-            assert [node.inputs[i].dtype for i in (0, 1)] == [ir.DataType.INT8] * 2
+            assert [operand(node, i).dtype for i in (0, 1)] == [ir.DataType.INT8] * 2
     assert_same(portable, lowered, tiny.feeds(model))
 
 
@@ -218,7 +219,7 @@ def test_one_square_constant_read_in_both_directions() -> None:
 
 def test_a_tied_embedding_keeps_its_codes() -> None:
     _, lowered, _ = lower(model_of(TIED), {"format": "int8"})
-    assert [v.dtype for v in lowered.graph.initializers.values() if v.const_value.size == 96] == [ir.DataType.INT8]
+    assert [v.dtype for v in lowered.graph.initializers.values() if tensor_of(v).size == 96] == [ir.DataType.INT8]
 
 
 def test_padded_operands_are_reported() -> None:

@@ -29,6 +29,7 @@ from qcompiler.sites.find import Linear, find_sites
 from qcompiler.statistics import StatisticsStore
 from qcompiler.targets import Target
 from tests import tiny
+from tests.there import dims, held, operand, tensor_of, there
 
 MATMUL = "g (float[B,S,256] x, float[256,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 GEMM = "g (float[M,256] x, float[256,6] W, float[6] b) => (float[M,6] y) { [fc] y = Gemm(x, W, b) }"
@@ -65,7 +66,7 @@ def assert_same(portable: ir.Model, lowered: ir.Model, tolerance: float = 1e-6) 
 
 
 def weight_node(model: ir.Model) -> ir.Node:
-    (node,) = [node for node in model.graph if node.op_type == "DequantizeLinear" and node.inputs[0].const_value]
+    (node,) = [node for node in model.graph if node.op_type == "DequantizeLinear" and operand(node, 0).const_value]
     return node
 
 
@@ -78,11 +79,11 @@ def test_int8_on_both_sides(layer: str, weights: dict[str, Any]) -> None:
     portable, lowered, changes = lower(model_of(LAYERS[layer]), QuantizeWeights(**weights), INT8)
     assert [changed.kernel for changed in changes.changed] == ["TensorRT int8"]
     node = weight_node(lowered)
-    assert node.inputs[0].dtype == ir.DataType.INT8
+    assert operand(node, 0).dtype == ir.DataType.INT8
     assert len(node.inputs) == 2
     assert node.outputs[0].consumers()[0].name == "fc"  # nothing stands between the pair and the layer
     axis = node.attributes.get_int("axis", 1)
-    assert node.inputs[1].const_value.size in (1, node.inputs[0].shape[axis])
+    assert tensor_of(operand(node, 1)).size in (1, dims(operand(node, 0))[axis])
     assert_same(portable, lowered)
 
 
@@ -124,11 +125,11 @@ def test_four_bits_in_blocks(layer: str, weights: dict[str, Any], block: int) ->
     ]
     node = weight_node(lowered)
     rows = 0 if layer == "gemm-transposed" else 1
-    assert node.inputs[0].dtype == ir.DataType.INT4
+    assert operand(node, 0).dtype == ir.DataType.INT4
     assert node.attributes.get_int("block_size") == block
     assert node.attributes.get_int("axis") == 1 - rows
-    assert node.inputs[1].shape[rows] == 6
-    assert node.inputs[1].shape[1 - rows] == 256 // block
+    assert dims(operand(node, 1))[rows] == 6
+    assert dims(operand(node, 1))[1 - rows] == 256 // block
     assert_same(portable, lowered)
 
 
@@ -136,8 +137,8 @@ def test_a_negative_scale_changes_its_sign_with_its_codes() -> None:
     step = QuantizeWeights(format="int3", granularity="group", group_size=128, search="mse")
     portable, lowered, changes = lower(model_of(MATMUL), step)
     before = next(value for name, value in portable.graph.initializers.items() if name.endswith(".scale"))
-    assert np.any(before.const_value.numpy() < 0)  # or the case shows nothing
-    assert np.all(weight_node(lowered).inputs[1].const_value.numpy() > 0)
+    assert np.any(held(before) < 0)  # or the case shows nothing
+    assert np.all(held(operand(weight_node(lowered), 1)) > 0)
     assert changes.changed
     assert_same(portable, lowered)
 
@@ -158,7 +159,7 @@ def test_positive_scales(cls: type[Any], search: str) -> None:
     model = model_of(MATMUL)
     step = cls(format="int4", granularity="group", group_size=128, search=search, positive_scales=True)
     _, lowered, changes = lower(model, step)
-    assert np.all(weight_node(lowered).inputs[1].const_value.numpy() > 0)
+    assert np.all(held(operand(weight_node(lowered), 1)) > 0)
     assert changes.changed
 
 
@@ -173,7 +174,7 @@ def test_a_tied_head_shares_one_float_constant_with_the_embedding() -> None:
     portable, lowered, changes = lower(model_of(MODEL), *steps)
     assert {changed.site for changed in changes.changed} == {"up", "down"}
     assert set(tiny.reasons(changes)) == {"embed", "lm_head"}
-    floats = [value for value in lowered.graph.initializers.values() if list(value.shape) == [12, 64]]
+    floats = [value for value in lowered.graph.initializers.values() if dims(value) == [12, 64]]
     assert len(floats) == 1
     assert floats[0].dtype == ir.DataType.FLOAT
     assert_same(portable, lowered)
@@ -376,17 +377,17 @@ GROUPS: dict[str, Any] = {"granularity": "group", "group_size": 128}
 
 
 def turned(site: Linear, axis: int) -> None:
-    site.dequantize.attributes["axis"] = ir.AttrInt64("axis", axis)
+    there(site.dequantize).attributes["axis"] = ir.AttrInt64("axis", axis)
 
 
 def with_scale(site: Linear, scale: np.ndarray) -> None:
-    value = site.dequantize.inputs[1]
+    value = operand(site.dequantize, 1)
     value.const_value = ir.tensor(scale.astype(np.float32), name=value.name)
 
 
 def with_points(site: Linear, point: int) -> None:
-    value = site.dequantize.inputs[2]
-    value.const_value = ir.tensor(np.full(value.shape.numpy(), point, np.uint8), name=value.name)
+    value = operand(site.dequantize, 2)
+    value.const_value = ir.tensor(np.full(tiny.sizes(value), point, np.uint8), name=value.name)
 
 
 SQUARE = "g (float[B,S,128] x, float[128,128] W) => (float[B,S,128] y) { [fc] y = MatMul(x, W) }"
@@ -431,7 +432,7 @@ def test_computed_scales_are_constants_nowhere() -> None:
     model = model_of(MATMUL)
     tiny.compile(model, [QuantizeWeights(format="int4", **GROUPS)], [])
     (site,) = find_sites(model).linears
-    site.dequantize.replace_input_with(1, site.node.inputs[0])
+    there(site.dequantize).replace_input_with(1, site.node.inputs[0])
     form = _form(site, activation_of(site.input))
     assert form == "the scales of its weight are computed, and TensorRT's are constants"
     with pytest.raises(TargetError, match="has scales that are computed; TensorRT's are constants"):

@@ -20,6 +20,7 @@ from qcompiler.sites.find import find_sites
 from qcompiler.statistics import StatisticsStore
 from tests import tiny
 from tests.oracles import quantized_linear as oracle
+from tests.there import held, operand, tensor_of, tensors, there
 
 MATMUL = "g (float[B,S,K] x, float[K,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 ADD = "g (float[M,K] x, float[K,6] W, float[6] b) => (float[M,6] y) { [fc] p = MatMul(x, W)  y = Add(p, b) }"
@@ -184,7 +185,7 @@ def test_half_precision_in_the_operator(layer: str, weights: dict[str, Any]) -> 
     portable, lowered, _ = lower(model, weights, accuracy_level=0, half_precision=True)
     assert "Cast" not in tiny.operators(lowered)
     kernels = [node for node in lowered.graph if node.op_type == "MatMulNBits"]
-    assert {node.inputs[2].dtype for node in kernels} == {ir.DataType.FLOAT16}
+    assert {operand(node, 2).dtype for node in kernels} == {ir.DataType.FLOAT16}
     assert_same(portable, lowered, tiny.feeds(model), 2e-3)
 
 
@@ -266,9 +267,8 @@ def test_extreme_codes_with_zero_points_do_not_saturate(type: str, tokens: int) 
 def test_a_tied_embedding_is_stored_once(text: str, features: int) -> None:
     model = model_of(text, features)
     _, lowered, _ = lower(model, block_size=16)
-    large = [value for value in lowered.graph.initializers.values() if value.const_value.size >= 12 * features]
-    assert len(large) == 1
-    assert large[0].const_value.nbytes == 12 * -(-features // 16) * 16
+    (large,) = [constant for constant in tensors(lowered).values() if constant.size >= 12 * features]
+    assert large.nbytes == 12 * -(-features // 16) * 16
 
 
 def test_layers_that_share_a_weight_share_it_lowered() -> None:
@@ -279,7 +279,7 @@ def test_layers_that_share_a_weight_share_it_lowered() -> None:
     )  # fmt: skip
     portable, lowered, changes = lower(model, accuracy_level=0, block_size=16)
     assert len(changes.changed) == 2
-    assert sum(value.const_value.size == 1024 for value in lowered.graph.initializers.values()) == 1
+    assert sum(constant.size == 1024 for constant in tensors(lowered).values()) == 1
     assert_same(portable, lowered, tiny.feeds(model), 1e-5)
 
 
@@ -298,7 +298,7 @@ def test_one_square_constant_read_in_both_directions() -> None:
 @pytest.mark.parametrize(("format", "size"), [("int2", 4), ("int3", 2), ("uint4", 2), ("uint8", 1)])
 def test_codes_take_the_bits_that_they_have(format: str, size: int) -> None:
     _, lowered, _ = lower(model_of(MATMUL, 64), {"format": format}, block_size=16)
-    assert lowered.graph.initializers["W.codes.blocks"].const_value.nbytes == 64 * 6 // size
+    assert tensor_of(lowered.graph.initializers["W.codes.blocks"]).nbytes == 64 * 6 // size
 
 
 def test_large_codes_are_computed_when_they_are_written() -> None:
@@ -341,7 +341,7 @@ def test_scales_along_the_inputs_are_skipped_with_the_reason() -> None:
         tiny.build("g (float[M,32] x, float[32,32] W) => (float[M,32] y) { [fc] y = MatMul(x, W) }", W="normal")
     )
     (site,) = find_sites(portable).linears
-    site.dequantize.attributes["axis"] = ir.AttrInt64("axis", 0)
+    there(site.dequantize).attributes["axis"] = ir.AttrInt64("axis", 0)
     (changes,) = tiny.compile(portable, [LowerWeightOnly()], [])
     assert "along its inputs" in tiny.reasons(changes)["fc"]
 
@@ -362,7 +362,7 @@ def test_an_embedding_with_scales_of_its_own_keeps_them() -> None:
     (embedding,) = find_quantized_embeddings(portable)
     scale = embedding.scale
     own = ir.Value(name="own_scale", type=scale.type, shape=scale.shape,
-                   const_value=ir.tensor(scale.const_value.numpy() * 3, name="own_scale"))  # fmt: skip
+                   const_value=ir.tensor(held(scale) * 3, name="own_scale"))  # fmt: skip
     portable.graph.register_initializer(own)
     for node, index in list(scale.uses()):
         if node.op_type == "Gather":
@@ -383,7 +383,7 @@ def test_a_tied_embedding_with_ids_of_unknown_rank_is_skipped() -> None:
 def test_zero_points_in_another_shape_than_scales_are_skipped() -> None:
     portable, _, _ = lower(model_of(MATMUL), {"format": "uint8", "symmetric": False})
     (site,) = find_sites(portable).linears
-    points = site.dequantize.inputs[2]
+    points = operand(site.dequantize, 2)
     points.const_value = ir.tensor(np.zeros(5, np.uint8), name=points.name)
     changes = LowerWeightOnly().apply(portable, StatisticsStore())
     assert tiny.reasons(changes) == {"fc": "the zero points of its weight do not have the shape of its scales"}

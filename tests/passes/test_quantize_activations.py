@@ -15,6 +15,7 @@ from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.find import find_sites
 from tests import tiny
 from tests.oracles import quantized_linear as oracle
+from tests.there import held, operand, operands
 
 MATMUL = "g (float[B,S,8] x, float[8,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 SIBLINGS = """g (float[B,S,8] x, float[8,6] W, float[8,4] V) => (float[B,S,6] y, float[B,S,4] z, float[B,S,8] r) {
@@ -38,9 +39,9 @@ def pairs(model: ir.Model) -> dict[str, tuple[float, int]]:
     found = {}
     for node in model.graph:
         if node.op_type == "QuantizeLinear":
-            name = str(node.inputs[0].name)
+            name = str(operand(node, 0).name)
             assert name not in found
-            scale, zero = (value.const_value.numpy() for value in node.inputs[1:])
+            scale, zero = (held(value) for value in operands(node)[1:])
             found[name] = float(scale), int(zero)
             (use,) = node.outputs[0].uses()
             assert use.node.op_type == "DequantizeLinear"
@@ -61,7 +62,9 @@ def test_minmax(format: str, symmetric: bool) -> None:
         scale, zero = max(-lo, hi) / ((qmax - qmin) // 2), (qmin + qmax + 1) // 2
     else:
         scale, zero = oracle.affine(lo, hi, qmin, qmax)
-    assert pairs(after) == {"x": (pytest.approx(scale, rel=1e-6), zero)}
+    ((name, found),) = pairs(after).items()
+    assert (name, found[1]) == ("x", zero)
+    assert found[0] == pytest.approx(scale, rel=1e-6)
 
 
 @pytest.mark.parametrize("range", RANGES)
@@ -118,7 +121,7 @@ def test_siblings_share_one_pair_and_others_read_the_float() -> None:
     first, second = find_sites(after).linears
     assert first.input is second.input
     (negative,) = [node for node in after.graph if node.op_type == "Neg"]
-    assert negative.inputs[0].name == "h"
+    assert operand(negative, 0).name == "h"
 
 
 def test_a_value_that_never_changes() -> None:
@@ -177,7 +180,7 @@ def test_convolutions(outputs: bool) -> None:
     assert [c.site for c in changes.changed] == ["conv1", "conv2"]
     assert set(pairs(after)) == {"x", "r"}  # `y` is an output of the graph, and `c` is what the Relu absorbs
     (sigmoid,) = [node for node in after.graph if node.op_type == "Sigmoid"]
-    assert sigmoid.inputs[0].name == ("r.dequantized" if outputs else "r")
+    assert operand(sigmoid, 0).name == ("r.dequantized" if outputs else "r")
     sample = tiny.feeds(model)[0]
     for got, expected in zip(tiny.run(after, sample), tiny.run(model, sample), strict=True):
         assert tiny.relative_error(got, expected) < 0.03
@@ -192,7 +195,8 @@ def test_the_result_of_a_convolution_before_other_operators(activation: str) -> 
     )  # fmt: skip
     after, _ = quantize(model)
     assert set(pairs(after)) == {"x", "r"}
-    assert [node.inputs[0].name for node in after.graph if node.op_type in ("MaxPool", "Neg")] == ["r.dequantized"] * 2
+    others = [node for node in after.graph if node.op_type in ("MaxPool", "Neg")]
+    assert [operand(node, 0).name for node in others] == ["r.dequantized"] * 2
 
 
 def test_a_convolution_that_two_activation_functions_read() -> None:
@@ -236,7 +240,7 @@ def test_half_precision() -> None:
     model = tiny.build(SIBLINGS.replace("float[", "float16["), W="normal", V="normal")
     after, _ = quantize(model)
     (quantized,) = [node for node in after.graph if node.op_type == "QuantizeLinear"]
-    assert quantized.inputs[1].dtype == ir.DataType.FLOAT16
+    assert operand(quantized, 1).dtype == ir.DataType.FLOAT16
     sample = tiny.feeds(model)[0]
     assert tiny.relative_error(tiny.run(after, sample)[0], tiny.run(model, sample)[0]) < 0.03
 

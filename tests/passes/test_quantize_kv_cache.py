@@ -26,6 +26,7 @@ from qcompiler.sites.caches import Cache, find_caches
 from qcompiler.statistics import HeadRange, StatisticsStore
 from tests import decoders, tiny
 from tests.oracles import kv_cache as oracle
+from tests.there import held, numpy_type, there
 
 FORMS = ("concat", "attention", "attention-past")
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -186,7 +187,7 @@ def test_the_operator_that_keeps_its_own_cache(
                              value_granularity=granularity or "channel")  # fmt: skip
     after = model.clone()
     (changes,) = tiny.compile(after, [step], decoders.calibration(model))
-    assert [changed.cache.after for changed in changes.changed] == ["uint8" if format == "int4" else "int8"] * 2
+    assert [there(changed.cache).after for changed in changes.changed] == ["uint8" if format == "int4" else "int8"] * 2
     x, caches = decoders.text(7, 12), simulated(model, static)
     expected, floats = decoders.Simulation(model).read(x, caches)
     reader = decoders.Reader(after, len(x))
@@ -204,7 +205,7 @@ def test_the_operator_that_keeps_its_own_cache_takes_no_scales_per_token() -> No
     after, changes = quantize(build("fused"), key_granularity="token")
     assert len(changes.skipped) == 2
     assert all("token" in skip.reason for skip in changes.skipped)
-    assert {value.dtype for value in after.graph.inputs if "past" in value.name} == {ir.DataType.FLOAT}
+    assert {value.dtype for value in after.graph.inputs if "past" in there(value.name)} == {ir.DataType.FLOAT}
 
 
 # -------------------------------------------------------------------------------------------------------- calibration
@@ -264,7 +265,7 @@ def test_samples_with_a_past_of_their_own() -> None:
     for samples in ([sample], [whole]):
         after = model.clone()
         tiny.compile(after, [QuantizeKvCache(key_granularity="channel", value_granularity="channel")], samples)
-        outcomes.append({name: value.const_value.numpy() for name, value in after.graph.initializers.items()})
+        outcomes.append({name: held(value) for name, value in after.graph.initializers.items()})
     for name, numbers in outcomes[0].items():
         np.testing.assert_allclose(numbers, outcomes[1][name], rtol=1e-5)
 
@@ -349,8 +350,8 @@ def caches_of(model: ir.Model) -> list[Cache]:
 def test_structure_tells_keys_from_values(form: str) -> None:
     model = build(form, room=10 if form == "scatter" else 0)
     for given in model.graph.inputs:  # names that say nothing, or the wrong thing
-        if given.name.startswith("past"):
-            given.name = "past.a_value" if given.name.endswith("key") else "past.a_key"
+        if there(given.name).startswith("past"):
+            given.name = "past.a_value" if there(given.name).endswith("key") else "past.a_key"
     key, value = caches_of(model)
     assert (key.role, value.role) == ("key", "value")
     assert (key.name, key.heads, key.head_size, key.axis, key.bytes) == ("past.a_value", 2, 8, 2, 64)
@@ -374,8 +375,8 @@ def test_positions_before_heads() -> None:
         feed = dict(samples[0])
         expected = tiny.run(model, feed, ["y"])[0]
         for value in after.graph.inputs:
-            if value.name.startswith("past"):
-                feed[value.name] = decoders.empty(value, 2)
+            if there(value.name).startswith("past"):
+                feed[there(value.name)] = decoders.empty(value, 2)
         assert tiny.relative_error(tiny.run(after, feed, ["y"], optimized=True)[0], expected) < 0.02
 
 
@@ -396,7 +397,7 @@ def test_other_forms_are_skipped_with_the_reason(body: str, reason: str) -> None
         => (float[B,2,T,K] present, float[B,2,Q,8] y) {{ {body.replace("PAST", name)} }}"""
     )
     before = tiny.operators(model)
-    changes = QuantizeKvCache(value_granularity="token").apply(model, None)
+    changes = QuantizeKvCache(value_granularity="token").apply(model, StatisticsStore())
     assert reason in tiny.reasons(changes)["past_key_values.0.key"]
     assert tiny.operators(model) == before
 
@@ -438,7 +439,7 @@ def test_a_cache_whose_elements_are_counted_has_no_pairs_of_four_bits() -> None:
 
 def test_what_attention_keeps_itself_is_quantized_whole_or_not_at_all() -> None:
     model = build("attention-past")
-    past = next(value for value in model.graph.inputs if value.name.endswith("value"))
+    past = next(value for value in model.graph.inputs if there(value.name).endswith("value"))
     (attention,) = (node for node in model.graph if node.op_type == "Attention")
     model.graph.insert_before(attention, ir.node("Size", [past], name="count"))
     changes = QuantizeKvCache(format="int4", normalize=False).apply(model, StatisticsStore())
@@ -452,7 +453,7 @@ def test_what_attention_keeps_itself_is_quantized_whole_or_not_at_all() -> None:
 def test_twice_is_once() -> None:
     after, _ = quantize(build(), format="int4", symmetric=False)
     before = tiny.operators(after)
-    changes = QuantizeKvCache().apply(after, None)
+    changes = QuantizeKvCache().apply(after, StatisticsStore())
     assert tiny.operators(after) == before
     assert {skip.site: skip.reason for skip in changes.skipped} == dict.fromkeys(
         ["past_key_values.0.key", "past_key_values.0.value"], "it is quantized already (uint8)"
@@ -505,10 +506,10 @@ def test_the_report_lists_every_cache(tmp_path: Path) -> None:
         "past_key_values.0.key": "quantized", "past_key_values.0.value": "quantized",
         "past_key_values.1.key": "quantized", "past_key_values.1.value": "excluded",
     }  # fmt: skip
-    change = found["past_key_values.0.key"].cache
+    change, sizes = there(found["past_key_values.0.key"].cache), there(report.cache)
     assert (change.before, change.after, change.bytes_before, change.bytes_after) == ("float", "uint8", 64, 12)
-    assert (report.cache.float_bytes, report.cache.bytes) == (4 * 64, 3 * 12 + 64)
-    assert 10 < found["past_key_values.0.key"].sqnr_db < 40
+    assert (sizes.float_bytes, sizes.bytes) == (4 * 64, 3 * 12 + 64)
+    assert 10 < there(found["past_key_values.0.key"].sqnr_db) < 40
     assert found["past_key_values.0.key"].scheme == "int4 per-token symmetric dynamic, channels normalized"
     assert 5 < report.outputs["y"]["sqnr_db"] < 60
     assert not [site for site in qcompiler.compile(model, "int8-weights").report.sites if "cache" in site.op]
@@ -559,12 +560,13 @@ def test_the_demo_model_keeps_its_quality(variant: str, tmp_path: Path) -> None:
     for recipe, quality, size in (("kv-int8", 1.005, 0.27), ("kv-int4", 1.05, 0.16)):
         compiled = qcompiler.compile(source, recipe, calibration=str(text), tokenizer=CHECKPOINT / "tokenizer.json",
                                      samples=4, sequence_length=128)  # fmt: skip
-        assert compiled.report.cache.bytes <= size * compiled.report.cache.float_bytes
+        sizes = there(compiled.report.cache)
+        assert sizes.bytes <= size * sizes.float_bytes
         folder = tmp_path / recipe
         compiled.save(folder)
         found = evaluate(folder, str(CHECKPOINT / "heldout.txt"), reference=source, sequence_length=128, limit=6)
-        assert 0 < found.kl < (1e-3 if recipe == "kv-int8" else 0.05)
-        assert found.perplexity_ratio <= quality
+        assert 0 < there(found.kl) < (1e-3 if recipe == "kv-int8" else 0.05)
+        assert there(found.perplexity_ratio) <= quality
         assert re.search("present.0.key", " ".join(compiled.report.outputs))
 
 
@@ -594,6 +596,6 @@ def test_channels_that_hardly_move_are_divided_by_a_number_that_is_there(dtype: 
     scheme = Scheme.from_options("int8", "token", symmetric=True, dynamic=True)
     Coder(Rewriter(model, "p"), cache, Storage(scheme, normalize=True), (lo, hi))
     (reach,) = (value for name, value in model.graph.initializers.items() if "reach" in name)
-    numbers = reach.const_value.numpy().astype(np.float64)
-    assert (numbers >= np.finfo(reach.dtype.numpy()).smallest_normal).all()
+    numbers = held(reach).astype(np.float64)
+    assert (numbers >= np.finfo(numpy_type(reach)).smallest_normal).all()
     assert numbers.max() == 0.5

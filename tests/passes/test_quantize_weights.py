@@ -16,6 +16,7 @@ from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.find import find_sites
 from tests import tiny
 from tests.oracles import quantized_linear as oracle
+from tests.there import held, operand, tensors
 
 MATMUL = "g (float[B,S,8] x, float[8,6] W) => (float[B,S,6] y) { [fc] y = MatMul(x, W) }"
 GEMM = "g (float[M,8] x, float[6,8] W, float[6] b) => (float[M,6] y) { [fc] y = Gemm<transB=1>(x, W, b) }"
@@ -39,12 +40,10 @@ def quantize(model: ir.Model, **options: Any) -> tuple[ir.Model, Changes]:
 
 
 def effective_weight(model: ir.Model) -> np.ndarray:
-    """The float matrix [K, N] that the only linear layer really multiplies by: its answer to the unit vectors."""
+    """The float matrix [K, N] that the only linear layer really multiplies by."""
     (site,) = find_sites(model).linears
-    rank = len(model.graph.inputs[0].shape)
-    eye = np.eye(site.in_features, dtype=site.input.dtype.numpy())
-    bias = 0.0 if site.bias is None else site.bias.const_value.numpy()
-    return tiny.run(model, {"x": eye if rank == 2 else eye[None]})[0].reshape(eye.shape[0], -1) - bias
+    bias = 0.0 if site.bias is None else held(site.bias)
+    return np.asarray(tiny.multiplied(model) - bias)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -129,8 +128,7 @@ def test_a_tied_embedding_is_stored_once(text: str, format: str, symmetric: bool
     after, changes = quantize(model, format=format, symmetric=symmetric)
     assert not changes.skipped
     assert sorted(c.site for c in changes.changed) == ["embed", "lm_head"]
-    matrices = [value for value in after.graph.initializers.values() if value.const_value.size == 96]
-    assert [value.const_value.nbytes for value in matrices] == [96]
+    assert [constant.nbytes for constant in tensors(after).values() if constant.size == 96] == [96]
     E = tiny.data(model, "E") if text is not TIED_TURNED else tiny.data(model, "E").T
     rounded = oracle.rounded_rows(E, BITS[format], symmetric, None)
     ids = np.arange(12)
@@ -191,7 +189,7 @@ def test_layers_that_share_a_weight_share_its_codes() -> None:
     after, changes = quantize(model)
     assert len(changes.changed) == 2
     assert tiny.operators(after).count("DequantizeLinear") == 1
-    assert sum(value.const_value.nbytes for value in after.graph.initializers.values()) == 64 + 8 * 4
+    assert sum(constant.nbytes for constant in tensors(after).values()) == 64 + 8 * 4
 
 
 # ------------------------------------------------------------------------------------------------- what is not done
@@ -221,7 +219,7 @@ def test_two_bits(opset: int) -> None:
     model = tiny.build(MATMUL, opset=opset, W="normal")
     after, _ = quantize(model, format="int2")
     (node,) = [node for node in after.graph if node.op_type == "DequantizeLinear"]
-    assert node.inputs[0].dtype == (ir.DataType.INT2 if opset == 25 else ir.DataType.INT4)
+    assert operand(node, 0).dtype == (ir.DataType.INT2 if opset == 25 else ir.DataType.INT4)
     assert node.metadata_props.get("qcompiler.bits") == (None if opset == 25 else "2")
     W = tiny.data(model, "W")
     expected = np.clip(np.round(W / (np.abs(W).max(0) / np.float32(1.5))), -2, 1) * (np.abs(W).max(0) / 1.5)

@@ -17,6 +17,7 @@ from qcompiler.sites.find import find_sites
 from qcompiler.statistics import ChannelMoments, ChannelRange, StatisticsStore
 from tests import tiny
 from tests.oracles import smooth_quant as oracle
+from tests.there import held
 
 RMS = """g (float[B,S,8] x, float[8] g, float[8,6] Wq, float[8,4] Wk) => (float[B,S,6] q, float[B,S,4] k) {
     n = RMSNormalization<axis=-1>(x, g)  [q_proj] q = MatMul(n, Wq)  [k_proj] k = MatMul(n, Wk) }"""
@@ -100,7 +101,7 @@ def test_scales_are_those_of_equation_4(alpha: float) -> None:
     linears = find_sites(after).linears
     X_s, weights_s = oracle.smoothed(X, weights, s)
     for site, expected in zip(linears, weights_s, strict=True):
-        np.testing.assert_allclose(site.weight.const_value.numpy(), expected, rtol=1e-6)
+        np.testing.assert_allclose(held(site.weight), expected, rtol=1e-6)
     np.testing.assert_allclose(values(after, "n", tiny.feeds(model)), X_s, rtol=2e-5, atol=1e-6)
 
 
@@ -113,9 +114,7 @@ def test_transposed_weights_are_scaled_along_their_own_axis() -> None:
     after, changes = smooth(model, alpha=0.5)
     s = oracle.scales(values(model, "n", tiny.feeds(model)), [tiny.data(model, "W").T], 0.5)
     np.testing.assert_allclose(changes.rescaled["n"], s, rtol=1e-6)
-    np.testing.assert_allclose(
-        find_sites(after).linears[0].weight.const_value.numpy(), tiny.data(model, "W") * s, rtol=1e-6
-    )
+    np.testing.assert_allclose(held(find_sites(after).linears[0].weight), tiny.data(model, "W") * s, rtol=1e-6)
 
 
 def test_statistics_follow_exactly() -> None:
@@ -153,7 +152,7 @@ def test_a_bias_and_a_gain_in_one_constant() -> None:
     assert divisor.max() > 2 * divisor.min()
     (norm,) = (node for node in after.graph if node.op_type == "LayerNormalization")
     for value in norm.inputs[1:]:
-        np.testing.assert_allclose(value.const_value.numpy(), tiny.data(model, "g") / divisor, rtol=1e-6)
+        np.testing.assert_allclose(held(value), tiny.data(model, "g") / divisor, rtol=1e-6)
 
 
 TIED = """g (int64[B,S] ids, float[12,8] E, float[8] g) => (float[B,S,12] logits) {
@@ -267,7 +266,7 @@ def test_channels_that_are_never_active_or_never_read(alpha: float | str) -> Non
     assert (s > 0).all()
     others = np.delete(np.arange(8), [2, 5])
     for site in find_sites(after).linears:
-        W = np.abs(site.weight.const_value.numpy())
+        W = np.abs(held(site.weight))
         assert W[2].max() <= W[others].max()
     peaks = np.abs(values(after, "n", tiny.feeds(model))).max(0)
     assert peaks[5] <= peaks[others].max() * 1.001
@@ -282,7 +281,7 @@ def test_all_channels_dead() -> None:
         assert np.isfinite(divisor).all()
         assert (divisor > 0).all()
         for name, weight in zip(("Wq", "Wk"), W, strict=True):
-            scaled = [v.const_value.numpy() for n, v in after.graph.initializers.items() if n.startswith(name)]
+            scaled = [held(v) for n, v in after.graph.initializers.items() if n.startswith(name)]
             np.testing.assert_allclose(scaled[0], weight * divisor[:, None], rtol=1e-6)
 
 

@@ -25,6 +25,7 @@ from qcompiler.sites.find import find_sites
 from qcompiler.statistics import StatisticsStore
 from tests import tiny
 from tests.oracles import llm_int8 as oracle
+from tests.there import there
 
 PLAIN = """g (float[SHAPE8] x, float[8,6] W, float[8,4] V, float[6] b) => (float[SHAPE6] y, float[SHAPE4] z) {
     [q_proj] h = MatMul(x, W)  y = Add(h, b)  [k_proj] z = MatMul(x, V) }"""
@@ -239,7 +240,7 @@ def test_half_precision(rank: int) -> None:
     after, changes = split(model, loud_feeds(model), tolerance=2e-3, max_share=1.0)
     assert columns_of(after) == LOUD
     assert not changes.skipped
-    floats = [value for value in after.graph.initializers.values() if value.dtype.is_floating_point()]
+    floats = [value for value in after.graph.initializers.values() if there(value.dtype).is_floating_point()]
     assert {value.dtype for value in floats} == {ir.DataType.FLOAT16}
 
 
@@ -394,7 +395,7 @@ def test_segments_are_cut_between_split_layers() -> None:
     pieces = segments.plan(model.graph, [f"h_{layers}"], budget)
     assert len(pieces) >= 3
     assert max(len(piece.kept) for piece in pieces) == 1
-    rests = [site.input.name for site in find_sites(model).linears]
+    rests = [there(site.input.name) for site in find_sites(model).linears]
 
     def collected(limit: int | None) -> dict[tuple[str, int], np.ndarray]:
         found: dict[tuple[str, int], np.ndarray] = {}
@@ -498,6 +499,6 @@ def test_dynamic_takes_no_scales_along_the_inputs() -> None:
     model = tiny.build(CODES.replace("8,6] W", "8,8] W").replace("S,6] y", "S,8] y"), W="normal")
     tiny.compile(model, [QuantizeWeights()], [])
     (site,) = find_sites(model).linears
-    site.dequantize.attributes["axis"] = ir.AttrInt64("axis", 0)
+    there(site.dequantize).attributes["axis"] = ir.AttrInt64("axis", 0)
     (changes,) = tiny.compile(model, [SplitOutliers(dynamic=True)], [])
     assert tiny.reasons(changes) == {"fc": "its weight has scales along the inputs, not for each output channel"}

@@ -28,6 +28,7 @@ from qcompiler.sites.find import find_sites
 from qcompiler.statistics import StatisticsStore
 from tests import tiny
 from tests.functions.test_binary import GEMM, MATMUL, TURNED, model_of, quantize
+from tests.there import operand
 
 
 @pytest.mark.parametrize("size", [None, 16, 64])
@@ -52,7 +53,7 @@ def test_two_bit_codes_of_a_model_in_half_precision(half_precision: bool) -> Non
     lowered = portable.clone()
     tiny.compile(lowered, [LowerWeightOnly(accuracy_level=0, half_precision=half_precision)], [])
     (kernel,) = (node for node in lowered.graph if node.op_type == "MatMulNBits")
-    assert kernel.inputs[2].dtype == (ir.DataType.FLOAT16 if half_precision else ir.DataType.FLOAT)
+    assert operand(kernel, 2).dtype == (ir.DataType.FLOAT16 if half_precision else ir.DataType.FLOAT)
     if not half_precision:
         sample = tiny.feeds(model)[0]
         error = tiny.relative_error(tiny.run(lowered, sample, optimized=True)[0], tiny.run(portable, sample)[0])

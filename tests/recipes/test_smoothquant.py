@@ -19,6 +19,7 @@ from qcompiler.report import Report
 from qcompiler.sites.canonicalize import canonicalize
 from qcompiler.sites.find import Linear, find_sites
 from tests import compilations
+from tests.there import tensor_of
 
 VARIANTS = ["dynamo", "dynamo-past", "opset23", "optimum", "fp16", pytest.param("genai", marks=pytest.mark.exporters)]
 FLOAT_BYTES = 4
@@ -90,7 +91,7 @@ def test_no_float_copy_of_a_quantized_weight_is_left(compiled: CompiledVariant) 
     for site in find_sites(compiled.before):
         if site.name in quantized:
             value = site.weight if isinstance(site, Linear) else site.table  # type: ignore[attr-defined]
-            shapes.add(tuple(sorted(value.const_value.shape.numpy())))
+            shapes.add(tuple(sorted(tensor_of(value).shape.numpy())))
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
     left = [
         t.name for t in compiled.saved.graph.initializer if t.data_type in floats and tuple(sorted(t.dims)) in shapes
@@ -100,7 +101,7 @@ def test_no_float_copy_of_a_quantized_weight_is_left(compiled: CompiledVariant) 
 
 def test_the_embedding_is_stored_once_in_8_bits(compiled: CompiledVariant) -> None:
     (embedding,) = find_sites(compiled.before).embeddings
-    size = embedding.table.const_value.size
+    size = tensor_of(embedding.table).size
     assert embedding.table in {site.weight for site in linears(compiled.before)}, "the demo model's head is tied"
     tables = [tensor for tensor in compiled.saved.graph.initializer if np.prod(tensor.dims) == size]
     assert [tensor.data_type for tensor in tables] == [onnx.TensorProto.INT8]
@@ -124,7 +125,7 @@ def test_nothing_is_skipped_silently(compiled: CompiledVariant) -> None:
 def test_quantized_weights_are_a_quarter(compiled: CompiledVariant) -> None:
     """Against 32 bits a number, whatever the model came in."""
     constants = {(s.weight if isinstance(s, Linear) else s.table) for s in find_sites(compiled.before)}  # type: ignore[attr-defined]
-    floats = sum(value.const_value.size for value in constants) * FLOAT_BYTES
+    floats = sum(tensor_of(value).size for value in constants) * FLOAT_BYTES
     assert compiled.report.sizes.quantized_bytes <= 0.27 * floats
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 import qcompiler
@@ -20,6 +21,7 @@ from qcompiler.report.build import cache_sizes, constant_bytes, report, versions
 from qcompiler.report.facts import SiteFacts, inventory
 from qcompiler.report.report import CacheSizes
 from qcompiler.rewriting.contract import CacheChange, Changed, Changes, Pass, PassRun, Skipped
+from qcompiler.sites.kinds import Site
 from tests import tiny
 
 MODEL = tiny.build(
@@ -29,7 +31,15 @@ MODEL = tiny.build(
 )  # fmt: skip
 W8, W4 = Scheme("int8", PerChannel()), Scheme("int4", PerChannel())
 A8 = Scheme("uint8", PerTensor(), symmetric=False)
-CACHE = SiteFacts("past", "a.key_cache", "", "key cache", "", "", 0, "", None, works_on="caches", cache_bytes=256)
+
+
+def cache(name: str, role: str, size: int) -> SiteFacts:
+    path = f"a.{role}_cache"
+    site = Site(ir.node("Concat", []), name, path, "")
+    return SiteFacts(name, path, "", f"{role} cache", "", "", 0, "", site, works_on="caches", cache_bytes=size)
+
+
+CACHE = cache("past", "key", 256)
 CHANGE = CacheChange("past", "present", "float32", "int8", 256, 68, Scheme("int8", PerToken(), dynamic=True))
 
 
@@ -127,9 +137,9 @@ def test_caches_are_told_where_a_pass_works_on_them() -> None:
     assert [site.name for site in without.sites] == ["fc", "odd"]
     assert without.cache is None
     told = built(ran(WEIGHTS, Skipped("past", "as if it were a layer")), quantized, facts=facts)
-    cache = told.sites[-1]
-    assert (cache.name, cache.cache, *outcome(cache)) == ("past", CHANGE, "quantized", "quantize-kv-cache", "")
-    assert (cache.scheme, told.cache) == ("int8 per-token symmetric dynamic", CacheSizes(256, 68))
+    site = told.sites[-1]
+    assert (site.name, site.cache, *outcome(site)) == ("past", CHANGE, "quantized", "quantize-kv-cache", "")
+    assert (site.scheme, told.cache) == ("int8 per-token symmetric dynamic", CacheSizes(256, 68))
     skipped = built(ran(QuantizeKvCache(), Skipped("past", "odd heads")), facts=facts)
     assert (outcome(skipped.sites[-1]), skipped.cache) == (
         ("skipped", "quantize-kv-cache", "odd heads"), CacheSizes(256, 256)
@@ -137,7 +147,7 @@ def test_caches_are_told_where_a_pass_works_on_them() -> None:
 
 
 def test_caches_are_counted_together_those_that_stay_float_too() -> None:
-    other = SiteFacts("v", "a.value_cache", "", "value cache", "", "", 0, "", None, works_on="caches", cache_bytes=100)
+    other = cache("v", "value", 100)
     done = SiteReport("past", "a.key_cache", "key cache", "quantized", cache=CHANGE)
     assert cache_sizes([CACHE, other], [done]) == CacheSizes(356, 168)
     assert cache_sizes(inventory(MODEL), []) is None

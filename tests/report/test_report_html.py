@@ -20,6 +20,7 @@ from qcompiler.report.report import CacheSizes
 from qcompiler.rewriting.contract import CacheChange
 from tests import tiny
 from tests.browser import WIDTHS, Opened, assert_fits_and_can_be_read, launched, visit
+from tests.there import there
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -57,7 +58,7 @@ def report() -> Report:
     text = f"g (float[2,S,32] x0{inputs}, float[32,16] head) => (float[2,S,16] y) {{{blocks}"
     model = tiny.build(text + "\n  y = MatMul(x2, head)\n}", **constants, head="normal")
     for node in model.graph:
-        node.name = f"/{module(node.name)}/{node.op_type}"
+        node.name = f"/{module(there(node.name))}/{node.op_type}"
     rng = np.random.default_rng(0)
     data = [{"x0": rng.normal(size=(2, 8, 32)).astype(np.float32)} for _ in range(8)]
     return compile(model, "smoothquant", calibration=data, exclude=["head"], options=["smooth-quant.alpha=0.5"]).report

@@ -17,6 +17,7 @@ from qcompiler.sites.analyses import linear_groups_of
 from qcompiler.sites.canonicalize import canonicalize
 from qcompiler.sites.find import NormGroup
 from tests import tiny
+from tests.there import dims, numpy_type, there
 
 # Attention over [B, S, 8] with heads of 4: four of queries, and as many of keys and values as HEADS says.
 ATTENTION = """g (float[B,S,8] x, float[8,16] Wq, float[8,KV] Wk, float[8,KV] Wv, float[KV] bv, float[16,8] Wo,
@@ -359,11 +360,11 @@ def test_exports(variant: str) -> None:
         folding.rescale(group, np.sqrt(squares), rw, changes)
     feed = {}
     for value in model.graph.inputs:
-        shape = [size if isinstance(size, int) else 3 for size in value.shape]
+        shape = [size if isinstance(size, int) else 3 for size in dims(value)]
         if value.name == "attention_mask" and variant == "dynamo-past":
             shape = [3, 6]
         ids = rng.integers(1, 3000, shape) if value.name == "input_ids" else np.ones(shape)
-        feed[value.name] = ids.astype(value.dtype.numpy())
+        feed[there(value.name)] = ids.astype(numpy_type(value))
     for now, then in zip(tiny.run(model, feed), tiny.run(before, feed), strict=True):
         assert tiny.relative_error(now, then) < (5e-3 if variant == "fp16" else 1e-5)
 

@@ -17,6 +17,7 @@ from qcompiler.sessions.segments import plan, run
 from qcompiler.sessions.session import Kept
 from qcompiler.sites.canonicalize import canonicalize
 from qcompiler.sites.find import find_sites
+from tests.there import there
 
 HIDDEN, LAYERS = 32, 4
 MATRIX = HIDDEN * HIDDEN * 4  # bytes
@@ -97,7 +98,8 @@ def collected(
 
 
 def all_values(model: ir.Model) -> list[str]:
-    return [value.name for node in model.graph for value in node.outputs if not value.name.startswith(("m_", "s_"))]
+    names = [there(value.name) for node in model.graph for value in node.outputs]
+    return [name for name in names if not name.startswith(("m_", "s_"))]
 
 
 def test_segments_compute_exactly_what_the_whole_computes() -> None:
@@ -315,7 +317,7 @@ def test_exported_models_in_pieces(variant: str) -> None:
         pytest.skip(str(error))
     canonicalize(model)
     data = from_python([{"input_ids": np.arange(length)[None]} for length in (7, 12)], model=model)
-    wanted = [site.input.name for site in find_sites(model).linears] + ["logits"]
+    wanted = [there(site.input.name) for site in find_sites(model).linears] + ["logits"]
     limit = int((4 << 20) / segments.WEIGHT_SHARE)
     assert len(plan(model.graph, wanted, 4 << 20)) > 2
     whole, pieces = (collected(model, data, wanted, bytes_) for bytes_ in (BIG, limit))

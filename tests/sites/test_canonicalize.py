@@ -38,7 +38,7 @@ def feeds(model: ir.Model) -> dict[str, np.ndarray]:
 
 
 def run(model: ir.Model, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-    return session(model).run(None, inputs)
+    return list(session(model).run(None, inputs))
 
 
 def canonical(model: ir.Model, inputs: dict[str, np.ndarray] | None = None) -> ir.Model:

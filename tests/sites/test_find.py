@@ -32,6 +32,7 @@ from qcompiler.sites.find import (
     weight_decoder,
 )
 from tests import tiny
+from tests.there import operand
 
 OPSETS = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>'
 
@@ -579,7 +580,7 @@ def test_norms(norm: str) -> None:
     body, places = NORMS[norm]
     (group,) = norm_groups_of(normed(body))
     assert [index for _, index in group.gains] == places
-    assert [node.inputs[index].name for node, index in group.gains] == ["G", "B"][: len(places)]
+    assert [operand(node, index).name for node, index in group.gains] == ["G", "B"][: len(places)]
     assert [linear.name for linear in group.linears] == ["y", "z"]
     assert group.output.name == "n"
     assert group.others == ()

@@ -16,6 +16,7 @@ from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.analyses import linear_groups_of
 from qcompiler.sites.find import NormGroup
 from tests import tiny
+from tests.there import dims, there
 
 INPUTS = {
     "x": "float[2,5,8]", "u": "float[2,5,6]", "tokens": "float[5,8]", "mix": "float[5,5]", "probs": "float[2,5,5]",
@@ -55,8 +56,10 @@ def assert_kept(model: ir.Model, found: NormGroup) -> None:
     squares = folding.shared(found, np.exp(np.random.default_rng(0).normal(size=found.linears[0].in_features)))
     folding.rescale(found, np.sqrt(squares), Rewriter(model, "awq"), Changes())
     rng = np.random.default_rng(1)
-    sizes = {value.name: [size if isinstance(size, int) else 4 for size in value.shape] for value in model.graph.inputs}
-    feed = {name: rng.normal(size=shape).astype(np.float32) for name, shape in sizes.items()}
+    feed = {}
+    for value in model.graph.inputs:
+        shape = [size if isinstance(size, int) else 4 for size in dims(value)]
+        feed[there(value.name)] = rng.normal(size=shape).astype(np.float32)
     for now, then in zip(tiny.run(model, feed), tiny.run(before, feed), strict=True):
         assert tiny.relative_error(now, then) < 5e-6
 

@@ -20,6 +20,7 @@ from qcompiler.sites.stored import StoredWeight, float_weight, quantized_weight,
 from qcompiler.sites.stored import layout as layouts
 from qcompiler.sites.stored.constants import constants_behind
 from tests import tiny
+from tests.there import tensor_of, tensors, there
 
 RNG = np.random.default_rng(0)
 
@@ -111,7 +112,7 @@ def test_odd_rows_of_four_bits_in_a_file(piece: int, tmp_path: Path, type: str, 
         q=codes_of(type, (47, 33)), s=scales_of(scales), opset=23,
     )  # fmt: skip
     (expected,) = tiny.run(model, {"x": np.eye(47, dtype=np.float32)})
-    model.graph.initializers["q"].const_value = in_file(model.graph.initializers["q"].const_value, tmp_path)
+    model.graph.initializers["q"].const_value = in_file(tensors(model)["q"], tmp_path)
     weight = weight_of(model)
     np.testing.assert_array_equal(in_pieces(weight), expected)
 
@@ -162,7 +163,7 @@ def packed(values: np.ndarray, bits: int) -> np.ndarray:
     whole = np.full((*values.shape[:-1], -(-values.shape[-1] // per) * per), (1 << bits) - 1)
     whole[..., : values.shape[-1]] = values
     shifted = whole.reshape(*values.shape[:-1], -1, per) << (np.arange(per) * bits)
-    return shifted.sum(-1).astype(np.uint8)
+    return np.asarray(shifted.sum(-1), np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_integer_products(piece: int, channels: bool) -> None:
     assert str(weight.scheme) == told(f"int8 {'per-channel' if channels else 'per-tensor'} asymmetric")
     (layer,) = read_layers(model)
     assert layer.weight.shape == (24, 16)
-    np.testing.assert_allclose(layer.weight.matrix(), expected.T, rtol=1e-6)
+    np.testing.assert_allclose(there(layer.weight.matrix()), expected.T, rtol=1e-6)
 
 
 def test_convolution_of_codes() -> None:
@@ -225,7 +226,7 @@ def test_convolution_of_codes() -> None:
         z=np.zeros(8, np.int8), out=np.float32(0.05), o=np.uint8(128),
     )  # fmt: skip
     (layer,) = read_layers(model)
-    matrix = layer.weight.matrix()
+    matrix = there(layer.weight.matrix())
     assert (matrix.shape, layer.weight.form) == ((8, 3), "int8 per-channel symmetric")
     for place in range(3):
         x = np.zeros((1, 3, 1, 1), np.uint8)
@@ -242,7 +243,7 @@ def test_blocks_of_float8(piece: int) -> None:
     weight, (layer,) = weight_of(model), read_layers(model)
     (expected,) = tiny.run(model, {"x": np.eye(80, dtype=np.float16)})
     np.testing.assert_allclose(in_pieces(weight), expected.T, rtol=1e-3)
-    np.testing.assert_allclose(layer.weight.matrix(), expected.T, rtol=1e-3)
+    np.testing.assert_allclose(there(layer.weight.matrix()), expected.T, rtol=1e-3)
     assert (str(weight.scheme), layer.weight.form) == ("fp8_e4m3 group(32) symmetric", "fp8_e4m3 group(32) symmetric")
 
 
@@ -267,7 +268,7 @@ def test_operands_as_outputs_by_inputs(layer: str, attributes: str, scales: tupl
     assert found.weight.shape == (inputs, outputs)
     np.testing.assert_array_equal(found.weight.matrix(), expected.T)
     size = 24 * 40 + 4 * int(np.prod(scales))
-    assert sum(value.const_value.nbytes for value in found.weight.constants) == size
+    assert sum(tensor_of(value).nbytes for value in found.weight.constants) == size
 
 
 def test_weights_that_are_quantized_when_the_session_is_made() -> None:
@@ -313,7 +314,7 @@ def test_codes_stand_for_what_the_runtime_multiplies_by(
     # MatMulNBits rounds its input to 8 bits; rows of the identity lose a little in their block's scale.
     np.testing.assert_allclose(stored, expected, rtol=0.01, atol=1e-5)
     assert layer.weight.form.startswith(form)
-    np.testing.assert_allclose(layer.weight.matrix(), expected.T, rtol=0.01, atol=1e-5)
+    np.testing.assert_allclose(there(layer.weight.matrix()), expected.T, rtol=0.01, atol=1e-5)
     (told,) = inspect(compiled).layers
     assert told.statistics is not None
     assert told.statistics.std == pytest.approx(expected.std(), rel=0.02)
@@ -330,7 +331,7 @@ def test_tables_with_a_scale_for_each_row(piece: int, format: str, symmetric: bo
     tiny.compile(model, [QuantizeWeights(format=format, symmetric=symmetric)], [])
     (expected,) = tiny.run(model, {"ids": np.arange(20)})
     (site,) = find_quantized_embeddings(model)
-    weight, (layer,) = table_weight(site), read_layers(model)
+    weight, (layer,) = there(table_weight(site)), read_layers(model)
     np.testing.assert_array_equal(in_pieces(weight), expected.T if turned else expected)
     np.testing.assert_array_equal(layer.weight.matrix(), expected)
     assert layer.weight.shape == (20, 32)
@@ -381,7 +382,7 @@ def test_a_weight_in_a_file_is_never_in_memory_whole(tmp_path: Path, form: str) 
         weight = quantized_weight(ir.node("MatMulNBits", [None, value, scale], settings, domain="com.microsoft"))
     tracemalloc.start()
     try:
-        assert sum(part.size for part in weight.pieces()) in (size * size, size * size // 2)
+        assert sum(part.size for part in there(there(weight).pieces())) in (size * size, size * size // 2)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
