@@ -126,7 +126,7 @@ def fits(group: NormGroup, scale: np.ndarray) -> bool:
     """Whether all rescaled constants keep their precision in their own type (float16 has little room)."""
     for node, index in group.gains:
         gain = array(node.inputs[index])  # type: ignore[arg-type]
-        if not _keeps_precision([gain.reshape(-1) / scale], gain.dtype):
+        if not _keeps_precision([gain.ravel() / scale], gain.dtype):
             return False
     if group.factor is not None:
         writer = group.factor.linear
@@ -166,8 +166,7 @@ def weight_of(linear: Linear) -> ir.TensorProtocol:
     """The layer's constant as it is now; `linear.weight` is the one that was there when the layer was found."""
     reader, index = reader_of(linear)
     tensor = constant(reader.inputs[index])
-    if tensor is None:
-        raise ValueError(f"the weight of {linear.name!r} is not a constant")
+    assert tensor is not None  # recognisers only report constants
     return tensor
 
 
@@ -182,8 +181,8 @@ def _columns(factor: Factor, scale: np.ndarray) -> np.ndarray:
 
 def _weight_fits(linear: Linear, axis: int, factors: np.ndarray) -> bool:
     tensor = weight_of(linear)
-    if tensor.dtype.itemsize > 2:
-        return True
+    if tensor.dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+        return True  # unread: wider types have room for any scale
 
     def compute(data: np.ndarray) -> bool:
         rows = np.moveaxis(data, axis, 0)
@@ -215,13 +214,9 @@ def _divide_layer(linear: Linear, columns: np.ndarray, rw: Rewriter) -> None:
 
 
 def _divide_vector(node: ir.Node, index: int, scale: np.ndarray, rw: Rewriter) -> None:
-    """Divide a constant of K numbers; inputs that the node leaves out stay out."""
-    value = node.inputs[index]
-    if value is None:
-        return
-    vector = array(value)
-    divided = (vector.astype(np.float64) / scale.reshape((1,) * (vector.ndim - 1) + (-1,))).astype(vector.dtype)
-    rw.set_constant(node, index, divided)
+    """Divide a constant of K numbers along its last axis; others have size 1."""
+    vector = array(node.inputs[index])  # type: ignore[arg-type]  # a constant, as it was found
+    rw.set_constant(node, index, (vector.astype(np.float64) / scale).astype(vector.dtype))
     rw.mark(node)
 
 
@@ -229,8 +224,8 @@ def _insert_mul(group: NormGroup, scale: np.ndarray, rw: Rewriter) -> None:
     source, first = group.output, group.linears[0].node
     graph = first.graph
     assert isinstance(graph, ir.Graph)
-    dtype = source.dtype or group.linears[0].weight.dtype or ir.DataType.FLOAT
-    reciprocal = rw.constant(f"{source.name}.smoothing", (1 / scale).astype(dtype.numpy()), graph)
+    dtype = weight_of(group.linears[0]).dtype.numpy()  # as that of the value, by the operators' types
+    reciprocal = rw.constant(f"{source.name}.smoothing", (1 / scale).astype(dtype), graph)
     mul = rw.node("Mul", [source, reciprocal], f"{source.name}.smoothed", like=source)
     rw.insert_before(first, [mul])
     for linear in group.linears:

@@ -94,7 +94,7 @@ def _walk(value: ir.Value, writers: Mapping[ir.Value, Linear], *, after_attentio
         found = _walk(operand, writers, after_attention=after_attention) if refusal is None else None
         if isinstance(found, _Route):
             return _Route(found.linear, (*found.steps, _Step(node, operand, value)))
-        reason = found or (refusal if after_attention else None) or reason
+        reason = found or (refusal if after_attention else None)
     return reason
 
 
@@ -276,7 +276,7 @@ def _attended(step: _Step, labels: Labels) -> Labels | None:
     if labels.ndim == 4 and not step.node.domain:
         query = _sizes(step.node.inputs[0])
         heads, of_query = labels.shape[1], query[1] if len(query) == 4 else None
-        if labels.shape[2] != 1 or not isinstance(of_query, int) or of_query % heads:
+        if labels.shape[2] != 1 or not isinstance(of_query, int):
             return None
         return np.repeat(labels, of_query // heads, axis=1)
     if labels.ndim != 3 or labels.shape[1] != 1:
@@ -286,8 +286,9 @@ def _attended(step: _Step, labels: Labels) -> Labels | None:
     heads, of_query = attributes.get_int("kv_num_heads"), attributes.get_int("q_num_heads")
     if not heads or not of_query or of_query % heads or labels.shape[2] % heads:
         return None
-    split = labels.reshape(labels.shape[0], 1, heads, -1)
-    return np.repeat(split, of_query // heads, axis=2).reshape(labels.shape[0], 1, -1)
+    size = labels.shape[2] // heads
+    split = labels.reshape(*labels.shape[:2], heads, size)
+    return np.repeat(split, of_query // heads, axis=2).reshape(*labels.shape[:2], of_query * size)
 
 
 def _sizes(value: ir.Value | None) -> Sizes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -327,6 +328,86 @@ def test_an_excluded_writer_is_not_touched_where_a_mul_is_allowed() -> None:
     assert tiny.operators(model) == ["MatMul", "Relu", "Mul", "MatMul"]
     assert not changes.rescaled
     np.testing.assert_array_equal(tiny.data(model, "U"), before)
+
+
+PAIR = """g (float[B,S,8] x, float[B,S,6] u, float[8,6] U, float[6,8] D) => (float[B,S,8] y) {
+    [up] a = MatMul(x, U)  p = BODY  [down] y = MatMul(p, D) }"""
+
+
+def pair(body: str = "Mul(a, u)", dtype: str = "float", arrays: Any = None) -> tuple[ir.Model, NormGroup]:
+    """Layer `up` takes factors on behalf of p, which `down` reads."""
+    weights: dict[str, Any] = {"U": "normal", "D": "normal"} | (arrays or {})
+    model = tiny.build(PAIR.replace("BODY", body).replace("float[", f"{dtype}["), **weights)
+    return model, group_of(model, "down")
+
+
+@pytest.mark.parametrize(("body", "taken"), [("Mul(a, u)", True), ("Relu(a)", False), ("Sum(a, u)", False)])
+def test_a_side_of_a_product_takes_factors_where_only_products_do(body: str, taken: bool) -> None:
+    model, _ = pair(body)
+    for products_only, expected in ((True, taken), (False, body != "Sum(a, u)")):
+        pairs = folding.rescalable(model, Awq(), insert_mul=False, products_only=products_only)
+        ((group, reason),) = [item for item in pairs if item[0].linears[0].name == "down"]
+        assert folding.folds(group) == expected == (reason is None)
+
+
+def test_a_product_behind_attention_is_none_of_a_gated_layer() -> None:
+    model = tiny.build(
+        """g (float[B,S,8] x, float[B,S,S] probs, float[B,S,6] u, float[8,6] V, float[6,8] O) => (float[B,S,8] y) {
+        [v] a = MatMul(x, V)  h = MatMul(probs, a)  p = Mul(h, u)  [o] y = MatMul(p, O) }""",
+        V="normal", O="normal",
+    )  # fmt: skip
+    for products_only in (True, False):
+        pairs = folding.rescalable(model, Awq(), insert_mul=False, products_only=products_only)
+        assert folding.folds(pairs[-1][0]) == (not products_only)
+
+
+def test_what_is_quantized_already_takes_no_factor() -> None:
+    text = """g (float[B,S,8] x, float[B,S,6] u, int8[8,6] Q, float s, float[6,8] D, int8[6,8] R) => (y, z) {
+        W = DequantizeLinear(Q, s)  [up] a = MatMul(x, W)  p = Mul(a, u)  [down] y = MatMul(p, D)
+        V = DequantizeLinear(R, s)  [other] z = MatMul(u, V) }"""
+    codes = {"Q": np.ones((8, 6), np.int8), "R": np.ones((6, 8), np.int8)}
+    model = tiny.build(text, D="normal", s=np.float32(0.1), **codes)
+    found = folding.rescalable(model, Awq(), insert_mul=False)
+    why = {group.linears[0].name: str(reason) for group, reason in found}
+    assert why["down"] == "the weight of up, which would take the scales, is shared or quantized already"
+    assert (
+        why["up"]
+        == why["other"]
+        == "its weight is quantized already: awq comes before the passes that quantize weights"
+    )
+
+
+def test_channels_at_the_bound_of_silence_are_silent() -> None:
+    """1e-6 of the loudest says nothing; it counts as the quietest of those that do."""
+    np.testing.assert_array_equal(folding.without_silence(np.array([2.0, 1.0, 2e-6, 0.0])), [2, 1, 1, 1])
+    np.testing.assert_array_equal(folding.without_silence(np.zeros(3)), np.ones(3))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "place", "factor", "fit"),
+    [
+        ("D", (0, 3), 2.0, False), ("D", (5, 0), 2.0, False), ("D", (0, 3), 1.5, True),  # what reads is multiplied
+        ("U", (3, 0), 0.5, False), ("U", (0, 5), 0.5, False), ("U", (3, 0), 0.7, True),  # what writes is divided
+        ("U", (3, 0), 2.0, True), ("D", (0, 3), 0.5, True),
+    ],
+)  # fmt: skip
+def test_a_weight_of_16_bits_has_room_or_not(
+    dtype: Any, name: str, place: tuple[int, int], factor: float, fit: bool
+) -> None:
+    """One number near the end of the type, and the scale that takes it beyond or not."""
+    arrays = {"U": np.ones((8, 6), dtype), "D": np.ones((6, 8), dtype)}
+    arrays[name][place] = 0.6 * float(ml_dtypes.finfo(dtype).max)
+    _, group = pair(dtype="float16" if dtype is np.float16 else "bfloat16", arrays=arrays)
+    assert folding.fits(group, np.full(6, factor)) == fit
+
+
+def test_weights_of_zeros_fit_and_those_of_32_bits_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = {"U": np.zeros((8, 6), np.float16), "D": np.zeros((6, 8), np.float16)}
+    assert folding.fits(pair(dtype="float16", arrays=zeros)[1], np.full(6, 2.0))
+    _, group = pair()
+    monkeypatch.setattr(folding, "read", None)
+    assert folding.fits(group, np.full(6, 1e30))
 
 
 # ---------------------------------------------------------------------------------------------------- real exports
