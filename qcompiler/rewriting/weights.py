@@ -218,7 +218,7 @@ def _install_codes(
     constant: WeightConstant, quantized: Quantized, rw: Rewriter, nearest: bool
 ) -> None:  # fmt: skip
     graph, name = node_graph(constant.readers[0].node), f"{constant.value.name}.codes"
-    stored = storage(quantized.format, graph.opset_imports.get("") or 0)
+    stored = storage(quantized.format, graph.opset_imports[""])
     tensor = lazy_codes(constant.tensor, quantized, stored, name) if nearest else packed_codes(quantized, stored, name)
     codes = Codes(constant.value, tensor, quantized, graph, rw)
     for site in constant.readers:

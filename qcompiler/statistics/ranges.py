@@ -33,17 +33,23 @@ class MinMax(Statistic):
             self._widen(float(values.min()), float(values.max()))
 
     def merge(self, other: Self) -> None:
-        if other.lo is not None and other.hi is not None:
-            self._widen(other.lo, other.hi)
+        if (seen := other._seen()) is not None:
+            self._widen(*seen)
 
     def _widen(self, lo: float, hi: float) -> None:
         self.lo = lo if self.lo is None else min(self.lo, lo)
         self.hi = hi if self.hi is None else max(self.hi, hi)
 
+    def _seen(self) -> tuple[float, float] | None:
+        if self.lo is None:
+            return None
+        assert self.hi is not None  # both or none
+        return self.lo, self.hi
+
     def result(self) -> Range:
-        if self.lo is None or self.hi is None:
+        if (seen := self._seen()) is None:
             raise self.no_data()
-        return Range(self.lo, self.hi)
+        return Range(*seen)
 
 
 @dataclass(eq=False)
@@ -75,8 +81,9 @@ class MovingAverageMinMax(Statistic):
         self.batches += 1
 
     def merge(self, other: Self) -> None:
-        if other.average is None or other.first is None:
+        if other.average is None:
             return
+        assert other.first is not None  # both or none
         if self.average is None:
             self.average, self.first, self.batches = other.average, other.first, other.batches
             return

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from passes.quantize_weights import QuantizeWeights
 from qcompiler.errors import QCompilerError
+from qcompiler.formats.scheme import PerGroup
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sites.find import find_sites
+from qcompiler.targets import Target
 from tests import tiny
 from tests.oracles import quantized_linear as oracle
 from tests.there import held, operand, tensors
@@ -314,6 +316,62 @@ def test_one_constant_read_in_both_directions_has_scales_for_one() -> None:
     _, changes = quantize(model)
     assert [changed.site for changed in changes.changed] == ["first"]
     assert tiny.reasons(changes) == {"second": "first shares its constant and needs scales along the other axis"}
+
+
+@pytest.mark.parametrize(
+    ("options", "target", "size"),
+    [
+        ({"granularity": "group"}, "ort-cpu", 128),
+        ({"granularity": "group"}, "ort-cuda", 32),
+        ({"granularity": "group"}, "portable", None),  # which prefers none
+        ({"granularity": "group", "group_size": 16}, "ort-cuda", 16),
+        ({"granularity": "channel"}, "ort-cuda", None),
+    ],
+)
+def test_a_group_is_as_large_as_the_target_likes_it_where_it_is_open(
+    options: dict[str, Any], target: str, size: int | None
+) -> None:
+    step = QuantizeWeights(**options).for_target(Target.load(target))
+    assert isinstance(step, QuantizeWeights)
+    assert step.group_size == size
+    if options["granularity"] == "group":
+        assert step.scheme().granularity == PerGroup(size or 128)
+
+
+def test_a_group_holds_one_weight_at_least() -> None:
+    assert QuantizeWeights(granularity="group", group_size=1).scheme().granularity == PerGroup(1)
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        QuantizeWeights(granularity="group", group_size=0)
+
+
+def test_what_an_analysis_decides_does_not_overrule_the_options() -> None:
+    step = QuantizeWeights(bits={"a": 8}).decided({"a": 4, "b": 4})
+    assert isinstance(step, QuantizeWeights)
+    assert step.bits == {"a": 8, "b": 4}
+
+
+@pytest.mark.parametrize(
+    ("format", "bits", "said"),
+    [
+        ("int8", 32, "int8 does not come in 32 bits; choose of 2, 3, 4, 8, 16"),
+        ("uint4", 5, "uint4 does not come in 5 bits; choose of 2, 3, 4, 8, 16"),
+        ("fp4", 4, "fp4 does not come in 4 bits; only integers do"),
+        ("fp8_e4m3", 8, "fp8_e4m3 does not come in 8 bits; only integers do"),
+    ],
+)
+def test_bits_that_a_format_does_not_come_in(format: str, bits: int, said: str) -> None:
+    with pytest.raises(QCompilerError, match=f"quantize-weights.bits: {said}"):
+        QuantizeWeights(format=format, bits={"fc": bits})
+
+
+def test_binary_weights_are_for_linear_layers_of_any_float_type() -> None:
+    reason = "binary weights are decoded for linear layers alone: choose int8 or uint8 for this one"
+    for text, constants in ((CONV, {"W": "normal", "b": "normal"}), (EMBEDDING, {"E": "normal"})):
+        _, changes = quantize(tiny.build(text, **constants), format="binary")
+        assert list(tiny.reasons(changes).values()) == [reason]
+    _, changes = quantize(tiny.build(MATMUL.replace("float[", "double["), W="normal"), format="binary")
+    ((site, detail),) = [(changed.site, changed.detail) for changed in changes.changed]
+    assert (site, "bits a weight" in detail) == ("fc", True)
 
 
 def test_binary_weights_have_no_scale_for_the_whole_tensor() -> None:

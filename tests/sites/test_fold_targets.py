@@ -20,10 +20,11 @@ from tests.there import dims, there
 
 INPUTS = {
     "x": "float[2,5,8]", "u": "float[2,5,6]", "tokens": "float[5,8]", "mix": "float[5,5]", "probs": "float[2,5,5]",
-    "some": "float[B,5,8]", "few": "float[B,8]", "six": "float[2,6,3]", "anyhow": "int64[r]", "three": "int64[3]",
-    "rows": "float[2,5,16]", "pair": "float[2,5,4,2,4]", "q4": "float[2,4,5,3]", "q3": "float[2,3,5,3]",
-    "qs": "float[2,q,5,3]", "k4": "float[2,2,5,3]", "real": "float[5,5]", "last": "int32[2]", "total": "int32",
-    "q1": "float[2,1,3,4]", "most": "float[q,s,8]", "four": "int64[4]", "none": "float[0,5,8]", "bare": "float[?,8]", "open": "float[?,?,8]",
+    "six": "float[2,6,3]", "rows": "float[2,5,16]", "pair": "float[2,5,4,2,4]", "real": "float[5,5]",
+    "some": "float[B,5,8]", "few": "float[B,8]", "most": "float[q,s,8]", "bare": "float[?,8]", "open": "float[?,?,8]",
+    "none": "float[0,5,8]", "anyhow": "int64[r]", "three": "int64[3]", "four": "int64[4]",
+    "q1": "float[2,1,3,4]", "q3": "float[2,3,5,3]", "q4": "float[2,4,5,3]", "qs": "float[2,q,5,3]",
+    "k4": "float[2,2,5,3]", "last": "int32[2]", "total": "int32",
 }  # fmt: skip
 WEIGHTS = {
     "U": "float[8,6]", "G": "float[8,12]", "T": "float[8,10]", "C": "float[8,1]", "H": "float[8,3]", "V": "float[8,16]",
