@@ -35,6 +35,7 @@ from qcompiler.calibration.samples import Samples, open_samples  # noqa: E402
 from qcompiler.evaluation.evaluate import evaluate  # noqa: E402
 from qcompiler.graph.files import load  # noqa: E402
 from qcompiler.sessions import runtime  # noqa: E402
+from qcompiler.targets.machines import this_cpu  # noqa: E402
 
 DEMO, CACHE = ROOT / "models" / "demo", ROOT / "benchmarks" / ".cache"
 VARIANTS = ("dynamo", "dynamo-outliers")
@@ -156,11 +157,7 @@ PEERS: dict[str, Callable[[Path, Path, int], None]] = {
 
 def machine() -> str:
     """What of the processor matters for integer kernels."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    sets = [name for name in ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8") if name in flags.split()]
-    return f"{platform.machine()} ({', '.join(sets) or 'no vector extensions known'})"
+    return str(this_cpu())
 
 
 def versions() -> dict[str, str]:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from qcompiler.errors import TargetError, closest
 from qcompiler.formats.scheme import Scheme
 from qcompiler.targets.conditions import conditions
+from qcompiler.targets.machines import Cpu, Machine
 
 FOLDER = Path(__file__).parent
 GROUP = "qcompiler.targets"
@@ -44,7 +45,7 @@ class Speed(_Data):
     case: str
     """Shape and threads."""
     machine: str
-    """The kind of machine, by what matters for speed (instruction sets, generation of GPU)."""
+    """The kind of machine, by what matters for speed (instruction sets, generation of GPU): a key of `machines`."""
     date: str
     """ISO date of the measurement."""
 
@@ -187,6 +188,8 @@ class Target(_Data):
     """The distribution and version that the kernel table was taken from; empty where none is meant."""
     providers: tuple[str, ...]
     """ONNX Runtime's execution providers, the preferred one first."""
+    machines: dict[str, Machine] = {}
+    """The kinds of machines that speeds were measured on."""
     kernels: tuple[Kernel, ...] = ()
     registry: str = ""
     """The file beside the target's own with the kernel registry of `runtime` (see `kernels.py`)."""
@@ -216,6 +219,11 @@ class Target(_Data):
         if name in points:
             return _loaded(points[name])
         raise TargetError(f"there is no target {name!r}{closest(name, [*_built_in(), *points])}")
+
+    def is_for(self, speed: Speed, cpu: Cpu) -> bool:
+        """Whether a speed was measured on a machine of the processor's kind, as far as kinds are known."""
+        machine = self.machines.get(speed.machine)
+        return machine is not None and machine.fits(cpu)
 
     def preferred(self, name: str, passes: Iterable[str]) -> dict[str, Any]:
         """Options of a pass that the target prefers in a recipe of these passes."""

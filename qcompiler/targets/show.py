@@ -9,6 +9,7 @@ from rich.padding import Padding
 
 from qcompiler.targets import Kernel, Rule, Target
 from qcompiler.targets.conditions import conditions
+from qcompiler.targets.machines import this_cpu
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +40,7 @@ def render_target(target: Target, console: Console) -> None:
     console.print()
     for kernel in target.kernels:
         console.print(f"[bold]{escape(kernel.scheme)}[/bold]  {escape(kernel.operator)}", highlight=False)
-        for line in _lines(kernel):
+        for line in _lines(target, kernel):
             console.print(Padding(escape(line), (0, 0, 0, 4)), highlight=False)
     console.print()
     for rule in target.rules:
@@ -71,9 +72,11 @@ def _where(key: str) -> list[str]:
     return [f"where {item.text}" + (f" ({item.source})" if item.source else "") for item in found]
 
 
-def _lines(kernel: Kernel) -> list[str]:
+def _lines(target: Target, kernel: Kernel) -> list[str]:
     speeds = [
-        f"{speed.ratio:g} × {speed.against}: {speed.case}; {speed.machine}; {speed.date}" for speed in kernel.speed
+        f"{speed.ratio:g} × {speed.against}: {speed.case}; {speed.machine}; {speed.date}"
+        + ("; this CPU" if target.is_for(speed, this_cpu()) else "")
+        for speed in kernel.speed
     ]
     texts = [kernel.types, kernel.conditions, kernel.note, *speeds, "" if speeds else "speed not measured"]
     return [*(text for text in texts if text), f"known from: {kernel.source}"]
