@@ -198,22 +198,38 @@ def _changes(tree: ast.Module) -> Iterator[tuple[ast.expr, str]]:
             yield node.test, "False"
 
 
-def _is_annotation(tree: ast.Module) -> set[ast.AST]:
-    """All that stands in types, which no test can see."""
-    roots = [getattr(node, key, None) for node in ast.walk(tree) for key in ("annotation", "returns")]
-    return {inner for root in roots if root is not None for inner in ast.walk(root)}
+def _unseen(tree: ast.Module) -> set[ast.AST]:
+    """What no test can see, by rule: types; how text for people is laid out; how much is worked on at once, which names
+    that end in AT_ONCE say; and by how much a size of -1 is below 0, as numpy takes any such for what is left."""
+    found: list[ast.AST | None] = []
+    for node in ast.walk(tree):
+        found += [getattr(node, key, None) for key in ("annotation", "returns")]
+        match node:
+            case ast.keyword(arg="indent" | "stacklevel", value=value):
+                found.append(value)
+            case ast.Assign(targets=targets, value=value) if all(_is_portion(target) for target in targets):
+                found.append(value)
+            case ast.If(test=test) if any(_is_portion(part) for part in ast.iter_child_nodes(test)):
+                found.append(test)
+            case ast.Call(func=ast.Attribute(attr="reshape"), args=sizes):
+                found += [size for size in sizes if isinstance(size, ast.UnaryOp)]
+    return {inner for root in found if root is not None for inner in ast.walk(root)}
+
+
+def _is_portion(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id.endswith("AT_ONCE")
 
 
 def _broken(file: str) -> list[Mutant]:
     """All the simple mutants of a module. `old` is the whole file, as the place alone need not be unique."""
     source = (ROOT / file).read_text(encoding="utf-8")
     tree, found = ast.parse(source), []
-    types = _is_annotation(tree)
+    unseen = _unseen(tree)
     starts = [0]
     for line in source.encode().splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
     for node, text in _changes(tree):
-        if node in types or node.end_lineno is None or node.end_col_offset is None:
+        if node in unseen or node.end_lineno is None or node.end_col_offset is None:
             continue
         first, last = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
         raw = source.encode()

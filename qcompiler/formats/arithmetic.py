@@ -37,7 +37,7 @@ from qcompiler.formats.scheme import (
 Array = npt.NDArray[Any]
 
 # Elements that are worked on at once: 2 MiB of float32, so that the dozen temporaries stay in the cache.
-_SLICE_ELEMENTS = 1 << 19
+_ELEMENTS_AT_ONCE = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _in_slices(
     dtype: np.dtype[Any],
 ) -> Array:
     """work(x, scale, zero_point), done in slices of the first axis, so that its temporaries stay small."""
-    if x.ndim == 0 or x.size <= _SLICE_ELEMENTS:
+    if x.size <= _ELEMENTS_AT_ONCE:
         return np.asarray(work(x, scale, zero_point))
     out = np.empty(x.shape, dtype)
     scale, zero_point = both(lambda p: np.broadcast_to(p, x.shape), scale, zero_point)
@@ -244,8 +244,10 @@ def _storable(scale: npt.NDArray[np.float64], dtype: npt.DTypeLike, *, normal: b
     return np.asarray(np.where(scale == 0, 1.0, bounded)).astype(dtype)
 
 
-def slices(shape: tuple[int, ...], multiple: int = 1) -> list[slice]:
-    """Slices of axis 0 of about `_SLICE_ELEMENTS` elements each; their starts are multiples of `multiple`."""
-    step = max(1, _SLICE_ELEMENTS * shape[0] // math.prod(shape))
-    step = -(-step // multiple) * multiple
+def slices(shape: tuple[int, ...], multiple: int | None = None) -> list[slice]:
+    """Slices of axis 0 of about `_ELEMENTS_AT_ONCE` elements each; their starts are multiples of `multiple`."""
+    size = math.prod(shape)
+    step = max(_ELEMENTS_AT_ONCE * shape[0], size) // size
+    if multiple is not None:
+        step = -(-step // multiple) * multiple
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]

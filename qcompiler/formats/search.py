@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from qcompiler.errors import DataError, SchemeError
 from qcompiler.formats.arithmetic import Array, Quantized, both, decode, encode, quantize, scale_and_zero_point, slices
-from qcompiler.formats.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Scheme
+from qcompiler.formats.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, Scheme
 
 Search = Literal["minmax", "mse"]
 
@@ -55,7 +55,7 @@ def quantize_weight(
     if importance is not None and (weight.ndim != 2 or not isinstance(granularity, PerChannel | PerGroup)):
         raise SchemeError(f"{name}: errors are weighted by input for scales per channel or group of a matrix only.")
     by_channel = np.moveaxis(weight, channel_axis, 0)
-    parts = slices(by_channel.shape, granularity.rows if isinstance(granularity, PerBlock) else 1)
+    parts = slices(by_channel.shape, granularity.rows if isinstance(granularity, PerBlock) else None)
 
     def read(part: slice) -> npt.NDArray[np.float32]:
         """The channels of one slice as rows, in float32."""
@@ -82,7 +82,7 @@ def _check_weight(weight: Array, scheme: Scheme, channel_axis: int, search: str,
     """The channel axis, counted from 0; raises where weight and scheme do not go together."""
     if search not in ("minmax", "mse"):
         raise SchemeError(f"search {search!r} is unknown: choose minmax or mse.")
-    if scheme.dynamic or isinstance(scheme.granularity, PerToken):
+    if scheme.dynamic:
         raise SchemeError(f"{name} cannot be quantized as {scheme}: a weight's scales are static.")
     if not (weight.dtype.kind == "f" or weight.dtype == ml_dtypes.bfloat16):
         raise DataError(f"{name} has dtype {weight.dtype}: only floating-point weights can be quantized.")
@@ -124,7 +124,8 @@ def _cells(rows: Array, granularity: Granularity) -> Array:
     if isinstance(granularity, PerChannel):
         return rows.reshape(channels, 1, inputs)
     tile_rows = granularity.rows if isinstance(granularity, PerBlock) else 1
-    columns = _block_size(granularity) or inputs
+    columns = _block_size(granularity)
+    assert columns is not None  # of a group or a block
     padded = np.pad(rows, ((0, -channels % tile_rows), (0, -inputs % columns)))
     tiles = padded.reshape(padded.shape[0] // tile_rows, tile_rows, padded.shape[1] // columns, columns)
     return tiles.swapaxes(1, 2).reshape(tiles.shape[0], tiles.shape[2], tile_rows * columns)
@@ -187,7 +188,7 @@ def _mean_magnitude(reads: Sequence[Callable[[], Array]], granularity: Granulari
         rows = read()
         total = total + (np.abs(_cells(rows, granularity)) * weights).sum(-1, dtype=np.float64)
         count = count + (_cells(np.ones_like(rows), granularity) * weights).sum(-1, dtype=np.float64)
-    return total / np.where(count == 0, 1, count)
+    return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
 
 
 def least_error_range(lo: Array, hi: Array, error: Callable[[Array, Array], Array]) -> tuple[Array, Array]:

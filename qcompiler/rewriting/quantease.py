@@ -28,8 +28,9 @@ from qcompiler.formats.scheme import PerGroup, PerTensor, Scheme
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK_COLUMNS = 128
-SLICE_ELEMENTS = 1 << 21  # of a weight that are worked on at once
+COLUMNS_AT_ONCE = 128
+ELEMENTS_AT_ONCE = 1 << 21  # of a weight, or
+CHANNELS_AT_ONCE = 64  # where these are more
 LARGEST_CHANGE = 2.0  # of a scale in one step: a larger one is the work of a nearly singular Hessian
 
 
@@ -57,7 +58,7 @@ def refine(
     if quantized.zero_point is not None:
         zero_point = _by_channel(quantized.zero_point, channel_axis)
     one = isinstance(scheme.granularity, PerTensor)
-    step = max(64, SLICE_ELEMENTS // len(H))
+    step = max(CHANNELS_AT_ONCE, ELEMENTS_AT_ONCE // len(H))
     for part in (slice(start, min(start + step, len(rows))) for start in range(0, len(rows), step)):
         mine = slice(None) if one else part
         zeros = None if zero_point is None else _tensor(zero_point[mine].T, H)
@@ -144,8 +145,8 @@ class _State:
 
 
 def _blocks(columns: slice) -> Iterator[slice]:
-    for start in range(columns.start, columns.stop, BLOCK_COLUMNS):
-        yield slice(start, min(start + BLOCK_COLUMNS, columns.stop))
+    for start in range(columns.start, columns.stop, COLUMNS_AT_ONCE):
+        yield slice(start, min(start + COLUMNS_AT_ONCE, columns.stop))
 
 
 def _tensor(array: Array, like: Tensor) -> Tensor:
@@ -158,7 +159,7 @@ def _by_channel(parameter: Array, channel_axis: int) -> Array:
     """Scales or zero points as [N, groups]; a tensor's only one as [1, 1]."""
     if parameter.ndim == 2:
         return np.moveaxis(parameter, channel_axis, 0).copy()
-    return parameter.reshape(-1, 1).copy()
+    return parameter.reshape(parameter.size, 1).copy()
 
 
 def _laid_out(by_channel: Array, like: Array, channel_axis: int) -> Array:

@@ -10,8 +10,8 @@ import onnx_ir as ir
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from qcompiler.calibration.samples import from_python, open_samples
-from qcompiler.errors import DataError
+from qcompiler.calibration.samples import from_python, open_samples, write_samples
+from qcompiler.errors import DataError, OutputError
 from tests.there import numpy_type
 
 VOCABULARY = 20
@@ -213,6 +213,49 @@ def test_iterators_that_run_dry_are_kept() -> None:
     assert [len(list(samples)), len(list(samples)), len(samples)] == [3, 3, 3]
 
 
+@pytest.mark.filterwarnings("ignore:random calibration data")
+def test_random_data_where_nothing_is_said_is_128_samples_of_seed_0() -> None:
+    samples = read("random")
+    assert len(samples) == len(read("random", limit=None)) == 128
+    for one, other in zip(samples, read("random", seed=0), strict=True):
+        np.testing.assert_array_equal(one["input_ids"], other["input_ids"])
+
+
+def test_a_length_has_one_token_at_least(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"input_ids": [1, 2, 3]}')
+    (sample,) = read(tmp_path / "a.jsonl", sequence_length=1)
+    assert sample["input_ids"].tolist() == [[1]]
+    with pytest.raises(DataError, match="the sequence length must be positive, and is 0"):
+        read(tmp_path / "a.jsonl", sequence_length=0)
+
+
+def test_a_length_that_is_not_known_has_no_number() -> None:
+    samples = from_python(lambda: iter([{"input_ids": [[1]]}]), model=language_model())
+    with pytest.raises(TypeError, match="is not known before they are read"):
+        len(samples)
+
+
+def test_samples_are_written_as_they_are_read(tmp_path: Path) -> None:
+    samples = [{"input_ids": np.array([[i, i + 1]]), "attention_mask": np.ones((1, 2), np.int64)} for i in range(2)]
+    write_samples(tmp_path / "out", samples)
+    again = read(f"pb:{tmp_path / 'out'}")
+    assert [sample["input_ids"].tolist() for sample in again] == [[[0, 1]], [[1, 2]]]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"file cannot be written: Not a directory$"):
+        write_samples(tmp_path / "file", samples)
+
+
+def test_samples_that_cannot_be_written_for_a_reason_without_a_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("the share is gone")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OutputError, match="cannot be written: the share is gone"):
+        write_samples(tmp_path, [{"x": np.ones(1)}])
+
+
 def test_random_data_fits_and_warns() -> None:
     with pytest.warns(UserWarning, match="says nothing about real activations"):
         samples = read("random", limit=3)
@@ -240,6 +283,16 @@ def test_hash_follows_the_content() -> None:
 
     assert of(1, 2) == of(1, 2)
     assert len({of(1, 2), of(2, 1), of(1), of(1, 2, 3)}) == 4
+
+
+def test_hash_follows_texts() -> None:
+    def of(*words: str) -> str:
+        model = ir.from_onnx_text(
+            """<ir_version: 10, opset_import: ["" : 21]> m (string[n] x) => (string[n] y) { y = Identity (x) }"""
+        )
+        return from_python([{"x": np.array([word + "!" for word in words])}], model=model).hash()
+
+    assert of("a", "b") == of("a", "b") != of("a", "c")
 
 
 def test_hash_follows_shapes_and_types() -> None:

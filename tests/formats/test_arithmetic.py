@@ -18,7 +18,7 @@ from qcompiler.errors import DataError, SchemeError
 from qcompiler.formats.arithmetic import dequantize, quantize, scale_and_zero_point
 from qcompiler.formats.codebooks import NF4_TABLE
 from qcompiler.formats.scheme import FORMATS, Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Scheme
-from qcompiler.formats.search import quantize_weight
+from qcompiler.formats.search import Search, least_error_range, quantize_weight
 from tests.oracles import arithmetic as oracle
 
 ONNX_INTEGERS = ["int8", "uint8", "int16", "uint16", "int4", "uint4", "int2", "uint2"]
@@ -396,6 +396,11 @@ def test_weighted_search_has_the_least_weighted_error(granularity: Granularity, 
     assert errors[False].sum() < 0.97 * errors[True].sum()
 
 
+def test_a_number_alone_has_no_channels() -> None:
+    with pytest.raises(DataError, match=r"the weight of shape \(\) has no channels to quantize"):
+        quantize_weight(np.array(1.0, np.float32), Scheme("int8", PerTensor()), channel_axis=0)
+
+
 def test_weights_of_errors_need_scales_of_channels() -> None:
     weight = np.ones((4, 8), np.float32)
     with pytest.raises(SchemeError, match="per channel or group"):
@@ -436,7 +441,7 @@ def test_slices_of_channels_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None
     weight = np.random.default_rng(9).standard_normal((23, 50)).astype(np.float32)
     schemes = [Scheme("int4", g) for g in (PerTensor(), PerChannel(), PerGroup(16), PerBlock(4, 16))]
     whole = [quantize_weight(weight, s, channel_axis=1, search="mse") for s in schemes]
-    monkeypatch.setattr("qcompiler.formats.arithmetic._SLICE_ELEMENTS", 100)
+    monkeypatch.setattr("qcompiler.formats.arithmetic._ELEMENTS_AT_ONCE", 100)
     for scheme, expected in zip(schemes, whole, strict=True):
         sliced = quantize_weight(weight, scheme, channel_axis=1, search="mse")
         np.testing.assert_array_equal(sliced.codes, expected.codes)
@@ -470,6 +475,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(value: float) -> None:
         (np.ones((2, 2), np.int8), Scheme("int8", PerChannel()), {}, DataError),
         (np.ones((0, 2), np.float32), Scheme("int8", PerChannel()), {}, DataError),
         (np.ones((2, 2), np.float32), Scheme("int8", PerChannel()), {"channel_axis": 2}, DataError),
+        (np.ones((2, 2, 1), np.float32), Scheme("int8", PerChannel()), {"importance": np.ones(2)}, SchemeError),
     ],
 )
 def test_weights_and_schemes_that_do_not_go_together(
@@ -477,6 +483,90 @@ def test_weights_and_schemes_that_do_not_go_together(
 ) -> None:
     with pytest.raises(error):
         quantize_weight(weight, scheme, **{"channel_axis": 0, **arguments})
+
+
+def test_a_zero_point_has_the_shape_of_its_scale() -> None:
+    scale, zero = np.ones((), np.float32), np.zeros(1, np.int8)
+    with pytest.raises(DataError, match=r"the zero point's shape \(1,\) is not the scale's, \(\)"):
+        quantize(np.ones(4, np.float32), scale, zero, "int8")
+
+
+@pytest.mark.parametrize("format", ["int8", "uint8", "int16", "fp4", "fp8_e4m3", "nf4", "binary"])
+def test_only_integers_of_few_bits_have_scales_of_either_sign(format: str) -> None:
+    scheme = Scheme(format, PerTensor())
+    for lo, hi in ((-1, 3), (-3, 1)):
+        one, _ = scale_and_zero_point(lo, hi, scheme)
+        other, _ = scale_and_zero_point(lo, hi, scheme, either_sign=True)
+        assert one == other == np.float32(3 / FORMATS[format].symmetric_divisor)
+
+
+@pytest.mark.parametrize(("format", "least"), [("int4", -8), ("uint4", -8), ("int3", -4), ("int2", -2)])
+def test_the_larger_end_gets_the_code_that_the_other_has_not(format: str, least: int) -> None:
+    scheme = Scheme(format, PerTensor())
+    for lo, hi, expected in ((-1, 4, 4 / least), (-4, 1, -4 / least), (-4, 4, -4 / least)):
+        scale, zero = scale_and_zero_point(lo, hi, scheme, either_sign=True)
+        assert float(scale) == expected
+        assert zero is None or int(zero) == -least
+    for either_sign, chosen in ((True, Scheme(format, PerTensor(), positive=True)), (False, scheme)):
+        scale, _ = scale_and_zero_point(-1, 4, chosen, either_sign=either_sign)
+        assert float(scale) == pytest.approx(4 / FORMATS[format].symmetric_divisor)
+
+
+@pytest.mark.parametrize("target", [0.16, 0.17, 0.2, 0.33, 0.5, 0.94, 0.95, 0.96, 0.99, 1.0])
+def test_the_search_for_a_range_tries_every_percent_around_its_best(target: float) -> None:
+    def error(lo: Any, hi: Any) -> Any:
+        return np.abs(hi - target)
+
+    lo, hi = least_error_range(np.array([-2.0]), np.array([1.0]), error)
+    np.testing.assert_allclose([lo[0], hi[0]], [-2 * target, target], rtol=1e-9)
+
+
+@pytest.mark.parametrize("percent", [-4, -3, -2, -1, 1, 2, 3, 4])
+def test_the_search_for_a_range_goes_four_percent_from_its_best_of_the_coarse_grid(percent: int) -> None:
+    def error(lo: Any, hi: Any) -> Any:
+        return np.where(np.isclose(hi, 0.55 + percent / 100), 0, np.where(np.isclose(hi, 0.55), 1, 2))
+
+    _, hi = least_error_range(np.zeros(1), np.ones(1), error)
+    assert hi[0] == pytest.approx(0.55 + percent / 100)
+
+
+def test_the_search_for_a_range_shrinks_none_by_more_than_to_16_percent_and_none_without_need() -> None:
+    _, hi = least_error_range(np.zeros(2), np.ones(2), lambda lo, hi: np.stack([hi[0], 0 * hi[1]]))
+    np.testing.assert_allclose(hi, [0.16, 1.0])
+
+
+def test_binary_weights_need_no_search_and_inputs_without_importance_no_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcompiler.formats.search.least_error_range", None)
+    weight, importance = np.array([[1, -3, 5, 7]], np.float32), np.array([3, 1, 0, 0], np.float32)
+    scheme = Scheme("binary", PerGroup(2))
+    found = quantize_weight(weight, scheme, channel_axis=0, search="mse", importance=importance)
+    np.testing.assert_array_equal(found.scale, [[1.5, 0]])
+    each = quantize_weight(weight, Scheme("binary", PerGroup(1)), channel_axis=0, search="mse")
+    np.testing.assert_array_equal(each.scale, np.abs(weight))
+
+
+@pytest.mark.parametrize("work", ["quantize", "dequantize"])
+def test_scales_of_whole_blocks_are_not_spread_over_the_tensor(work: str) -> None:
+    x = np.ones((512, 4096), np.float32 if work == "quantize" else np.int8)
+    scale = np.ones((512, 64), np.float32)
+    tracemalloc.start()
+    found = quantize(x, scale, None, "int8", 1, 64) if work == "quantize" else dequantize(x, scale, None, 1, 64)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak - found.nbytes < 7e6  # a scale for each number is 8.4 MB
+
+
+def test_a_tensor_in_two_slices_has_the_scale_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = np.random.default_rng(11).standard_normal((8, 50)).astype(np.float32)
+    searches: tuple[Search, ...] = ("minmax", "mse")
+    for search in searches:
+        whole = quantize_weight(weight, Scheme("int4", PerTensor()), channel_axis=0, search=search)
+        with monkeypatch.context() as patched:
+            patched.setattr("qcompiler.formats.arithmetic._ELEMENTS_AT_ONCE", 200)
+            halves = quantize_weight(weight, Scheme("int4", PerTensor()), channel_axis=0, search=search)
+            patched.setattr("qcompiler.formats.arithmetic._ELEMENTS_AT_ONCE", 1)  # less than a channel
+            rows = quantize_weight(weight, Scheme("int4", PerTensor()), channel_axis=0, search=search)
+        assert halves.scale == rows.scale == whole.scale
 
 
 @pytest.mark.parametrize(

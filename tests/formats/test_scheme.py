@@ -40,7 +40,13 @@ def test_ranges_and_divisors_of_the_integer_formats() -> None:
         "int3": (-4, 3, 3.5), "uint3": (0, 7, 3.5), "int2": (-2, 1, 1.5), "uint2": (0, 3, 1.5),
         "int16": (-32768, 32767, 32767), "uint16": (0, 65535, 32767), "int32": (-(2**31), 2**31 - 1, 2**31 - 1),
     }  # fmt: skip
-    assert {n: (f.qmin, f.qmax, f.symmetric_divisor) for n, f in FORMATS.items() if f.kind == "integer"} == expected
+    integers = {name: found for name, found in FORMATS.items() if found.kind == "integer"}
+    assert {n: (f.qmin, f.qmax, f.symmetric_divisor) for n, f in integers.items()} == expected
+    # ONNX has integers of 2, 4, 8, 16 and 32 bits.
+    assert {n: f.storage for n, f in integers.items()} == {
+        name: (f"U{name[1:]}" if name[0] == "u" else name).upper().replace("INT3", "INT4").replace("INT42", "INT32")
+        for name in expected
+    }
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -121,7 +121,7 @@ def test_no_group_gets_worse(
 def test_slices_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, scheme = heavy_tailed((20, 48)), Scheme("uint4", PerGroup(20), False)
     whole = hqq(weight, scheme, 1)[0]
-    monkeypatch.setattr("qcompiler.formats.arithmetic._SLICE_ELEMENTS", 100)
+    monkeypatch.setattr("qcompiler.formats.arithmetic._ELEMENTS_AT_ONCE", 100)
     sliced = hqq(weight, scheme, 1)[0]
     for name in ("codes", "scale", "zero_point"):
         np.testing.assert_array_equal(getattr(sliced, name), getattr(whole, name))

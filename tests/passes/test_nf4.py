@@ -232,7 +232,7 @@ def test_a_weight_in_slices_is_the_weight_in_one(monkeypatch: pytest.MonkeyPatch
     """Blocks of 16 run on from row to row of 24: a slice must not end within one."""
     model = tiny.build(GEMM.format(K=24, N=20), W="normal")
     expected = oracle.restored(tiny.data(model, "W"), TABLES["nf4"], 16, double)
-    monkeypatch.setattr("qcompiler.formats.arithmetic._SLICE_ELEMENTS", 3 * 24)
+    monkeypatch.setattr("qcompiler.formats.arithmetic._ELEMENTS_AT_ONCE", 3 * 24)
     after, _ = quantize(model, block_size=16, double_quantization=double)
     np.testing.assert_allclose(effective_weight(after), expected, rtol=1e-5, atol=1e-6)
 

@@ -126,7 +126,7 @@ def test_channels_in_slices_are_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     scheme = Scheme("uint4", PerGroup(32), symmetric=False)
     start = quantize_weight(W, scheme, channel_axis=0)
     whole = refined(W, start, H, scheme, 0)
-    monkeypatch.setattr("qcompiler.rewriting.quantease.SLICE_ELEMENTS", 64 * 64)
+    monkeypatch.setattr("qcompiler.rewriting.quantease.ELEMENTS_AT_ONCE", 64 * 64)
     parts = refined(W, start, H, scheme, 0)
     assert np.mean(whole.codes == parts.codes) > 0.999  # products of other shapes may round otherwise
     np.testing.assert_allclose(whole.scale, parts.scale, rtol=1e-2)
@@ -152,6 +152,17 @@ def test_a_scale_changes_less_than_twofold_in_a_sweep() -> None:
         ratio = refined(W, wrong, H, scheme, 0).scale / wrong.scale
         assert ratio.min() > 0.5
         assert ratio.max() < 2
+
+
+def test_a_scale_that_would_double_stays() -> None:
+    """The largest code is 7, and 14 steps of it are wanted: the fit is exactly twofold. A little less is done."""
+    H, scheme = np.eye(2, dtype=np.float32), Scheme("int4", PerGroup(2))
+    start = Quantized(np.array([[7, 7]], np.int8), np.ones((1, 1), np.float32), None, 1, 2, "int4")
+    for weight, scale in ((14.0, 1.0), (13.0, 13 / 7)):
+        W = np.full((1, 2), weight, np.float32)
+        found = refine(W, start, H, scheme, channel_axis=0, damping=0.0, sweeps=1)
+        np.testing.assert_allclose(found.scale, [[scale]], rtol=1e-6)
+        np.testing.assert_array_equal(found.codes, start.codes)
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.01])

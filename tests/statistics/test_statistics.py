@@ -324,6 +324,37 @@ def test_options_without_meaning_are_refused(make: Any) -> None:
         make()
 
 
+def test_options_have_a_meaning_up_to_their_bounds() -> None:
+    """The last that has one, and the first that has none."""
+    for statistic in (Percentile, MSE):
+        assert statistic(bins=16).bins == 16
+        for bins in (0, 8, 24):
+            with pytest.raises(SchemeError, match=f"a power of two of at least 16 for bins, not {bins}"):
+                statistic(bins=bins)
+    for bits, bins in ((2, 16), (4, 64), (8, 1024)):
+        assert Entropy(bits=bits, bins=bins).bits == bits
+        if bins > 16:
+            with pytest.raises(SchemeError, match=f"at least {bins} bins for {bits} bits, not {bins // 2}"):
+                Entropy(bits=bits, bins=bins // 2)
+    for bits in (1, 9):
+        with pytest.raises(SchemeError, match=f"2 to 8 bits and at least {4 * 2**bits} bins for {bits} bits, not 4096"):
+            Entropy(bits=bits, bins=4096)
+    assert (MovingAverageMinMax(0.0).momentum, Percentile(percent=100).percent) == (0, 100)
+    for momentum in (-0.1, 1.0):
+        with pytest.raises(SchemeError, match="a momentum from 0 to below 1"):
+            MovingAverageMinMax(momentum)
+
+
+def test_without_momentum_the_last_batch_is_all_that_counts() -> None:
+    batches = [np.array(values, np.float32) for values in ([1, 2], [], [-3, 5], [4])]
+    assert measured(MovingAverageMinMax(0.0), batches).result() == Range(4, 4)
+    first = measured(MovingAverageMinMax(0.5), batches[:1])
+    first.merge(MovingAverageMinMax(0.5))
+    assert (first.result(), first.batches) == (Range(1, 2), 1)
+    first.merge(measured(MovingAverageMinMax(0.5), batches[2:]))
+    assert (first.result(), first.batches) == (Range(1.5, 3.75), 3)
+
+
 def test_keys_name_the_class_and_its_options() -> None:
     assert Percentile(percent=99.9).key == "Percentile(bins=8192, percent=99.9)"
     assert SecondMoment().key == "SecondMoment(precision='float32')"
