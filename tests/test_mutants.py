@@ -31,3 +31,24 @@ def test_simple_mutants_are_one_change_of_one_place_each() -> None:
         assert any(changed)
         ast.parse(mutant.new)
     assert [mutant.name for mutant in mutants.drawn(30, seed=0)] == [mutant.name for mutant in drawn]
+
+
+@pytest.mark.parametrize(
+    ("source", "drawn"),
+    [
+        ("def f(x: Literal[8]) -> Literal[4]: ...", []),
+        ("json.dumps(x, indent=2)", []),
+        ("warnings.warn(text, stacklevel=3)", []),
+        ("_ROWS_AT_ONCE = 1 << 20", []),
+        ("if x.size <= _ROWS_AT_ONCE:\n    y = 1", ["(1 + 1)"]),
+        ("x.reshape(len(x), -1)", []),
+        ("x.reshape(len(x), 1)", ["(1 + 1)"]),
+        ("x.sum(-1)", ["(1 + 1)"]),
+        ("LIMIT = 20", ["(20 + 1)"]),
+        ("for row in range(0, n, ROWS_AT_ONCE): ...", ["(0 + 1)"]),
+    ],
+)
+def test_what_no_test_can_see_is_not_drawn(source: str, drawn: list[str]) -> None:
+    tree = ast.parse(source)
+    unseen = mutants._unseen(tree)
+    assert [text for node, text in mutants._changes(tree) if node not in unseen] == drawn

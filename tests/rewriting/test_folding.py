@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +360,15 @@ def test_a_product_behind_attention_is_none_of_a_gated_layer() -> None:
     for products_only in (True, False):
         pairs = folding.rescalable(model, Awq(), insert_mul=False, products_only=products_only)
         assert folding.folds(pairs[-1][0]) == (not products_only)
+
+
+def test_the_report_says_where_the_division_went() -> None:
+    _, group = pair()
+    assert folding.place(group) == "folded into up"
+    assert folding.place(replace(group, factor=None)) == "divided by a Mul"
+    norm = """g (float[B,S,8] x, float[8] g, float[8,6] W) => (float[B,S,6] y) {
+        [norm] n = RMSNormalization(x, g)  [fc] y = MatMul(n, W) }"""
+    assert folding.place(group_of(tiny.build(norm, opset=23, g="gain", W="normal"), "fc")) == "folded into norm"
 
 
 def test_what_is_quantized_already_takes_no_factor() -> None:
