@@ -6,6 +6,7 @@ Exit codes: 0 all is well · 1 a gate or --strict failed · 2 bad input or usage
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import sys
 import threading
@@ -30,6 +31,7 @@ from qcompiler.cli.targets import targets
 from qcompiler.errors import PassError, QCompilerError, printable
 
 DEFECT = 70  # EX_SOFTWARE of sysexits.h; 1 would look like a gate that failed
+LIBRARIES = ("onnx_ir", "onnxscript", "onnx")
 ISSUES = "please report it, with the command, the versions (qcompiler --version) and the text above"
 
 app = typer.Typer(
@@ -89,6 +91,8 @@ def _stopping() -> Iterator[None]:
 
 def main() -> None:
     """The console script."""
+    for library in LIBRARIES:  # what they have to say of a model is said in our own sentence
+        logging.getLogger(library).setLevel(logging.CRITICAL + 1)
     warnings.showwarning = lambda message, *_: print(f"warning: {printable(str(message))}", file=sys.stderr)
     try:
         with _stopping():

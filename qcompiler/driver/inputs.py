@@ -60,7 +60,7 @@ def plan(
 def load(model: str | Path | ir.Model) -> tuple[ir.Model, Path | None]:
     """The canonicalized graph, ours to change, and the folder it came from. Raises ModelError."""
     source = None if isinstance(model, ir.Model) else model_io.find_model(model).parent
-    graph = model.clone() if isinstance(model, ir.Model) else model_io.load(model)
+    graph = model_io.take(model)
     canonicalize(graph)
     try:
         check_structure(graph)

@@ -9,9 +9,8 @@ import onnx
 import onnx_ir as ir
 
 from qcompiler.errors import PassError
+from qcompiler.graph.definitions import RUNTIME_OPERATORS
 
-RUNTIME_OPERATORS = frozenset({"SimplifiedLayerNormalization", "Affine", "ParametricSoftplus", "ScaledTanh"})
-"""What ONNX Runtime defines under ONNX's own domain, so that ONNX's checker does not know it."""
 CHECKED_BYTES = 1024
 """Constants up to this size are shown to ONNX's checker."""
 
@@ -26,12 +25,12 @@ def check_structure(model: ir.Model) -> None:
     for node in model.graph.all_nodes():
         _check_node(node, model)
     try:
-        onnx.checker.check_model(_without_weights(model))
+        onnx.checker.check_model(without_weights(model))
     except onnx.checker.ValidationError as error:
         raise PassError(f"onnx's checker refuses the model: {_first_line(error)}") from error
 
 
-def _without_weights(model: ir.Model) -> onnx.ModelProto:
+def without_weights(model: ir.Model) -> onnx.ModelProto:
     """The model with its larger constants as inputs, so that the checker reads no weights and looks for no files.
 
     Those of bodies of If and Loop, too: a body may read what the main graph is given.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -16,6 +17,8 @@ import onnx
 import onnx_ir as ir
 
 from qcompiler.errors import ModelError, OutputError
+from qcompiler.graph.check import without_weights
+from qcompiler.graph.given import check_given
 from qcompiler.graph.model_folder import copy_companions, is_companion
 
 if TYPE_CHECKING:
@@ -25,12 +28,10 @@ MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 OUTPUT_FILES = frozenset({MODEL_FILE, DATA_FILE, "recipe.yaml", "report.json", "report.html"})
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 OLDEST_OPSET, NEWEST_OPSET = 13, 25
-KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
 
 INLINE_MODEL = 1 << 20  # bytes of constants up to which a model is one file
 INLINE_TENSOR = 1 << 10  # bytes up to which a constant stays in the .onnx file of a larger model
 INLINE_SESSION = 512 << 20  # bytes of new constants that a session may be handed in memory (protobuf's limit is 2 GiB)
-SCANNED_MODEL = 64 << 20  # larger .onnx files of a source folder hold their weights and refer to no others
 
 
 # ---------------------------------------------------------------------------------------------------- load
@@ -39,11 +40,16 @@ SCANNED_MODEL = 64 << 20  # larger .onnx files of a source folder hold their wei
 def find_model(path: str | Path) -> Path:
     """The .onnx file that a path means: the file itself, or a folder's model.onnx or only .onnx file."""
     path = Path(path)
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113  (a Path raises where the name is too long)
         return path
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110
         raise ModelError(f"the model {path} does not exist; give a .onnx file or a folder that holds one")
-    found = sorted(path.glob("*.onnx"))
+    if not path.is_dir():
+        raise ModelError(f"the model {path} is neither a file nor a folder (but a pipe or device); give a .onnx file")
+    try:
+        found = sorted(file for file in path.glob("*.onnx") if file.is_file())
+    except OSError as error:
+        raise ModelError(f"the folder {path} cannot be read: {error.strerror or error}") from error
     if (path / MODEL_FILE) in found:
         return path / MODEL_FILE
     if not found:
@@ -63,16 +69,32 @@ def load(path: str | Path) -> ir.Model:
     file = find_model(path).absolute()  # without a folder, onnx_ir would not look where external data is
     try:
         # IR of a half-read file would be an arbitrary model, so any failure is the file's.
-        model = ir.load(file, format="protobuf")
+        proto = onnx.load(file, format="protobuf", load_external_data=False)
     except OSError as error:
         raise ModelError(f"the model {file} cannot be read: {error.strerror or error}") from error
     except Exception as error:
         raise ModelError(f"{file} is no ONNX model, or is cut off ({_first_line(error)}); export it again") from error
-    _check_versions(model, file)
+    _check_versions(proto, file)
+    unsorted = check_given(proto, file)
+    try:
+        model: ir.Model = ir.from_proto(proto)
+    except Exception as error:
+        raise ModelError(f"{file} is no model that can be read ({_first_line(error)}); export it again") from error
+    ir.external_data.set_base_dir(model.graph, file.parent)
+    if unsorted:
+        for graph in (model.graph, *(function.graph for function in model.functions.values())):
+            graph.sort()
     for tensor in _external_tensors(model):
         _check_external(tensor, file.parent)
-    _check_nodes(model, file)
     return model
+
+
+def take(model: str | Path | ir.Model) -> ir.Model:
+    """A model of one's own, to change: a copy, or read from its file. Raises ModelError as `load` does."""
+    if not isinstance(model, ir.Model):
+        return load(model)
+    check_given(without_weights(model), "the model")
+    return model.clone()
 
 
 def _first_line(error: BaseException) -> str:
@@ -80,33 +102,16 @@ def _first_line(error: BaseException) -> str:
     return lines[0].strip().rstrip(".") if lines else type(error).__name__
 
 
-def _check_versions(model: ir.Model, file: Path) -> None:
-    if len(model.graph) == 0:
+def _check_versions(model: onnx.ModelProto, file: Path) -> None:
+    if not model.graph.node:
         raise ModelError(f"{file} holds an empty graph, or is no ONNX model; export it again")
     if model.ir_version > onnx.IR_VERSION:
         raise ModelError(f"{file} has IR version {model.ir_version}, but {onnx.IR_VERSION} is the newest that is known")
-    opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
-    if opset is not None and not OLDEST_OPSET <= opset <= NEWEST_OPSET:
-        raise ModelError(f"{file} has opset {opset}; export it again with opset {OLDEST_OPSET} to {NEWEST_OPSET}")
-
-
-def _check_nodes(model: ir.Model, file: Path) -> None:
-    opset = model.opset_imports.get("", NEWEST_OPSET)
-    for node in model.graph.all_nodes():
-        where = f"the node {node.name!r} ({node.op_type}) of {file}"
-        if node.domain not in KNOWN_DOMAINS and node.op_identifier() not in model.functions:
+    for entry in model.opset_import:
+        if entry.domain in ("", "ai.onnx") and not OLDEST_OPSET <= entry.version <= NEWEST_OPSET:
             raise ModelError(
-                f"{where} belongs to the domain {node.domain!r}, which ONNX Runtime does not know, "
-                "and the model has no function of that name; export it without custom operators"
+                f"{file} has opset {entry.version}; export it again with opset {OLDEST_OPSET} to {NEWEST_OPSET}"
             )
-        if node.domain == "" and onnx.defs.has(node.op_type, opset):
-            needed = onnx.defs.get_schema(node.op_type, opset).min_input
-            if len(node.inputs) < needed:
-                raise ModelError(f"{where} has {len(node.inputs)} inputs but needs {needed}; export it again")
-        for value in node.inputs:
-            if value is None or value.producer() is not None or value.is_graph_input() or value.is_initializer():
-                continue
-            raise ModelError(f"{where} reads {value.name!r}, which nothing writes; export it again")
 
 
 def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
@@ -141,7 +146,7 @@ def _check_external(tensor: ir.ExternalTensor, folder: Path) -> None:
     where = f"the weights {tensor.name!r} should be in {path}"
     if Path(tensor.location).is_absolute() or ".." in Path(tensor.location).parts:
         raise ModelError(f"{where}, which is outside of the model's folder; move them beside the model")
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110  (a Path raises where the name is too long)
         raise ModelError(f"{where}, which does not exist; put the file beside the model")
     if not path.is_file():
         raise ModelError(f"{where}, which is no file (but a folder, pipe or device); export the model again")
@@ -246,10 +251,32 @@ def _write_model(model: ir.Model, folder: Path) -> None:
     constants = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
     total = sum(tensor.nbytes for tensor in constants if tensor is not None)
     limit = INLINE_TENSOR if total > INLINE_MODEL else INLINE_MODEL
-    ir.save(model, folder / MODEL_FILE, format="protobuf", external_data=DATA_FILE, size_threshold_bytes=limit)
+    with _strings_inline(model):
+        ir.save(model, folder / MODEL_FILE, format="protobuf", external_data=DATA_FILE, size_threshold_bytes=limit)
     data = folder / DATA_FILE
     if data.exists() and data.stat().st_size == 0:
         data.unlink()
+
+
+class _InlineStrings(ir.StringTensor):
+    """Strings that onnx_ir leaves in the model's file, as ONNX has no other place for them: it goes by the size."""
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def _strings_inline(model: ir.Model) -> Iterator[None]:
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    strings = {value: value.const_value for value in values if isinstance(value.const_value, ir.StringTensor)}
+    for value, tensor in strings.items():
+        value.const_value = _InlineStrings(tensor.string_data(), shape=tensor.shape, name=tensor.name)
+    try:
+        yield
+    finally:
+        for value, tensor in strings.items():
+            value.const_value = tensor
 
 
 def _move(partial: Path, folder: Path) -> None:

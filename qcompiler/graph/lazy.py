@@ -26,7 +26,14 @@ def read(tensor: ir.TensorProtocol, compute: Callable[[np.ndarray], Result]) -> 
 
 
 def pieces(tensor: ir.TensorProtocol) -> Iterator[bytes]:
-    """The tensor's bytes as ONNX stores them; an external file is read in pieces instead of being mapped."""
+    """The tensor's bytes as ONNX stores them; an external file is read in pieces instead of being mapped.
+
+    Of strings, which have no such form, each with its length before it.
+    """
+    if isinstance(tensor, ir.StringTensor):
+        for text in tensor.string_data():
+            yield len(text).to_bytes(8, "little") + text
+        return
     if not isinstance(tensor, ir.ExternalTensor):
         yield tensor.tobytes()
         return

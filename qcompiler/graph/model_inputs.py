@@ -148,7 +148,8 @@ def check(item: Input, value: object, where: str) -> np.ndarray:
         array = np.asarray(value)
     except (ValueError, TypeError) as error:
         raise DataError(f"{where}: {item.name!r} is no array of numbers ({error})") from error
-    if array.dtype == object:
+    strings = item.dtype == ir.DataType.STRING and all(isinstance(element, str) for element in array.flat)
+    if array.dtype == object and not strings:
         raise DataError(
             f"{where}: {item.name!r} holds Python objects or rows of unequal length, not an array of numbers"
         )

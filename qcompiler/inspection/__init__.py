@@ -90,7 +90,7 @@ def inspect(
     With `recipe` (and, as for `compile`, target, options, exclude), say what its passes would work on. Raises
     ModelError, RecipeError.
     """
-    given = model.clone() if isinstance(model, ir.Model) else model_io.load(model)
+    given = model_io.take(model)
     facts: dict[str, Any] = {
         "file": "" if isinstance(model, ir.Model) else str(model_io.find_model(model)),
         "producer": " ".join(part for part in (given.producer_name, given.producer_version) if part),

@@ -161,7 +161,7 @@ def diff(
 
 def _prepared(model: str | Path | ir.Model) -> ir.Model:
     """A copy in which constants are initializers and every node has a name; weights are shared with the original."""
-    copy = model.clone() if isinstance(model, ir.Model) else model_io.load(model)
+    copy = model_io.take(model)
     inline_functions(copy)
     name_everything(copy.graph)
     lift_constants(copy)

@@ -182,6 +182,8 @@ def _meanings(
             tensor = constant(value)
             if tensor is None:
                 results[value] = hash(("input", names.get(str(value.name), str(value.name))))
+            elif isinstance(tensor, ir.StringTensor):
+                results[value] = hash(("strings", tuple(tensor.string_data())))
             elif tensor.size <= SMALL_CONSTANT and not isinstance(tensor, ir.LazyTensor):
                 results[value] = hash((tensor.dtype.is_integer(), tensor.numpy().astype(np.float64).tobytes()))
             else:
