@@ -4,6 +4,7 @@ compiled = qcompiler.compile("model.onnx", "smoothquant", calibration="text.txt"
 compiled.save("out")
 session = qcompiler.load_session("out")
 written = qcompiler.generate("out", [17, 4, 99])  # language models
+measured = qcompiler.bench("model.onnx", "out")
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qcompiler.benchmarking.bench import bench
     from qcompiler.calibration.calibrator import Hook
     from qcompiler.compiler import compile
     from qcompiler.diagnosis import debug
@@ -33,6 +35,7 @@ _PUBLIC = {
     "QCompilerError": "errors",
     "Recipe": "recipes",
     "Statistic": "statistics",
+    "bench": "benchmarking.bench",
     "compile": "compiler",
     "debug": "diagnosis",
     "diff": "model_diff",  # not diff.py: a submodule of that name would hide the function
@@ -42,8 +45,8 @@ _PUBLIC = {
 }
 
 __all__ = [
-    "Compiled", "Hook", "Pass", "QCompilerError", "Recipe", "Statistic", "compile", "debug", "diff", "generate",
-    "inspect", "load_session",
+    "Compiled", "Hook", "Pass", "QCompilerError", "Recipe", "Statistic", "bench", "compile", "debug", "diff",
+    "generate", "inspect", "load_session",
 ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from qcompiler.cli.bench import bench
 from qcompiler.cli.calibrate import calibrate
 from qcompiler.cli.compile import compile_
 from qcompiler.cli.debug import debug
@@ -56,8 +57,8 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print versions
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "compile": compile_, "calibrate": calibrate, "eval": eval_, "generate": generate, "placement": placement,
-    "inspect": inspect, "debug": debug, "diff": diff, "passes": passes, "explain": explain, "recipes": recipes,
-    "targets": targets,
+    "bench": bench, "inspect": inspect, "debug": debug, "diff": diff, "passes": passes, "explain": explain,
+    "recipes": recipes, "targets": targets,
 }  # fmt: skip
 for name, command in COMMANDS.items():
     app.command(name)(command)

@@ -92,7 +92,6 @@ def load_session(
     import onnxruntime as ort
 
     file = model_io.find_model(folder_or_file)
-    recorded = session_options_of(model_io.load(file))
     chosen = list(providers or ["CPUExecutionProvider"])
     absent = [name for name in chosen if name not in ort.get_available_providers()]
     if absent:
@@ -103,11 +102,23 @@ def load_session(
     options = ort.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
+    return open_file(file, options, session_options_of(model_io.load(file)), chosen)
+
+
+def open_file(
+    file: Path,
+    options: onnxruntime.SessionOptions,
+    recorded: RecordedOptions,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+) -> onnxruntime.InferenceSession:
+    """A session over a .onnx file with `options` and what the model records. Raises ModelError."""
+    import onnxruntime as ort
+
     for key, value in recorded.config_entries.items():
         options.add_session_config_entry(key, value)
     try:
         return ort.InferenceSession(
-            str(file), options, providers=chosen, disabled_optimizers=list(recorded.disabled_optimizers)
+            str(file), options, providers=list(providers), disabled_optimizers=list(recorded.disabled_optimizers)
         )
     except Exception as error:  # onnxruntime's errors share no base class
         raise ModelError(f"onnxruntime cannot open {file}: {one_line(error)}") from error

@@ -122,17 +122,7 @@ class Session:
         yield from zip(self._outputs, arrays, strict=True)
 
     def _run_bytes(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        import onnxruntime as ort
-
-        values = {}
-        for name, array in feeds.items():
-            array = np.ascontiguousarray(array)
-            if array.dtype.kind == "V":
-                plain = array.view(f"u{array.itemsize}")
-                values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(plain, int(_data_type(array)))
-            else:
-                values[name] = ort.OrtValue.ortvalue_from_numpy(array)
-        results = self._session.run_with_ort_values(self._outputs, values)
+        results = self._session.run_with_ort_values(self._outputs, ort_values(feeds))
         return [self._array(name, value) for name, value in zip(self._outputs, results, strict=True)]
 
     def _array(self, name: str, value: onnxruntime.OrtValue) -> np.ndarray:
@@ -141,6 +131,21 @@ class Session:
             return value.numpy()  # type: ignore[no-any-return]
         data = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
         return np.frombuffer(data, kind.numpy()).reshape(value.shape())
+
+
+def ort_values(feeds: Mapping[str, np.ndarray]) -> dict[str, onnxruntime.OrtValue]:
+    """Arrays of any type but text, as onnxruntime holds them."""
+    import onnxruntime as ort
+
+    values = {}
+    for name, array in feeds.items():
+        array = np.ascontiguousarray(array) if array.ndim else array
+        if array.dtype.kind == "V":
+            plain = array.view(f"u{array.itemsize}")
+            values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(plain, int(_data_type(array)))
+        else:
+            values[name] = ort.OrtValue.ortvalue_from_numpy(array)
+    return values
 
 
 def _part(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str], kept: Kept) -> ir.Model:

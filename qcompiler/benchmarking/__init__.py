@@ -1,0 +1,1 @@
+"""How fast models are on this machine: timed in turns, beside one another."""
