@@ -108,7 +108,7 @@ class _HistogramStatistic(Statistic):
     hi: float = field(default=-math.inf, init=False)
 
     def __post_init__(self) -> None:
-        if self.bins < 16 or self.bins & (self.bins - 1):
+        if self.bins < 16 or self.bins.bit_count() != 1:
             raise SchemeError(f"{type(self).__name__} takes a power of two of at least 16 for bins, not {self.bins}.")
 
     def update(self, batch: Array) -> None:

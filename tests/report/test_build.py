@@ -140,6 +140,8 @@ def test_caches_are_told_where_a_pass_works_on_them() -> None:
     site = told.sites[-1]
     assert (site.name, site.cache, *outcome(site)) == ("past", CHANGE, "quantized", "quantize-kv-cache", "")
     assert (site.scheme, told.cache) == ("int8 per-token symmetric dynamic", CacheSizes(256, 68))
+    lowered = ran(LowerInt8(), Changed("past", kernel="Attention"))
+    assert built(quantized, lowered, facts=facts).sites[-1].cache == CHANGE
     skipped = built(ran(QuantizeKvCache(), Skipped("past", "odd heads")), facts=facts)
     assert (outcome(skipped.sites[-1]), skipped.cache) == (
         ("skipped", "quantize-kv-cache", "odd heads"), CacheSizes(256, 256)

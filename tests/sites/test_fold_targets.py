@@ -22,13 +22,15 @@ INPUTS = {
     "x": "float[2,5,8]", "u": "float[2,5,6]", "tokens": "float[5,8]", "mix": "float[5,5]", "probs": "float[2,5,5]",
     "six": "float[2,6,3]", "rows": "float[2,5,16]", "pair": "float[2,5,4,2,4]", "real": "float[5,5]",
     "some": "float[B,5,8]", "few": "float[B,8]", "most": "float[q,s,8]", "bare": "float[?,8]", "open": "float[?,?,8]",
-    "none": "float[0,5,8]", "anyhow": "int64[r]", "three": "int64[3]", "four": "int64[4]",
+    "none": "float[0,5,8]", "turned": "float[2,6,5]", "k1": "float[2,1,5,6]",
+    "anyhow": "int64[r]", "two": "int64[2]", "three": "int64[3]", "four": "int64[4]",
     "q1": "float[2,1,3,4]", "q3": "float[2,3,5,3]", "q4": "float[2,4,5,3]", "qs": "float[2,q,5,3]",
     "k4": "float[2,2,5,3]", "last": "int32[2]", "total": "int32",
 }  # fmt: skip
 WEIGHTS = {
     "U": "float[8,6]", "G": "float[8,12]", "T": "float[8,10]", "C": "float[8,1]", "H": "float[8,3]", "V": "float[8,16]",
     "h": "float[6]", "D": "float[6,8]", "L": "float[16,8]", "K": "float[12,8]", "J": "float[3,8]",
+    "kc": "float[2,2,5,3]",
 }  # fmt: skip
 
 
@@ -168,6 +170,13 @@ def test_nothing_takes_a_factor_where_sizes_do_not_follow(source: str, noted: st
     assert group(built(body, {"m": [2, 5, 6]}, noted=noted)).factor is None
 
 
+def test_where_a_part_begins_is_known_from_the_sizes_before_it() -> None:
+    body = "[up] a = MatMul(x, T) b, p = Split<axis=2>(a, two) z = Neg(b)  [down] y = MatMul(p, D)"
+    for noted, channels in (("float[2,5,4] b", list(range(4, 10))), ("float[2,5,q] b", None)):
+        factor = group(built(body, noted=f"{noted}, float[2,5,6] p")).factor
+        assert (factor.channels.tolist() if factor is not None else None) == channels
+
+
 @pytest.mark.parametrize(("source", "noted"), [("most", "float[t,4,u,3] d"), ("open", "float[?,4,?,3] d")])
 def test_two_sizes_that_nobody_knows_may_both_have_changed(source: str, noted: str) -> None:
     """[q, 4, s, 3] as [t, 4, u, 3]: where s is not u, other channels lie along the second axis."""
@@ -198,6 +207,10 @@ THROUGH: dict[str, tuple[str, list[int], dict[str, list[int]]]] = {
     ),
     "inputs that are left out": (
         f"[up] a = MatMul(x, U) {HEADS} o = Attention(q4, k4, v, real, , ) {BACK}",
+        [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5], {"s": [0, 0, 2, 3], "m": [0, 0, 12]},
+    ),
+    "keys that are constants": (
+        f"[up] a = MatMul(x, U) {HEADS} o = Attention(q4, kc, v) {BACK}",
         [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5], {"s": [0, 0, 2, 3], "m": [0, 0, 12]},
     ),
     "no outputs but the first": (
@@ -244,9 +257,14 @@ WHY: dict[str, tuple[str, str, dict[str, list[int]]]] = {
         f"[up] a = MatMul(x, U) {HEADS} p = com.microsoft.MultiHeadAttention<num_heads=2>(u, k4, v)"
         "  [down] y = MatMul(p, D)", UNKNOWN, GROUPED,
     ),
+    "one head of values in an operator of the runtime": (
+        "[up] a = MatMul(x, U) v = Unsqueeze(a, s) p = com.microsoft.MultiHeadAttention<num_heads=1>(u, k1, v)"
+        "  [down] y = MatMul(p, D)", UNKNOWN, {"s": [1]},
+    ),
     "positions of values that are channels": (
         "[up] a = MatMul(x, U) t = Transpose<perm=[0,2,1]>(a)"
-        " p = com.microsoft.MultiHeadAttention<num_heads=1>(u, u, t)  [down] y = MatMul(p, D)", UNKNOWN, {},
+        " o = Attention<q_num_heads=1, kv_num_heads=1>(turned, turned, t)"
+        " p = Transpose<perm=[0,2,1]>(o)  [down] y = MatMul(p, D)", UNKNOWN, {},
     ),
     "positions of heads that are channels": (
         "[up] a = MatMul(x, H) t = Transpose<perm=[0,2,1]>(a) v = Unsqueeze(t, s) o = Attention(q1, q1, v)"

@@ -339,7 +339,8 @@ def test_options_have_a_meaning_up_to_their_bounds() -> None:
     for bits in (1, 9):
         with pytest.raises(SchemeError, match=f"2 to 8 bits and at least {4 * 2**bits} bins for {bits} bits, not 4096"):
             Entropy(bits=bits, bins=4096)
-    assert (MovingAverageMinMax(0.0).momentum, Percentile(percent=100).percent) == (0, 100)
+    assert [Percentile(percent=percent).percent for percent in (0.5, 100)] == [0.5, 100]
+    assert MovingAverageMinMax(0.0).momentum == 0
     for momentum in (-0.1, 1.0):
         with pytest.raises(SchemeError, match="a momentum from 0 to below 1"):
             MovingAverageMinMax(momentum)
