@@ -20,12 +20,16 @@ from qcompiler.formats.scheme import (
 )
 
 
-def test_bits_and_storage_of_the_formats_that_are_no_integers() -> None:
+def test_bits_storage_and_ranges_of_the_formats_that_are_no_integers() -> None:
     expected = {
-        "fp8_e4m3": (8, "FLOAT8E4M3FN"), "fp8_e5m2": (8, "FLOAT8E5M2"), "fp4": (4, "FLOAT4E2M1"),
-        "nf4": (4, "UINT4"), "fp4_bnb": (4, "UINT4"), "binary": (1, "INT2"),
+        "fp8_e4m3": (8, "FLOAT8E4M3FN", -448, 448, 448), "fp8_e5m2": (8, "FLOAT8E5M2", -57344, 57344, 57344),
+        "fp4": (4, "FLOAT4E2M1", -6, 6, 6), "nf4": (4, "UINT4", 0, 15, 1), "fp4_bnb": (4, "UINT4", 0, 15, 1),
+        "binary": (1, "INT2", -1, 1, 1),
     }  # fmt: skip
-    assert {n: (f.bits, f.storage) for n, f in FORMATS.items() if f.kind != "integer"} == expected
+    assert expected == {
+        name: (found.bits, found.storage, found.qmin, found.qmax, found.symmetric_divisor)
+        for name, found in FORMATS.items() if found.kind != "integer"
+    }  # fmt: skip
 
 
 def test_a_symmetric_scheme_has_its_zero_in_the_middle_of_the_codes() -> None:
