@@ -10,6 +10,7 @@ import pytest
 
 import qcompiler
 from passes.lower_int8 import LowerInt8
+from passes.lower_integer_chain import LowerIntegerChain
 from passes.quantize_activations import QuantizeActivations
 from passes.quantize_kv_cache import QuantizeKvCache
 from passes.quantize_weights import QuantizeWeights
@@ -102,11 +103,16 @@ def test_a_later_pass_says_a_scheme_again_and_the_first_that_quantized_is_named(
         ran(WEIGHTS, Changed("fc", weight=W8, detail="mse")),
         ran(ACTIVATIONS, Changed("fc", activation=A8)),
         ran(LowerInt8(), Changed("fc", weight=W4, kernel="MatMulNBits")),
+        ran(LowerIntegerChain(), Changed("fc", detail="in a chain")),
     )
     assert (site.status, site.pass_name, site.reason) == ("quantized", "quantize-weights", "")
     assert (site.weight, site.activation, site.kernel) == (W4, A8, "MatMulNBits")
     assert site.scheme == "int4 per-channel symmetric, activations uint8 per-tensor asymmetric"
-    assert site.details == {"smooth-quant": "alpha 0.50", "quantize-weights": "mse"}
+    assert site.details == {
+        "smooth-quant": "alpha 0.50",
+        "quantize-weights": "mse",
+        "lower-integer-chain": "in a chain",
+    }
 
 
 def test_what_a_pass_did_not_do_to_a_quantized_layer_is_a_detail() -> None:
