@@ -39,7 +39,7 @@ import onnx_ir as ir
 from pydantic import Field
 from pydantic.dataclasses import dataclass as options
 
-from qcompiler.errors import RecipeError, SchemeError
+from qcompiler.errors import RecipeError, SchemeError, persons_code
 from qcompiler.formats.arithmetic import scale_and_zero_point
 from qcompiler.formats.scheme import PerTensor, PerToken, Scheme
 from qcompiler.graph.rewriter import Rewriter
@@ -250,25 +250,20 @@ def _end_of(site: Convolution) -> ir.Value:
 
 def _own_statistic(path: str) -> Statistic:
     """The user's class named `module:Class`. Raises `RecipeError` where there is none."""
-    try:
+    with persons_code(RecipeError, f"quantize-activations.range: the import of {path}"):
         found = users_own(path)
-    except Exception as error:  # a user's module may raise anything
-        raise RecipeError(
-            f"quantize-activations.range: {path} cannot be imported ({type(error).__name__}: {error})."
-        ) from error
     if not (isinstance(found, type) and issubclass(found, Statistic)):
         raise RecipeError(f"quantize-activations.range: {path!r} is no subclass of qcompiler.Statistic.")
     if not is_dataclass(found):
         raise RecipeError(f"quantize-activations.range: {path} is no dataclass, so what it measured cannot be saved.")
-    try:
+    with persons_code(RecipeError, f"quantize-activations.range: {path} cannot be made without arguments; it"):
         return found()
-    except TypeError as error:
-        raise RecipeError(f"quantize-activations.range: {path} cannot be made without arguments: {error}.") from error
 
 
 def _bounds(statistic: Statistic) -> Range:
     """The range of the whole tensor."""
-    result = statistic.tensor_range() if isinstance(statistic, ChannelRange) else statistic.result()
+    with persons_code(RecipeError, f"the statistic {statistic.key}"):
+        result = statistic.tensor_range() if isinstance(statistic, ChannelRange) else statistic.result()
     if not isinstance(result, Range):
         raise RecipeError(f"{statistic.key} gives {type(result).__name__}, and a range of activations needs a Range.")
     return result

@@ -16,6 +16,7 @@ from qcompiler.driver import inputs, pipeline
 from qcompiler.driver.compiled import Compiled
 from qcompiler.driver.inputs import Data
 from qcompiler.driver.observers import Snapshots, onlookers
+from qcompiler.errors import printable
 from qcompiler.recipes import Recipe
 from qcompiler.report import build, check_gates
 from qcompiler.report.facts import inventory
@@ -51,7 +52,8 @@ def compile(
 
     How it is done:
         memory_limit: bytes that the process may use while it measures; a larger model runs piece by piece.
-        work_dir, resume: a folder for what long passes have finished, and whether to go on with what is there.
+        work_dir, resume: a folder for what long passes have finished, and whether to go on with what is there. What
+            shows the failure of a pass again goes beside it, or to dump_dir.
         dump_dir: a folder for the graph as text after each pass.
         strict: layers that were skipped, and nodes that run elsewhere than asked, make `report.exit_code` 1.
         progress: show progress bars on stderr.
@@ -74,7 +76,8 @@ def compile(
     snapshots = Snapshots()
     reference, facts, before = snapshots.of(graph), inventory(graph), build.constant_bytes(graph)
     dumps = Path(dump_dir) if dump_dir is not None else None
-    observers = onlookers(plan.recipe, held_out, memory_limit, dumps, snapshots)
+    beside = Path(work_dir).parent if work_dir is not None else None
+    observers = onlookers(plan.recipe, held_out, memory_limit, dumps, snapshots, beside)
     checkpoint = inputs.checkpoint(plan, hashes, work_dir, resume)
     runs = pipeline.run(graph, plan.passes, store, calibrator, observers, checkpoint)
     if calibrator is not None:
@@ -85,7 +88,7 @@ def compile(
     comparison = build.comparison(reference, graph, portable, held_out, facts, runs, memory_limit, progress)
     report = build.report(plan.recipe, graph, facts, runs, comparison, before, hashes)
     report.gates, report.strict = check_gates(plan.recipe.gates, report.outputs), strict
-    report.model = str(model) if source is not None else str(graph.graph.name)
+    report.model = printable(str(model)) if source is not None else str(graph.graph.name)
     report.pictures = build.pictures(report, facts, reference, portable, graph, runs, store)
     report.seconds = round(time.perf_counter() - start, 2)
     return Compiled(graph, report, plan.recipe, source, checkpoint)

@@ -14,8 +14,9 @@ A message is one sentence that names where, what and what to do.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 MOST_LISTED = 12  # names in an error message
 
@@ -50,6 +51,25 @@ class OutputError(QCompilerError):
 
 class PassError(QCompilerError):
     """A pass broke the model; this is a defect of the pass, not of the user's input."""
+
+
+class StoppedError(BaseException):
+    """SIGINT or SIGTERM; what is being written cleans up behind itself."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def persons_code(kind: type[QCompilerError], where: str) -> Iterator[None]:
+    """Whatever a person's own code raises, SystemExit too, is one sentence; what stops the program goes on."""
+    try:
+        yield
+    except (QCompilerError, StoppedError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise kind(f"{where} failed with {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def closest(name: str, known: Iterable[str]) -> str:

@@ -143,7 +143,7 @@ def _update(graph: ir.Graph, value: str, sample: int, batch: np.ndarray, statist
             statistic.update(batch)
         except DataError as error:
             raise DataError(f"{_place(graph, value)} on sample {sample}: {error}") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if type(statistic).__module__.startswith("qcompiler."):
                 raise
             failure = f"the statistic {statistic.key} failed with {type(error).__name__}: {error}"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from qcompiler.calibration import sources
 from qcompiler.calibration.sources import Source
 from qcompiler.errors import DataError, OutputError
 from qcompiler.graph.model_inputs import Signature
+from qcompiler.graph.places import exists
 
 Sample = dict[str, np.ndarray]
 DEFAULT_LIMIT, DEFAULT_SEQUENCE_LENGTH, RANDOM_SEQUENCE_LENGTH = 128, 256, 32
@@ -130,10 +132,14 @@ def _source(
     path = Path(spec).expanduser()
     if not spec.strip():
         raise DataError("the data has an empty name; give data.npz, text.txt, …, or leave it out")
-    if not path.exists():
+    if not exists(path):
         raise DataError(f"the data {spec!r} does not exist")
     if path.is_dir():
         return sources.npz_folder(path, signature)
+    if not path.is_file():
+        raise DataError(f"the data {spec!r} is no file (but a pipe or device); write it to a file first")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"the data {spec!r} may not be read; change its permissions")
     match path.suffix:
         case ".npz":
             return sources.npz_files(str(path), [path], signature)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qcompiler.errors import DataError
-from qcompiler.graph.model_inputs import Signature
+from qcompiler.calibration.arrays import members, rows
+from qcompiler.calibration.tokenizer import encode, open_tokenizer
+from qcompiler.errors import DataError, persons_code
+from qcompiler.graph.given import check_tensor
+from qcompiler.graph.model_inputs import Input, Signature
+from qcompiler.graph.places import is_folder
 from qcompiler.recipes.registry import users_own
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 Raw = tuple[str, Mapping[str, object]]
 """Where a sample comes from, for error messages, and what it says, unchecked."""
+LONGEST_NUMBER = 18  # digits of the number of an input
 LONG_TEXT = 16
 """Bytes for each token asked for, above which a text is read in places instead of as a whole."""
 
@@ -44,43 +48,34 @@ def npz_folder(folder: Path, signature: Signature) -> Source:
 
 def npz_files(name: str, paths: Sequence[Path], signature: Signature) -> Source:
     """Arrays by input name, axis 0 = samples; a sample keeps it with size 1, if the model's input has as many axes."""
-    ranks = {name: item.rank for name, item in signature.inputs.items()}
+
+    def checked(path: Path) -> int:
+        found = members(path)
+        for member in found:
+            item = signature.inputs.get(member.name)
+            if item is not None and not item.fits(_sample_shape(member.shape, item)):
+                raise DataError(
+                    f"{path}: {member.name!r} has the shape {list(member.shape)}, the model reads {item.shape_text()}, "
+                    "and axis 0 of the data counts the samples; reshape it"
+                )
+        return found[0].shape[0] if found else 0
 
     def read() -> Iterator[Raw]:
         for path in paths:
-            arrays = _load_npz(path)
-            for index in range(len(next(iter(arrays.values()), ()))):
-                yield (
-                    f"{path.name}, sample {index}",
-                    {key: _row(data, index, ranks.get(key)) for key, data in arrays.items()},
-                )
+            checked(path)
+            for index, row in enumerate(rows(path)):
+                shaped = {key: _shaped(array, signature.inputs.get(key)) for key, array in row.items()}
+                yield f"{path.name}, sample {index}", shaped
 
-    return Source(name, read, None if len(paths) > 1 else len(next(iter(_load_npz(paths[0]).values()), ())))
+    return Source(name, read, None if len(paths) > 1 else checked(paths[0]))
 
 
-def _load_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise DataError(f"{path} holds one nameless array; save the data with numpy.savez(input_name=array)")
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        pickled = "allow_pickle" in str(error)
-        reason = (
-            "it holds pickled Python objects, which are never loaded" if pickled else f"it cannot be read ({error})"
-        )
-        raise DataError(f"{path} is no usable .npz file: {reason}") from error
-    scalars = [name for name, array in arrays.items() if array.ndim == 0]
-    if scalars:
-        raise DataError(f"{path}: {scalars[0]!r} is a single number; axis 0 of every array must count the samples")
-    if len({len(array) for array in arrays.values()}) > 1:
-        sizes = ", ".join(f"{name!r} {len(array)}" for name, array in arrays.items())
-        raise DataError(f"{path}: axis 0 must count the samples, and the arrays disagree: {sizes}")
-    return arrays
+def _sample_shape(shape: tuple[int, ...], item: Input) -> tuple[int, ...]:
+    return shape[1:] if item.rank == len(shape) - 1 else (1, *shape[1:])
 
 
-def _row(data: np.ndarray, index: int, rank: int | None) -> np.ndarray:
-    return np.asarray(data[index]) if rank == data.ndim - 1 else data[index : index + 1]
+def _shaped(row: np.ndarray, item: Input | None) -> np.ndarray:
+    return row if item is not None and item.rank == row.ndim else row[None]
 
 
 def json_lines(path: Path, signature: Signature, tokenizer: Path | None, sequence_length: int | None) -> Source:
@@ -90,8 +85,9 @@ def json_lines(path: Path, signature: Signature, tokenizer: Path | None, sequenc
     def parse(line: str, where: str) -> Mapping[str, object]:
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where} is not JSON ({error})") from error
+        except (ValueError, RecursionError) as error:
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+            raise DataError(f"{where} is not JSON that can be read ({reason})") from error
         if not isinstance(entry, dict):
             raise DataError(f"{where} is not a JSON object such as {{'input_ids': [1, 2, 3]}}")
         if "text" not in entry:
@@ -100,7 +96,7 @@ def json_lines(path: Path, signature: Signature, tokenizer: Path | None, sequenc
             raise DataError(f"{where}: 'text' is not a string")
         if not loaded:
             loaded.append(open_tokenizer(tokenizer, where))
-        ids = loaded[0].encode(entry["text"]).ids[:sequence_length]
+        ids = encode(loaded[0], entry["text"], where)[:sequence_length]
         return {signature.token_input(): np.array([ids], np.int64)}
 
     def read() -> Iterator[Raw]:
@@ -145,7 +141,7 @@ def text(
     if limit is not None and not contiguous and path.stat().st_size > LONG_TEXT * 4 * limit * sequence_length:
         windows = _windows_of_places(path, encoder, sequence_length, limit)
     else:
-        ids = np.array(encoder.encode(_read_text(path)).ids, np.int64)
+        ids = np.array(encode(encoder, _read_text(path), str(path)), np.int64)
         windows = _contiguous(ids, sequence_length) if contiguous else _spread(ids, sequence_length, limit)
     windows = [window for window in windows if len(window)]
 
@@ -183,30 +179,14 @@ def _windows_of_places(path: Path, encoder: Tokenizer, length: int, limit: int) 
             # A place may lie within a character or a word: what is broken goes.
             words = file.read(piece).decode("utf-8", errors="ignore")
             _, _, words = words.partition(" ") if index else ("", "", words)
-            windows.append(np.array(encoder.encode(words).ids[:length], np.int64))
+            windows.append(np.array(encode(encoder, words, str(path))[:length], np.int64))
     return windows
-
-
-def open_tokenizer(path: Path | None, needed_for: str) -> Tokenizer:
-    """A tokenizer.json, or the one in a folder, with truncation and padding switched off."""
-    if path is None:
-        raise DataError(f"{needed_for} is text and needs a tokenizer; give --tokenizer tokenizer.json")
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        raise DataError(f"the tokenizer {str(file)!r} does not exist")
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"the tokenizer {str(file)!r} cannot be read ({error})") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def onnx_test_data(folder: Path, signature: Signature) -> Source:
     """ONNX test data: DIR/test_data_set_N/input_K.pb, or one such set. K counts the model's inputs."""
+    if not is_folder(folder):
+        raise DataError(f"the folder {str(folder)!r} of ONNX test data does not exist")
     sets = [path for path in folder.glob("test_data_set_*") if path.is_dir()] or [folder]
     if not any(list(path.glob("input_*.pb")) for path in sets):
         raise DataError(f"{str(folder)!r} holds no ONNX test data (test_data_set_0/input_0.pb and so on)")
@@ -222,18 +202,25 @@ def onnx_test_data(folder: Path, signature: Signature) -> Source:
 
 def _number(path: Path) -> int:
     digits = re.findall(r"\d+", path.stem)
-    return int(digits[-1]) if digits else 0
+    return int(digits[-1][:LONGEST_NUMBER]) if digits else 0
 
 
 def _load_tensor(path: Path, names: Sequence[str]) -> tuple[str, np.ndarray]:
     import onnx
 
+    if not path.is_file():
+        raise DataError(f"{path} is no file (but a folder, pipe or device); write it as ONNX test data")
     tensor = onnx.TensorProto()
     try:
         tensor.ParseFromString(path.read_bytes())
+        check_tensor(tensor, f"the sample {path}")
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            raise DataError(f"the sample {path} lies in another file; write its numbers into it")
         array = onnx.numpy_helper.to_array(tensor)
+    except DataError:
+        raise
     except Exception as error:  # protobuf's and onnx's errors share no base class
-        raise DataError(f"{path} is no ONNX tensor ({error})") from error
+        raise DataError(f"{path} is no ONNX tensor ({' '.join(str(error).split())})") from error
     if tensor.name in names:
         return tensor.name, array
     if _number(path) >= len(names):
@@ -246,10 +233,8 @@ def python_function(spec: str) -> Source:
     parts = spec.split(":")
     if len(parts) != 3 or not all(parts):
         raise DataError(f"{spec!r} should read py:module:function")
-    try:
+    with persons_code(DataError, f"the import of {spec}"):
         found = users_own(f"{parts[1]}:{parts[2]}")
-    except Exception as error:  # a user's module may raise anything
-        raise DataError(f"{spec} cannot be imported ({type(error).__name__}: {error})") from error
     return python_object(spec, found)
 
 
@@ -257,24 +242,29 @@ def python_object(name: str, data: object) -> Source:
     """Dicts in an iterable, a function that returns such, or a reader with get_next() and perhaps rewind()."""
 
     def read() -> Iterator[Raw]:
-        try:
+        with persons_code(DataError, name):
             current = data() if callable(data) else data
             entries = _from_reader(current) if hasattr(current, "get_next") else current
             if not isinstance(entries, Iterable):
                 raise DataError(f"{name} gives a {type(current).__name__}, not dicts of arrays by input name")
-            yield from _numbered(name, entries)
-        except DataError:
-            raise
-        except Exception as error:  # a user's code may raise anything
-            raise DataError(f"{name} failed with {type(error).__name__}: {error}") from error
+            numbered = _numbered(name, entries)
+        while True:
+            with persons_code(DataError, name):  # which a `yield` must not stand in: it would hear what others raise
+                entry = next(numbered, None)
+            if entry is None:
+                return
+            yield entry
 
-    length = len(data) if isinstance(data, Sequence) else None
+    with persons_code(DataError, name):
+        length = len(data) if isinstance(data, Sequence) else None
     return Source(name, read, length)
 
 
 def _numbered(name: str, entries: Iterable[object]) -> Iterator[Raw]:
     for index, entry in enumerate(entries):
-        if not isinstance(entry, Mapping):
+        if isinstance(entry, Mapping):
+            entry = {str(key): value for key, value in entry.items()}
+        else:
             raise DataError(f"{name}, sample {index} is a {type(entry).__name__}, not a dict of arrays by input name")
         yield f"{name}, sample {index}", entry
 

@@ -29,10 +29,12 @@ from qcompiler.cli.passes import explain, passes
 from qcompiler.cli.placement import placement
 from qcompiler.cli.recipes import recipes
 from qcompiler.cli.targets import targets
-from qcompiler.errors import PassError, QCompilerError, printable
+from qcompiler.errors import PassError, QCompilerError, StoppedError, printable
+from qcompiler.graph.runtime_library import silence
 
 DEFECT = 70  # EX_SOFTWARE of sysexits.h; 1 would look like a gate that failed
 LIBRARIES = ("onnx_ir", "onnxscript", "onnx")
+SHOWN = 1000  # letters of each end of a message
 ISSUES = "please report it, with the command, the versions (qcompiler --version) and the text above"
 
 app = typer.Typer(
@@ -64,14 +66,6 @@ for name, command in COMMANDS.items():
     app.command(name)(command)
 
 
-class StoppedError(BaseException):
-    """SIGINT or SIGTERM; what is being written cleans up behind itself."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-
 @contextlib.contextmanager
 def _stopping() -> Iterator[None]:
     """Signals become StoppedError meanwhile; only the main thread may say so."""
@@ -94,6 +88,7 @@ def main() -> None:
     """The console script."""
     for library in LIBRARIES:  # what they have to say of a model is said in our own sentence
         logging.getLogger(library).setLevel(logging.CRITICAL + 1)
+    silence()
     warnings.showwarning = lambda message, *_: print(f"warning: {printable(str(message))}", file=sys.stderr)
     try:
         with _stopping():
@@ -112,5 +107,7 @@ def main() -> None:
 
 
 def _fail(message: str, remark: str = "") -> None:
+    if len(message) > 2 * SHOWN:  # a name of a stranger's may have any length
+        message = f"{message[:SHOWN]} … {message[-SHOWN:]}"
     print(f"error: {printable(message)}", *([remark] if remark else []), sep="\n", file=sys.stderr)
     sys.exit(2)

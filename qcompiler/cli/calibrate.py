@@ -24,14 +24,16 @@ from qcompiler.cli.common import (
     console,
     device_settings,
 )
-from qcompiler.errors import OutputError
+from qcompiler.graph.places import check_file
 
 
 def calibrate(
     model: Model,
     recipe: RecipeName,
     calibration: Annotated[str, typer.Option("--calibration", metavar="SPEC", help="As for `compile`.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write: stats.safetensors.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", readable=False, help="The file to write: stats.safetensors.")
+    ],
     target: TargetName = None,
     tokenizer: Tokenizer = None,
     samples: SampleCount = None,
@@ -45,8 +47,7 @@ def calibrate(
     """Measure what a recipe needs, once; `compile --statistics` then needs no data."""
     settings = [*device_settings(device, recipe), *(set_ or ())]
     check_output(output, model)
-    if output.exists() and not overwrite:
-        raise OutputError(f"{output} exists already; choose another name, or give --overwrite")
+    check_file(output, overwrite)
     from qcompiler.compiler import calibrate
 
     calibrate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qcompiler.errors import OutputError, TargetError
+from qcompiler.graph.places import check_place, exists
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,12 +36,17 @@ def parse_size(text: str | int) -> int:
         raise typer.BadParameter(f"{text!r} is no size; write it like 4GiB or 500MB")
     number, prefix, binary = match.groups()
     power = " kmgt".index(prefix.lower()) if prefix else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
+    size = Decimal(number) * (1024 if binary else 1000) ** power
+    if not 1 <= size < 1 << 63:
+        raise typer.BadParameter(f"{str(text)[:40]!r} is no size that a machine has; write it like 4GiB or 500MB")
+    return int(size)
 
 
 Model = Annotated[
     Path,
-    typer.Argument(metavar="MODEL", help="A .onnx file, or the folder that an exporter wrote.", show_default=False),
+    typer.Argument(
+        readable=False, metavar="MODEL", help="A .onnx file, or the folder that an exporter wrote.", show_default=False
+    ),
 ]
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", metavar="NAME|FILE.yaml", help="See `qcompiler recipes`.")]
 Calibration = Annotated[
@@ -50,10 +57,11 @@ Calibration = Annotated[
         help="data.npz, a folder of them, data.jsonl, text.txt, pb:DIR, py:module:function, or random.",
     ),
 ]
-Tokenizer = Annotated[Path | None, typer.Option(help="tokenizer.json, where the data is text.")]
-SampleCount = Annotated[int | None, typer.Option("--samples", min=1, help="Samples to calibrate on.")]
+Tokenizer = Annotated[Path | None, typer.Option(readable=False, help="tokenizer.json, where the data is text.")]
+MOST = 2**31 - 1  # samples, tokens, threads: more than any machine has
+SampleCount = Annotated[int | None, typer.Option("--samples", min=1, max=MOST, help="Samples to calibrate on.")]
 SequenceLength = Annotated[
-    int | None, typer.Option("--seq-len", min=1, help="Tokens a sample, where the data is text.")
+    int | None, typer.Option("--seq-len", min=1, max=MOST, help="Tokens a sample, where the data is text.")
 ]
 TargetName = Annotated[
     str | None, typer.Option("--target", help="portable, ort-cpu, ort-cuda or tensorrt; see `qcompiler targets`.")
@@ -126,5 +134,6 @@ def device_settings(device: Device, recipe: str) -> list[str]:
 
 def check_output(output: Path, model: Path) -> None:
     """Raise OutputError where a folder that may be overwritten holds the input, too."""
-    if model.exists() and model.resolve().is_relative_to(output.resolve()):
+    check_place(output)
+    if exists(model) and model.resolve().is_relative_to(output.resolve()):
         raise OutputError(f"{output} holds the input model, which would be overwritten; choose another name")

@@ -35,20 +35,24 @@ SHOWN = 6  # names of files
 def compile_(
     model: Model,
     recipe: RecipeName,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; made whole or not at all.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", readable=False, help="The folder to write; made whole or not at all.")
+    ],
     target: TargetName = None,
     dtype: FloatType = None,
     calibration: Calibration = None,
     tokenizer: Tokenizer = None,
     samples: SampleCount = None,
     seq_len: SequenceLength = None,
-    statistics: Annotated[Path | None, typer.Option(help="What `qcompiler calibrate` wrote.")] = None,
+    statistics: Annotated[Path | None, typer.Option(readable=False, help="What `qcompiler calibrate` wrote.")] = None,
     set_: Settings = None,
     exclude: Excluded = None,
     strict: Annotated[bool, typer.Option("--strict", help="Skips and misplaced nodes make the exit code 1.")] = False,
     memory_limit: MemoryLimit = None,
     device: RunsOn = Device.cpu,
-    dump_dir: Annotated[Path | None, typer.Option(help="Write the graph as text after each pass.")] = None,
+    dump_dir: Annotated[
+        Path | None, typer.Option(readable=False, help="Write the graph as text after each pass.")
+    ] = None,
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.")] = False,
     json_: Json = False,
@@ -58,8 +62,11 @@ def compile_(
     check_output(output, model)
     from qcompiler.compiler import compile
     from qcompiler.graph.files import check_free
+    from qcompiler.graph.places import check_place
 
     check_free(output, overwrite)
+    if dump_dir is not None:
+        check_place(dump_dir)
 
     compiled = compile(
         model,

@@ -7,37 +7,44 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qcompiler.cli.common import MOST, parse_size
 from qcompiler.errors import OutputError
+from qcompiler.graph.places import check_file
 
 if TYPE_CHECKING:
     from qcompiler.diagnosis import Diagnosis
 
 
-def parse(text: str | int) -> int:
-    from qcompiler.cli.common import parse_size
-
-    return parse_size(text)
-
-
 def debug(
-    reference: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model.", show_default=False)],
+    reference: Annotated[
+        Path, typer.Argument(readable=False, metavar="FLOAT", help="The float model.", show_default=False)
+    ],
     quantized: Annotated[
-        Path, typer.Argument(metavar="QUANTIZED", help="What any tool made of it.", show_default=False)
+        Path, typer.Argument(readable=False, metavar="QUANTIZED", help="What any tool made of it.", show_default=False)
     ],
     calibration: Annotated[str, typer.Option("--calibration", metavar="SPEC", help="As for `compile`.")],
-    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json; by default the one beside FLOAT.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples to measure errors on.")] = 8,
-    seq_len: Annotated[int | None, typer.Option("--seq-len", min=1, help="Tokens a sample, of text.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(readable=False, help="tokenizer.json; by default the one beside FLOAT.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, max=MOST, help="Samples to measure errors on.")] = 8,
+    seq_len: Annotated[int | None, typer.Option("--seq-len", min=1, max=MOST, help="Tokens a sample, of text.")] = None,
     effect_samples: Annotated[
-        int, typer.Option(min=0, help="Samples on which each layer's effect on the outputs is measured; 0: not at all.")
+        int,
+        typer.Option(
+            min=0, max=MOST, help="Samples on which each layer's effect on the outputs is measured; 0: not at all."
+        ),
     ] = 1,
-    show: Annotated[int, typer.Option(min=1, help="Layers to print of each list.")] = 10,
+    show: Annotated[int, typer.Option(min=1, max=MOST, help="Layers to print of each list.")] = 10,
     apply: Annotated[
-        Path | None, typer.Option("--apply", metavar="FILE", help="Write the proposed recipe, for `compile --recipe`.")
+        Path | None,
+        typer.Option(
+            "--apply", readable=False, metavar="FILE", help="Write the proposed recipe, for `compile --recipe`."
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing FILE.")] = False,
     memory_limit: Annotated[
-        int | None, typer.Option("--memory-limit", metavar="SIZE", parser=parse, help="What runs may use, e.g. 4GiB.")
+        int | None,
+        typer.Option("--memory-limit", metavar="SIZE", parser=parse_size, help="What runs may use, e.g. 4GiB."),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -45,8 +52,8 @@ def debug(
 
     Each layer is measured alone (all others in float) and in the quantized model, where errors pile up.
     """
-    if apply is not None and apply.exists() and not overwrite:
-        raise OutputError(f"{apply} exists already; choose another name, or give --overwrite")
+    if apply is not None:
+        check_file(apply, overwrite)
     from qcompiler.diagnosis import debug
 
     found = debug(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qcompiler.cli.common import MOST
 from qcompiler.errors import DataError
 
 if TYPE_CHECKING:
@@ -19,39 +20,49 @@ if TYPE_CHECKING:
 
 def generate(
     model: Annotated[
-        Path, typer.Argument(metavar="OUT", help="A compiled folder, or any language model.", show_default=False)
+        Path,
+        typer.Argument(
+            readable=False, metavar="OUT", help="A compiled folder, or any language model.", show_default=False
+        ),
     ],
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to continue; several are one batch.")],
-    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json; by default the one beside the model.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write after each prompt at most.")] = 128,
+    tokenizer: Annotated[
+        Path | None, typer.Option(readable=False, help="tokenizer.json; by default the one beside the model.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Tokens to write after each prompt at most.")
+    ] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token; above, one is drawn.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from so many likeliest tokens; 0: from all.")] = 0,
+    top_k: Annotated[int, typer.Option(min=0, max=MOST, help="Draw from so many likeliest tokens; 0: from all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability together.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST, help="The same seed draws the same text.")] = 0,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="End before this text; may be repeated. A special token, too.")
     ] = None,
     cuda: Annotated[bool, typer.Option("--cuda", help="Run on a GPU (onnxruntime-gpu).")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of ONNX Runtime.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=MOST, help="Threads of ONNX Runtime.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, at the end.")] = False,
 ) -> None:
     """Continue a text with a language model, through its cache. Only what is new is printed.
 
     A text ends at the tokens that the configuration beside the model names, at --stop, or at --max-new-tokens.
     """
-    from qcompiler.calibration.sources import open_tokenizer
+    from qcompiler.calibration.tokenizer import encode, open_tokenizer
     from qcompiler.generation.text_stream import TextStream
     from qcompiler.generation.write import generate
+    from qcompiler.graph.files import find_model
     from qcompiler.graph.model_folder import companions_of, tokenizer_beside
     from qcompiler.sessions.decoder import Decoder
 
+    find_model(model)
     file = tokenizer or tokenizer_beside(model)
-    if file is None and model.exists():
+    if file is None:
         raise DataError(f"there is no tokenizer.json beside {model}; give --tokenizer tokenizer.json")
-    decoder = Decoder(model, threads=threads, providers=["CUDAExecutionProvider"] if cuda else None)
     coder = open_tokenizer(file, "the prompt")
     special, texts = _stops(coder, stop or ())
-    prompts = [coder.encode(text).ids for text in prompt]
+    prompts = [encode(coder, text, "the prompt") for text in prompt]
+    ends = companions_of(model).stop
+    decoder = Decoder(model, threads=threads, providers=["CUDAExecutionProvider"] if cuda else None)
     streams = [TextStream(coder, ids, texts) for ids in prompts]
     written = [""] * len(prompt)
     live = len(prompt) == 1 and not json_
@@ -66,7 +77,7 @@ def generate(
     begin = time.perf_counter()
     found = generate(
         decoder, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-        stop=(*companions_of(model).stop, *special), on_token=on_token,
+        stop=(*ends, *special), on_token=on_token,
     )  # fmt: skip
     seconds = time.perf_counter() - begin
     rests = [stream.finish() for stream in streams]

@@ -9,7 +9,9 @@ import typer
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Any .onnx file, or its folder.", show_default=False)],
+    model: Annotated[
+        Path, typer.Argument(readable=False, metavar="MODEL", help="Any .onnx file, or its folder.", show_default=False)
+    ],
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", metavar="NAME|FILE.yaml", help="Show which layers it would touch.")
     ] = None,

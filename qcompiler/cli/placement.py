@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def placement(
-    model: Annotated[Path, typer.Argument(metavar="OUT", help="A compiled folder, or any model.", show_default=False)],
+    model: Annotated[
+        Path, typer.Argument(readable=False, metavar="OUT", help="A compiled folder, or any model.", show_default=False)
+    ],
     target: Annotated[
         str | None, typer.Option("--target", help="Where it is to run; by default, where it was compiled for.")
     ] = None,

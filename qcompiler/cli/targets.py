@@ -11,7 +11,8 @@ import typer
 def targets(
     name: Annotated[str | None, typer.Argument(help="A target, to show its kernels.", show_default=False)] = None,
     best: Annotated[
-        Path | None, typer.Option("--best", metavar="MODEL", help="Say what to take for this model, and why.")
+        Path | None,
+        typer.Option("--best", readable=False, metavar="MODEL", help="Say what to take for this model, and why."),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:

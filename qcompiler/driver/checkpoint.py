@@ -9,7 +9,6 @@ are told apart by their position, as one pass may run twice.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -21,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from qcompiler.errors import DataError, OutputError
+from qcompiler.graph.checksum import checksum
 from qcompiler.rewriting.staged import Computed
 
 FINGERPRINT = "run.json"
@@ -75,7 +75,7 @@ class Checkpoint:
         try:
             self._begin()
             text = json.dumps(entries)
-            save_file(tensors, partial, metadata={"entries": text, "sha256": _checksum(text, tensors)})
+            save_file(tensors, partial, metadata={"entries": text, "sha256": checksum(text, tensors)})
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             partial.replace(path)
@@ -113,7 +113,7 @@ def _read(path: Path) -> dict[str, Computed]:
         with safe_open(path, framework="numpy") as file:
             noted = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
-            if noted["sha256"] != _checksum(noted["entries"], tensors):
+            if noted["sha256"] != checksum(noted["entries"], tensors):
                 raise ValueError("its checksum is not that of what it holds")
             for number, entry in enumerate(json.loads(noted["entries"])):
                 arrays = {key: _typed(tensors[f"{number}.{key}"], dtype) for key, dtype in entry["types"].items()}
@@ -121,14 +121,6 @@ def _read(path: Path) -> dict[str, Computed]:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error}); remove it, and its layers are computed again") from error
     return found
-
-
-def _checksum(entries: str, tensors: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256(entries.encode())
-    for key in sorted(tensors):
-        digest.update(f"{key}:{tensors[key].dtype}{tensors[key].shape};".encode())
-        digest.update(np.ascontiguousarray(tensors[key]).tobytes())
-    return digest.hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from qcompiler.errors import DataError, ModelError, PassError
 from qcompiler.graph import files as model_io
 from qcompiler.graph import metadata
 from qcompiler.graph.check import check_structure
+from qcompiler.graph.model_folder import check_companions
 from qcompiler.recipes import Recipe
 from qcompiler.report import build
 from qcompiler.rewriting.contract import Pass
@@ -60,6 +61,8 @@ def plan(
 def load(model: str | Path | ir.Model) -> tuple[ir.Model, Path | None]:
     """The canonicalized graph, ours to change, and the folder it came from. Raises ModelError."""
     source = None if isinstance(model, ir.Model) else model_io.find_model(model).parent
+    if source is not None:
+        check_companions(source)
     graph = model_io.take(model)
     canonicalize(graph)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -118,7 +119,10 @@ class Reproducer:
     numbers alone. A lowering pass is shown with those before it, on the portable model.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, snapshots: Snapshots, samples: Samples | None = None) -> None:
+    def __init__(
+        self, folder: Path | None, recipe: Recipe, snapshots: Snapshots, samples: Samples | None = None
+    ) -> None:
+        """`folder` is None where nothing is known to lie beside: then one for temporary files is made."""
         self._folder, self._recipe, self._snapshots, self._samples = folder, recipe, snapshots, samples
         self._model: ir.Model | None = None
         self._rest: Sequence[Pass] = ()
@@ -137,7 +141,8 @@ class Reproducer:
             return
         if isinstance(error, QCompilerError) and not isinstance(error, PassError):
             return  # the user's input is at fault, and the message says so
-        folder = self._folder / f"reproduce-{step.name}"
+        place = self._folder or Path(tempfile.mkdtemp(prefix="qcompiler-"))
+        folder = place / f"reproduce-{step.name}"
         try:
             data = self._write(folder, step, self._model, self._statistics)
         except OutputError as obstacle:
@@ -166,12 +171,13 @@ class Reproducer:
 
 
 def onlookers(
-    recipe: Recipe, held_out: Samples | None, memory_limit: int | None, dump_dir: Path | None, snapshots: Snapshots
-) -> list[Verify | Dump | Reproducer]:
-    """What looks on in a compilation, in this order."""
+    recipe: Recipe, held_out: Samples | None, memory_limit: int | None, dump_dir: Path | None, snapshots: Snapshots,
+    beside: Path | None = None,
+) -> list[Verify | Dump | Reproducer]:  # fmt: skip
+    """What looks on in a compilation, in this order; a reproducer goes to the dumps, or `beside` the output."""
     dumps = [Dump(dump_dir)] if dump_dir is not None else []
     return [
         Verify(held_out, memory_limit, snapshots),
         *dumps,
-        Reproducer(dump_dir or Path(), recipe, snapshots, held_out),
+        Reproducer(dump_dir or beside, recipe, snapshots, held_out),
     ]

@@ -20,6 +20,9 @@ from qcompiler.errors import ModelError, OutputError
 from qcompiler.graph.check import without_weights
 from qcompiler.graph.given import check_given
 from qcompiler.graph.model_folder import copy_companions, is_companion
+from qcompiler.graph.places import check_place, exists, is_file
+from qcompiler.graph.runtime_library import SILENT
+from qcompiler.graph.runtime_library import onnxruntime as onnxruntime_library
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -40,14 +43,18 @@ INLINE_SESSION = 512 << 20  # bytes of new constants that a session may be hande
 def find_model(path: str | Path) -> Path:
     """The .onnx file that a path means: the file itself, or a folder's model.onnx or only .onnx file."""
     path = Path(path)
-    if os.path.isfile(path):  # noqa: PTH113  (a Path raises where the name is too long)
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise ModelError(f"the path {path} is not UTF-8, so ONNX Runtime cannot open it; rename it") from error
+    if is_file(path):
         return path
-    if not os.path.exists(path):  # noqa: PTH110
+    if not exists(path):
         raise ModelError(f"the model {path} does not exist; give a .onnx file or a folder that holds one")
     if not path.is_dir():
         raise ModelError(f"the model {path} is neither a file nor a folder (but a pipe or device); give a .onnx file")
     try:
-        found = sorted(file for file in path.glob("*.onnx") if file.is_file())
+        found = sorted(path / name for name in os.listdir(path) if name.endswith(".onnx") and (path / name).is_file())  # noqa: PTH208  (a glob hides errors)
     except OSError as error:
         raise ModelError(f"the folder {path} cannot be read: {error.strerror or error}") from error
     if (path / MODEL_FILE) in found:
@@ -146,10 +153,12 @@ def _check_external(tensor: ir.ExternalTensor, folder: Path) -> None:
     where = f"the weights {tensor.name!r} should be in {path}"
     if Path(tensor.location).is_absolute() or ".." in Path(tensor.location).parts:
         raise ModelError(f"{where}, which is outside of the model's folder; move them beside the model")
-    if not os.path.exists(path):  # noqa: PTH110  (a Path raises where the name is too long)
+    if not exists(path):
         raise ModelError(f"{where}, which does not exist; put the file beside the model")
     if not path.is_file():
         raise ModelError(f"{where}, which is no file (but a folder, pipe or device); export the model again")
+    if not os.access(path, os.R_OK):
+        raise ModelError(f"{where}, which may not be read; change its permissions")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ModelError(
             f"{where}, but that is a link to {path.resolve()} outside of the model's folder, which ONNX Runtime "
@@ -230,6 +239,7 @@ def _check_not_source(model: ir.Model, folder: Path, source_folder: str | Path |
 
 def check_free(folder: Path, overwrite: bool) -> None:
     """Raise OutputError where an output folder could not be written, so that nobody computes for an hour first."""
+    check_place(folder)
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise OutputError(f"{folder} is no folder; choose another output folder")
     if not folder.exists() or not any(folder.iterdir()):
@@ -342,11 +352,11 @@ def session(
     lie in several folders, everything is written to a temporary folder that is gone when this returns.
     `options` are used as they are, plus the weights folder. ModelError if ONNX Runtime refuses the model.
     """
-    import onnxruntime as ort
+    ort = onnxruntime_library()
 
     if options is None:
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = SILENT
     folders = {str(Path(tensor.base_dir).resolve()) for tensor in _external_tensors(model)}
     try:
         if len(folders) > 1 or _bytes_in_memory(model) > INLINE_SESSION:

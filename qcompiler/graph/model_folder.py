@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ def companions_of(model: str | Path) -> Companions:
     names = ("context_length", "max_position_embeddings", "n_positions")
     values = [source.get(name) for source in sources for name in names]
     context = next((value for value in values if isinstance(value, int)), None)
+    if context is not None and context < 1:
+        raise ModelError(f"the configuration in {folder} gives {context} as the longest text; it must be 1 or more")
     stop = [ends] if isinstance(ends, int) else ends
     if not isinstance(stop, list | tuple) or not all(isinstance(token, int) for token in stop):
         raise ModelError(f"the configuration in {folder} gives eos_token_id as {ends!r}; it must be a token's number")
@@ -64,7 +67,7 @@ def _read(file: Path) -> Mapping[str, object]:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read ({error}); repair it, or take it away") from error
     if not isinstance(content, dict):
         raise ModelError(f"{file} holds no JSON object; repair it, or take it away")
@@ -84,7 +87,11 @@ def companions_in(source: Path) -> tuple[list[Path], list[Path]]:
     taken: list[Path] = []
     left: list[Path] = []
     inside = source.resolve()
-    for file in sorted(source.iterdir()):
+    try:
+        files = sorted(source.iterdir())
+    except OSError as error:
+        raise ModelError(f"the folder {source} of the model cannot be read: {error.strerror or error}") from error
+    for file in files:
         if file.name.startswith(".") or file.suffix in WEIGHTS:
             continue
         own = file.is_file() and file.resolve().is_relative_to(inside)
@@ -94,4 +101,16 @@ def companions_in(source: Path) -> tuple[list[Path], list[Path]]:
 
 def copy_companions(source: Path, folder: Path) -> None:
     for file in companions_in(source)[0]:
+        _check_readable(file)
         shutil.copyfile(file, folder / file.name)
+
+
+def check_companions(source: Path) -> None:
+    """Raise ModelError where one of those that go along cannot be read."""
+    for file in companions_in(source)[0]:
+        _check_readable(file)
+
+
+def _check_readable(file: Path) -> None:
+    if not os.access(file, os.R_OK):
+        raise ModelError(f"{file}, which goes along with the model, may not be read; change its permissions")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.errors import DataError, ModelError
+from qcompiler.errors import DataError, ModelError, persons_code
 from qcompiler.graph.operators import continuations, has
 
 IDS = ("input_ids", "decoder_input_ids", "inputs_embeds")
@@ -35,6 +35,17 @@ class Input:
     @property
     def rank(self) -> int | None:
         return None if self.dims is None else len(self.dims)
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether an array of this shape can be fed."""
+        return self.dims is None or (
+            len(shape) == len(self.dims)
+            and all(not isinstance(size, int) or size == actual for size, actual in zip(self.dims, shape, strict=True))
+        )
+
+    def shape_text(self) -> str:
+        """Its shape, for messages."""
+        return _shape(self)
 
     @property
     def past_axis(self) -> int | None:
@@ -144,10 +155,8 @@ class Signature:
 
 def check(item: Input, value: object, where: str) -> np.ndarray:
     """One input of one sample as an array of the model's type; raises DataError (see `Signature.complete`)."""
-    try:
+    with persons_code(DataError, f"{where}: {item.name!r} is no array of numbers; making one"):
         array = np.asarray(value)
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{where}: {item.name!r} is no array of numbers ({error})") from error
     strings = item.dtype == ir.DataType.STRING and all(isinstance(element, str) for element in array.flat)
     if array.dtype == object and not strings:
         raise DataError(
@@ -156,12 +165,8 @@ def check(item: Input, value: object, where: str) -> np.ndarray:
     if array.size == 0 and not item.is_past:
         raise DataError(f"{where}: {item.name!r} is empty")
     array = _cast(array, item, where)
-    if item.dims is not None:
-        fits = array.ndim == len(item.dims) and all(
-            not isinstance(size, int) or size == actual for size, actual in zip(item.dims, array.shape, strict=True)
-        )
-        if not fits:
-            raise DataError(f"{where}: {item.name!r} has shape {list(array.shape)}, the model reads {_shape(item)}")
+    if not item.fits(array.shape):
+        raise DataError(f"{where}: {item.name!r} has shape {list(array.shape)}, the model reads {_shape(item)}")
     if item.dtype.is_floating_point() and not np.isfinite(array).all():
         raise DataError(
             f"{where}: {item.name!r} holds NaN or infinity as {item.dtype.name}; every number must be finite"

@@ -10,8 +10,9 @@ from typing import Literal
 import onnx_ir as ir
 
 from qcompiler.driver.inputs import load
-from qcompiler.errors import TargetError
+from qcompiler.errors import QCompilerError, TargetError
 from qcompiler.graph.edit import constant
+from qcompiler.graph.runtime_library import onnxruntime as onnxruntime_library
 from qcompiler.inspection.touched import touched
 from qcompiler.sites.analyses import caches_of, sites_of
 from qcompiler.sites.find import Convolution, Embedding, Unsupported
@@ -119,10 +120,14 @@ def _bytes(tensors: Iterable[ir.TensorProtocol]) -> int:
 
 def _starts(target: Target) -> tuple[bool, str]:
     """Whether the target's first provider starts here, and how that is known."""
-    import onnxruntime as ort
     from onnx import parser
 
     provider = target.providers[0]
+    try:
+        ort = onnxruntime_library()
+    except QCompilerError:  # to recommend, it is not needed
+        more = "onnx-qcompiler[cpu] brings it" if provider == CPU else "so compile for another machine"
+        return provider == CPU, f"onnxruntime is not installed here; {more}"
     if provider == CPU:
         return True, f"onnxruntime {ort.__version__} is installed"
     if provider not in ort.get_available_providers():

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from qcompiler.errors import ModelError
 from qcompiler.graph import files as model_io
+from qcompiler.graph.runtime_library import onnxruntime as onnxruntime_library
 from qcompiler.placement.placed import Copy, PlacedNode, Placement
 from qcompiler.sessions.runtime import one_line, session_options_of
 from qcompiler.sites.canonicalize import name_everything
@@ -32,7 +33,7 @@ def measure(
     What a node on the CPU is there for is taken from `predicted`, where that knows the node. Without `optimized` the
     runtime changes nothing before it places the nodes. Raises ModelError where a session cannot be made.
     """
-    import onnxruntime as ort
+    ort = onnxruntime_library()
 
     if target.providers[0] not in ort.get_available_providers():
         return None

@@ -12,6 +12,7 @@ gates: {perplexity_ratio: 1.01}
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,19 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from qcompiler.errors import RecipeError, SchemeError, closest
+from qcompiler.errors import RecipeError, SchemeError, closest, printable
+from qcompiler.graph.places import is_file
 from qcompiler.recipes.gates import GATES
+from qcompiler.recipes.reading import parse
 from qcompiler.recipes.registry import options_of, pass_class
 from qcompiler.rewriting.contract import Pass
 from qcompiler.targets import Target
 
 FOLDER = Path(__file__).parent
 DEFAULT_TARGET = "ort-cpu"
+MOST = 2**31 - 1  # samples, or tokens: more than any machine has
+MOST_PASSES = 100
+SHOWN = 100  # letters of a value in a message
 CONVERT = "convert-float"
 """The pass that a recipe gets where a model is asked for in another float type."""
 
@@ -45,10 +51,10 @@ class Step(_Data):
 class Calibration(_Data):
     """How many samples are taken from the data, and how long they are."""
 
-    samples: int = Field(default=32, ge=1)
-    sequence_length: int = Field(default=256, ge=1)
+    samples: int = Field(default=32, ge=1, le=MOST)
+    sequence_length: int = Field(default=256, ge=1, le=MOST)
     """Tokens a sample, where the data is text."""
-    held_out: int = Field(default=4, ge=0)
+    held_out: int = Field(default=4, ge=0, le=MOST)
     """Samples that are kept out of calibration; float and compiled model are compared on them."""
 
 
@@ -58,7 +64,7 @@ class Recipe(_Data):
     name: str
     description: str = ""
     target: str = DEFAULT_TARGET
-    passes: tuple[Step, ...] = Field(min_length=1)
+    passes: tuple[Step, ...] = Field(min_length=1, max_length=MOST_PASSES)
     lowering: tuple[Step, ...] | None = None
     """The passes that run after the portable model is made; open (None) means those that the target lists."""
     calibration: Calibration = Calibration()
@@ -88,6 +94,8 @@ class Recipe(_Data):
         for name in gates:
             if name not in GATES:
                 raise ValueError(f"there is no gate {name!r}{closest(name, GATES)}")
+            if not math.isfinite(gates[name]):
+                raise ValueError(f"the gate {name} is {gates[name]}; it must be a number that can be reached")
         return gates
 
     @staticmethod
@@ -96,7 +104,7 @@ class Recipe(_Data):
         if isinstance(name_or_path, str) and name_or_path in recipe_names():
             return _read(FOLDER / f"{name_or_path}.yaml", f"recipe {name_or_path}")
         path = Path(name_or_path)
-        if path.is_file():
+        if is_file(path):
             return _read(path, f"recipe {path}")
         if path.suffix in (".yaml", ".yml"):
             raise RecipeError(f"there is no recipe file {path}")
@@ -214,10 +222,7 @@ class Recipe(_Data):
         names = [step.name for group in steps.values() for step in group]
         if name not in names:
             raise RecipeError(f"setting {setting!r}: the recipe has no pass {name!r}{closest(name, names)}")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"setting {setting!r}: the value is not valid YAML{_place(error)}") from error
+        value = parse(text, f"setting {_cut(setting)!r}: the value")
         update: dict[str, object] = {}
         for key, group in steps.items():
             if any(step.name == name for step in group):
@@ -274,10 +279,16 @@ def sentence(error: ValidationError) -> str:
         return f"{where} is missing"
     if first["type"] == "too_short":
         return f"{where} should have at least one entry"
+    if first["type"] == "too_long":
+        return f"{where} has {first['ctx']['actual_length']} entries, and may have {first['ctx']['max_length']}"
     if first["type"] == "extra_forbidden":
         return f"there is no entry {where}"
     wanted = dict.fromkeys(_wanted(detail["msg"]) for detail in same)
-    return f"{where} should be {' or '.join(wanted)}, but is {first['input']!r}"
+    return f"{where} should be {' or '.join(wanted)}, but is {_cut(repr(first['input']))}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def _wanted(message: str) -> str:
@@ -306,39 +317,14 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where YAML libraries silently take the last."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[str] = set()
-    for key, _ in node.value:
-        if key.value in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} occurs twice", key.start_mark)
-        seen.add(key.value)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
 def _read(path: Path, where: str) -> Recipe:
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{where} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where} is not valid YAML{_place(error)}") from error
+    data = parse(text, where)
     if data is None:
         raise RecipeError(f"{where} is empty; it needs passes (start from `qcompiler recipes smoothquant`)")
     if not isinstance(data, dict):
         raise RecipeError(f"{where} should be a mapping with name and passes, but is {type(data).__name__}")
-    return Recipe.from_dict({"name": path.stem, **data}, where)
-
-
-def _place(error: yaml.YAMLError) -> str:
-    """Line, column and problem of a syntax error, as the tail of a sentence."""
-    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return f": {error}"
-    mark = error.problem_mark
-    return f" (line {mark.line + 1}, column {mark.column + 1}: {error.problem})"
+    return Recipe.from_dict({"name": printable(path.stem), **data}, where)

@@ -121,7 +121,7 @@ def _plugins(built_in: dict[str, str]) -> dict[str, EntryPoint]:
 def _load(point: EntryPoint) -> type[Pass]:
     try:
         found = point.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RecipeError(
             f"the pass {point.name!r} of {_source(point)} cannot be imported: {type(error).__name__}: {error}"
         ) from error

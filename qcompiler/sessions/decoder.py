@@ -23,6 +23,7 @@ import onnx_ir as ir
 from qcompiler.errors import DataError, ModelError
 from qcompiler.graph import files as model_io
 from qcompiler.graph.model_inputs import Signature
+from qcompiler.graph.runtime_library import onnxruntime as onnxruntime_library
 from qcompiler.sessions.cache_io import CachePort, find_cache_io
 from qcompiler.sessions.runtime import load_session, one_line
 
@@ -78,12 +79,13 @@ class Decoder:
         self.vocabulary = self._vocabulary(model)
         self.session: onnxruntime.InferenceSession = load_session(path, threads=threads, providers=providers)
         self._device = DEVICES.get(self.session.get_providers()[0], "cpu")
-        if not self.caches:
-            warnings.warn(f"{path} has no cache, so each step reads the whole text again", stacklevel=2)
 
     def start(self, batch: int, capacity: int) -> Decoding:
         """Begin rows of at most `capacity` tokens each, padding included."""
-        return _Cached(self, batch, capacity) if self.caches else _Recomputed(self, batch)
+        if self.caches:
+            return _Cached(self, batch, capacity)
+        warnings.warn(f"{self.path} has no cache, so each step reads the whole text again", stacklevel=2)
+        return _Recomputed(self, batch)
 
     def read(self, ids: np.ndarray, *, prefill: int, chunk: int) -> np.ndarray:
         """Logits [tokens, vocabulary] of one text [tokens]: the first `prefill` at once, then `chunk` at a time."""
@@ -149,7 +151,7 @@ class Decoder:
 
     def empty(self, cache: CachePort, batch: int, positions: int) -> onnxruntime.OrtValue:
         """A cache of zeros, on the device, for so many positions."""
-        import onnxruntime as ort
+        ort = onnxruntime_library()
 
         shape, dtype = cache.shape(batch, positions), cache.past.dtype
         if positions == 0 or (self._device != "cpu" and dtype.numpy().kind == "V"):

@@ -14,6 +14,8 @@ import onnx_ir as ir
 from qcompiler.errors import ModelError
 from qcompiler.graph import files as model_io
 from qcompiler.graph.metadata import DISABLED_OPTIMIZERS, SESSION_OPTIONS
+from qcompiler.graph.runtime_library import SILENT
+from qcompiler.graph.runtime_library import onnxruntime as onnxruntime_library
 from qcompiler.targets import usable_targets
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ def load_session(
     `threads` bounds the threads within an operator (default: onnxruntime's own choice); `providers` are names of
     execution providers (default: the CPU's). Raises ModelError where the model or a provider is not usable.
     """
-    import onnxruntime as ort
+    ort = onnxruntime_library()
 
     file = model_io.find_model(folder_or_file)
     chosen = list(providers or ["CPUExecutionProvider"])
@@ -100,6 +102,7 @@ def load_session(
             "(onnxruntime-gpu brings the CUDA one)"
         )
     options = ort.SessionOptions()
+    options.log_severity_level = SILENT
     if threads is not None:
         options.intra_op_num_threads = threads
     return open_file(file, options, session_options_of(model_io.load(file)), chosen)

@@ -14,6 +14,8 @@ import onnx_ir as ir
 
 from qcompiler.errors import DataError, ModelError, OutputError
 from qcompiler.graph import files as model_io
+from qcompiler.graph.runtime_library import SILENT
+from qcompiler.graph.runtime_library import onnxruntime as onnxruntime_library
 from qcompiler.sessions.runtime import one_line
 
 if TYPE_CHECKING:
@@ -118,8 +120,22 @@ class Session:
         except Exception as error:  # onnxruntime's errors share no base class
             if "NOT_IMPLEMENTED" in str(error):
                 raise ModelError(f"onnxruntime cannot run the model: {one_line(error)}") from error
-            raise DataError(f"sample {sample} does not go through the model: {one_line(error)}") from error
+            raise DataError(
+                f"sample {sample} does not go through the model: {self._disagreement(feeds) or one_line(error)}"
+            ) from error
         yield from zip(self._outputs, arrays, strict=True)
+
+    def _disagreement(self, feeds: Mapping[str, np.ndarray]) -> str:
+        """Two inputs that should have a size in common, and have not; empty where there are none."""
+        seen: dict[str, tuple[str, int]] = {}
+        for item in self._session.get_inputs():
+            for symbol, size in zip(item.shape or (), feeds[item.name].shape, strict=False):
+                if not isinstance(symbol, str):
+                    continue
+                other, first = seen.setdefault(symbol, (item.name, size))
+                if first != size:
+                    return f"{other!r} has {symbol} = {first} and {item.name!r} has {symbol} = {size}; make them agree"
+        return ""
 
     def _run_bytes(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         results = self._session.run_with_ort_values(self._outputs, ort_values(feeds))
@@ -135,7 +151,7 @@ class Session:
 
 def ort_values(feeds: Mapping[str, np.ndarray]) -> dict[str, onnxruntime.OrtValue]:
     """Arrays of any type but text, as onnxruntime holds them."""
-    import onnxruntime as ort
+    ort = onnxruntime_library()
 
     values = {}
     for name, array in feeds.items():
@@ -160,11 +176,11 @@ def _part(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str], kept: 
 
 
 def _open(part: ir.Model, limited: bool) -> onnxruntime.InferenceSession:
-    import onnxruntime as ort
+    ort = onnxruntime_library()
 
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
+    options.log_severity_level = SILENT
     if limited:
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False

@@ -22,10 +22,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from qcompiler.errors import QCompilerError
 from qcompiler.functions.library import DOMAIN
 from qcompiler.graph.edit import constant
 from qcompiler.graph.model_inputs import IDS, Input, Signature
 from qcompiler.graph.operators import has
+from qcompiler.graph.runtime_library import onnxruntime as onnxruntime_library
 from qcompiler.sites.attention import CachedAttention, Mask
 from qcompiler.sites.attention_cases import MaskCase, far_cases, mask_cases
 
@@ -204,8 +206,10 @@ class _Part:
 
     def _open(self) -> Any:
         if self._session is None:
-            import onnxruntime
-
+            try:
+                onnxruntime = onnxruntime_library()
+            except QCompilerError as error:
+                raise _RefusedError(str(error)) from error
             settings = onnxruntime.SessionOptions()
             settings.intra_op_num_threads = 1
             settings.log_severity_level = 4

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qcompiler.errors import DataError, OutputError
+from qcompiler.graph.checksum import checksum
+from qcompiler.graph.places import exists, is_file
 from qcompiler.statistics.channels import ChannelAbsMax, ChannelFolds, ChannelMoments, ChannelRange, SecondMoment
 from qcompiler.statistics.heads import HeadRange
 from qcompiler.statistics.ranges import MSE, Entropy, MinMax, MovingAverageMinMax, Percentile
@@ -28,7 +30,8 @@ BUILT_IN: dict[str, type[Statistic]] = {
 }
 
 _METADATA_KEY = "qcompiler.statistics"
-_VERSION = 1
+_CHECKSUM_KEY = "sha256"
+_VERSION = 2
 _log = logging.getLogger(__name__)
 
 
@@ -96,7 +99,8 @@ class StatisticsStore:
         try:
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
             os.close(handle)
-            save_file(tensors, temporary, metadata={_METADATA_KEY: description})
+            noted = {_METADATA_KEY: description, _CHECKSUM_KEY: checksum(description, tensors)}
+            save_file(tensors, temporary, metadata=noted)
             Path(temporary).replace(path)
         except (OSError, SafetensorError) as error:
             if temporary is not None:
@@ -113,24 +117,32 @@ class StatisticsStore:
         from safetensors import SafetensorError, safe_open
 
         store = cls()
+        if exists(path) and not is_file(path):
+            raise DataError(f"{path} is no file, and so holds no statistics: write some with `qcompiler calibrate`.")
         try:
             with safe_open(path, framework="numpy") as file:
-                description = json.loads((file.metadata() or {})[_METADATA_KEY])
+                noted = file.metadata() or {}
+                description = json.loads(noted[_METADATA_KEY])
                 if description["version"] != _VERSION:
                     raise DataError(
                         f"the statistics in {path} are of version {description['version']}, and this qcompiler reads "
                         f"version {_VERSION}: calibrate again."
                     )
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                if noted[_CHECKSUM_KEY] != checksum(noted[_METADATA_KEY], tensors):
+                    raise ValueError("its checksum is not that of what it holds")
                 states: dict[str, dict[str, Array]] = {}
-                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                for name, array in tensors.items():
                     number, _, measured = name.partition(".")
-                    states.setdefault(number, {})[measured] = file.get_tensor(name)
+                    states.setdefault(number, {})[measured] = array
                 for number, entry in enumerate(description["entries"]):
                     store._restore(entry, states.get(str(number), {}))
                 return store, dict(description["header"])
         except FileNotFoundError as error:
             raise DataError(f"there is no statistics file {path}: write one with `qcompiler calibrate`.") from error
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except DataError:
+            raise
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise DataError(f"{path} is not a statistics file, or a damaged one: calibrate again ({error}).") from error
 
     def _restore(self, entry: dict[str, Any], state: dict[str, Array]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcompiler.graph.runtime_library import onnxruntime as onnxruntime_library
 from qcompiler.targets.kernels import CPU, RegisteredKernel
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ def _model(kernel: RegisteredKernel, schema: Any, version: int, inputs: int, wat
 def _copies(model: onnx.ModelProto, provider: str) -> set[str] | None:
     """The values that ONNX Runtime copies between host and device; None where it does not place the node there."""
     import onnx
-    import onnxruntime as ort
+
+    ort = onnxruntime_library()
 
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()

@@ -202,7 +202,7 @@ def test_python_function_generator_and_reader(tmp_path: Path, monkeypatch: pytes
     assert samples, "a source of unknown length counts as true"
     with pytest.raises(DataError, match="py:own_data:broken failed with ZeroDivisionError: my own fault"):
         read("py:own_data:broken")
-    with pytest.raises(DataError, match="cannot be imported"):
+    with pytest.raises(DataError, match="the import of py:own_data:absent failed"):
         read("py:own_data:absent")
     with pytest.raises(DataError, match="should read py:module:function"):
         read("py:own_data")
