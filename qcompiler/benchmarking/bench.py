@@ -19,6 +19,8 @@ from qcompiler.errors import DataError
 from qcompiler.graph import files as model_io
 from qcompiler.graph.model_folder import companions_of, tokenizer_beside
 from qcompiler.graph.model_inputs import IDS, Signature
+from qcompiler.graph.runtime_library import SILENT
+from qcompiler.graph.runtime_library import onnxruntime as onnxruntime_library
 from qcompiler.progress import Progress, progress_bar
 from qcompiler.sessions.runtime import open_file, session_options_of
 from qcompiler.targets.machines import this_cpu
@@ -182,11 +184,11 @@ def _operators(
 
 
 def _options(threads: int) -> onnxruntime.SessionOptions:
-    import onnxruntime as ort
+    ort = onnxruntime_library()
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = SILENT
     # Threads of one model that spin after its run would take time from the next model's.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
@@ -205,6 +207,6 @@ def _part(report: Progress | None, number: int, count: int) -> Progress | None:
 
 
 def _runtime() -> str:
-    import onnxruntime as ort
+    ort = onnxruntime_library()
 
     return f"onnxruntime {ort.__version__}"

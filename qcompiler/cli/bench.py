@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qcompiler.cli.common import Json, SequenceLength
+from qcompiler.cli.common import MOST, Json, SequenceLength
 
 if TYPE_CHECKING:
     from qcompiler.benchmarking.bench import BenchCase, Benchmark
@@ -20,17 +20,23 @@ SHOWN = 30  # characters of an odd option
 def bench(
     models: Annotated[
         list[Path],
-        typer.Argument(metavar="A [B …]", help="Models or their folders; the first is what others are compared with."),
+        typer.Argument(
+            readable=False,
+            metavar="A [B …]",
+            help="Models or their folders; the first is what others are compared with.",
+        ),
     ],
-    threads: Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=MOST, help="Threads of ONNX Runtime.")] = 1,
     tokens: Annotated[
         str | None, typer.Option(metavar="N,…", help="Tokens that a language model reads at once; by default 1,128.")
     ] = None,
     data: Annotated[
         str | None, typer.Option("--data", metavar="SPEC", help="Run on data, as --calibration of `compile` has it.")
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json; by default the one beside A.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples of --data, run one after another.")] = 4,
+    tokenizer: Annotated[
+        Path | None, typer.Option(readable=False, help="tokenizer.json; by default the one beside A.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, max=MOST, help="Samples of --data, run one after another.")] = 4,
     seq_len: SequenceLength = None,
     json_: Json = False,
 ) -> None:

@@ -115,7 +115,7 @@ def open_file(
     providers: Sequence[str] = ("CPUExecutionProvider",),
 ) -> onnxruntime.InferenceSession:
     """A session over a .onnx file with `options` and what the model records. Raises ModelError."""
-    import onnxruntime as ort
+    ort = onnxruntime_library()
 
     for key, value in recorded.config_entries.items():
         options.add_session_config_entry(key, value)
