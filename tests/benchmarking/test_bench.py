@@ -125,7 +125,7 @@ def test_what_cannot_be_timed_is_one_sentence(folder: Path) -> None:
     with pytest.raises(ModelError, match="does not exist"):
         qcompiler.bench(folder / "float", folder / "nothing")
     np.savez(folder / "wide.npz", x=np.ones((2, 2, 9), np.float32))
-    with pytest.raises(DataError, match="has shape"):
+    with pytest.raises(DataError, match="has the shape"):
         qcompiler.bench(folder / "float", data=str(folder / "wide.npz"))
 
 
