@@ -115,6 +115,16 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path} cannot be read as UTF-8 text ({error})") from error
 
 
+def _check_length(item: Input, sequence_length: int, where: str) -> None:
+    """A model for one length alone can be given no other; what is cut to another would blame the data."""
+    fixed = item.dims[-1] if item.dims and item.rank in (1, 2) else None
+    if isinstance(fixed, int) and fixed != sequence_length:
+        raise DataError(
+            f"{where} is read in pieces of {sequence_length} tokens, and the model reads {fixed} at once, no more and "
+            f"no fewer; give --seq-len {fixed}"
+        )
+
+
 def _batched(value: object, key: str, signature: Signature, sequence_length: int | None) -> object:
     """Give a flat list the batch axis that the model's input has, and cut ids to the sequence length."""
     item = signature.inputs.get(key)
@@ -125,6 +135,8 @@ def _batched(value: object, key: str, signature: Signature, sequence_length: int
         value = [value]
     if item.rank != 2 or sequence_length is None:
         return value
+    if any(isinstance(row, list) and len(row) > sequence_length for row in value):
+        _check_length(item, sequence_length, f"{key!r} of a line")
     return [row[:sequence_length] if isinstance(row, list) else row for row in value]
 
 
@@ -137,6 +149,7 @@ def text(
     very much longer than what is asked for only the places of the windows are read.
     """
     name = signature.token_input()
+    _check_length(signature.inputs[name], sequence_length, str(path))
     encoder = open_tokenizer(tokenizer, str(path))
     if limit is not None and not contiguous and path.stat().st_size > LONG_TEXT * 4 * limit * sequence_length:
         windows = _windows_of_places(path, encoder, sequence_length, limit)

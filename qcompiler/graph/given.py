@@ -38,6 +38,8 @@ STORED = {
     "int64_data": {_D.INT64: 1}, "uint64_data": {_D.UINT64: 1, _D.UINT32: 1}, "string_data": {_D.STRING: 1},
 }  # fmt: skip
 """Fields of numbers by their types, and how many make an element; all other types lie in int32_data."""
+NAMES_A_TYPE = ("to", "dtype", "output_dtype")
+"""Attributes whose number is an element type."""
 TYPED_FIELDS = (*STORED, "int32_data")
 
 
@@ -259,6 +261,8 @@ def _check_defined(node: onnx.NodeProto, where: str, domain: str, version: int) 
         elif given[name].type != kind:
             has, due = (_Kind.AttributeType.Name(number) for number in (given[name].type, kind))
             raise ModelError(f"{where} has its attribute {name!r} as {has}, but it must be {due}; {AGAIN}")
+        elif name in NAMES_A_TYPE and kind == _Kind.INT and not given[name].ref_attr_name:
+            _check_type(given[name].i, f"the attribute {name!r} of {where}", absent=not required)
     for name in given.keys() - known.attributes.keys() if known.closed else ():
         if not name.startswith("__"):  # what tools note for themselves
             raise ModelError(f"{where} has an attribute {name!r}, which the operator does not know; {AGAIN}")

@@ -201,6 +201,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "an attribute of ONNX Runtime's": (
         node("FusedMatMul", ["h0", "w1"], "com.microsoft", transB="yes"), "'transB' as STRING, but it must be INT"
     ),
+    "a type that there is not": (node("Cast", ["h0"], to=99), "the attribute 'to' .* element type 99"),
     "a missing attribute of ONNX Runtime's": (node("MatMulNBits", ["h0", "w0", "w1"], "com.microsoft"), "lacks .*'K'"),
     "a reference outside of functions": (
         attribute("axis", type=2, ref_attr_name="a"), "from 'a', but is in no function"

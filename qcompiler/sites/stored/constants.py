@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
+from qcompiler.errors import ModelError
 from qcompiler.formats.arithmetic import quantize
 from qcompiler.functions.binary import UNPACK, is_binary, unpacked_signs
 from qcompiler.functions.library import DOMAIN, codebook_format
@@ -63,6 +64,8 @@ def shape_of(value: ir.Value | None) -> tuple[int, ...] | None:
         return before
     if node.domain == "" and node.op_type == "Transpose":
         order = node.attributes.get_ints("perm") or range(len(before))[::-1]
+        if sorted(order) != list(range(len(before))):
+            raise _impossible(node, f"{list(order)} is no order of {len(before)} axes")
         return tuple(before[axis] for axis in order)
     if is_binary(node):
         return before[0], node.attributes.get_int("in_features", 0) or 0
@@ -109,7 +112,17 @@ def evaluate(value: ir.Value | None) -> Array | None:
     inputs = [evaluate(item) for item in node.inputs]
     if any(item is not None and data is None for item, data in zip(node.inputs, inputs, strict=True)):
         return None
-    return rule(node, inputs)
+    try:
+        return rule(node, inputs)
+    except (ValueError, IndexError, TypeError, OverflowError, ZeroDivisionError) as error:
+        raise _impossible(node, str(error)) from error
+
+
+def _impossible(node: ir.Node, reason: str) -> ModelError:
+    return ModelError(
+        f"the node {node.name!r} ({node.op_type}) cannot be computed on the constants that it reads "
+        f"({' '.join(reason.split())}); export the model again"
+    )
 
 
 Rule = Callable[[ir.Node, list[Array | None]], Array | None]

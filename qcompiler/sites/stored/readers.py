@@ -10,6 +10,7 @@ from math import prod
 
 import onnx_ir as ir
 
+from qcompiler.errors import ModelError
 from qcompiler.formats.scheme import FORMATS, Granularity, PerChannel, PerGroup, PerTensor
 from qcompiler.functions.binary import FORMAT as BINARY
 from qcompiler.functions.binary import UNPACK, is_binary
@@ -147,6 +148,9 @@ def _format(node: ir.Node, codes: ir.Value, stored: ir.TensorProtocol) -> tuple[
 # ------------------------------------------------------------------------------------------------------------- kernels
 
 
+MOST_BITS = 8
+
+
 def _by_integers(node: ir.Node, codes: ir.Value) -> StoredWeight | None:
     """The operand of a kernel that has a scale for all of it, or for each output."""
     place, shape = weight(node), shape_of(codes)
@@ -212,7 +216,10 @@ def _fitting(layout: Layout, scale: ir.Value | None) -> Layout | None:
 
 def _attribute(node: ir.Node, name: str, default: int) -> int:
     found = node.attributes.get_int(name, default)
-    return default if found is None else found
+    value = default if found is None else found
+    if name == "bits" and not 1 <= value <= MOST_BITS:
+        raise ModelError(f"the node {node.name!r} ({node.op_type}) has {value} bits; 1 to {MOST_BITS} can be")
+    return value
 
 
 _READERS: dict[str, Callable[[ir.Node, ir.Value], StoredWeight | None]] = {
