@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from qcompiler.graph.edit import add_constant, remove_node_if_unused  # noqa: E402
-from qcompiler.graph.files import load, session  # noqa: E402
+from qcompiler.graph.files import load  # noqa: E402
+from qcompiler.graph.session import session  # noqa: E402
 from qcompiler.sites.find import find_sites  # noqa: E402
 
 

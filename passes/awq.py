@@ -8,10 +8,11 @@ that row s_j times smaller, as long as the scale of its group stays about what i
 
 Source: Lin et al. 2023, "AWQ", section 3.2: s_j = m_j^α, with α from the grid 0 … 1 that gives the least output error,
 divided by √(max s · min s) as in the authors' code. Here m_j is the root mean square of channel j. The output error is
-computed from the second moments H = E[x xᵀ], tr(D H Dᵀ) for D = Q(s ⊙ W) / s - W and Q round-to-nearest with the format
-and groups that the options announce: it is the error on the calibration data, without running the model again. With
-`grid: 20`, 21 roundings and products of [512, K] with [K, K] are made for each layer, as at most 512 output channels,
-evenly spaced, are looked at. α = 0 leaves the layers alone, so they never get worse by this measure.
+computed from the second moments H = E[x xᵀ], each token weighing the less the louder it is, as a sum would be the
+loudest's alone: tr(D H Dᵀ) for D = Q(s ⊙ W) / s - W and Q round-to-nearest with the format and groups that the options
+announce: it is the error on the calibration data, without running the model again. With `grid: 20`, 21 roundings and
+products of [512, K] with [K, K] are made for each layer, as at most 512 output channels, evenly spaced, are looked at.
+α = 0 leaves the layers alone, so they never get worse by this measure.
 
 Where several layers read one value (q, k and v; gate and up), the sum of their errors relative to their outputs
 decides, E‖y_i - ŷ_i‖² / E‖y_i‖². The paper runs the block and takes the error of its output; a sum of absolute errors
@@ -103,13 +104,13 @@ class Awq(StagedPass):
                 changes.skipped.extend(Skipped(linear.name, obstacle) for linear in self.selected(group.linears))
                 continue
             value = str(group.output.name)
-            found.append(Unit(value, len(found), (Tap(value, SecondMoment()),), group))
+            found.append(Unit(value, len(found), (Tap(value, SecondMoment(per_token=True)),), group))
         return found
 
     def compute(self, unit: Unit, statistics: StatisticsStore) -> Computed:
         """The α of the smallest expected error, the scales [K], and each layer's error without them and with them."""
         group: NormGroup = unit.work
-        moment = statistics.get(unit.name, SecondMoment()).result().astype(np.float32, copy=False)
+        moment = statistics.get(unit.name, SecondMoment(per_token=True)).result().astype(np.float32, copy=False)
         magnitude = folding.without_silence(np.sqrt(folding.shared(group, np.diagonal(moment).astype(np.float64))))
         weights = [_sample(linear) for linear in group.linears]
         errors = [self._errors(weights, moment, _scales(magnitude, alpha)) for alpha in self._grid()]

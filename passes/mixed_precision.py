@@ -4,9 +4,10 @@
 
 A few layers of a model suffer much more from few bits than the others. For each layer and each of ``choices`` the
 weight is rounded to nearest, and the error of the layer's output relative to the output is computed with the measured
-E[x²] of its inputs, L(b) = Σ_nj E[x_j²] (W_nj - Ŵ_nj)² / Σ_nj E[x_j²] W_nj². Among all assignments whose mean number
-of stored bits is within ``budget``, the one with the least sum of these errors is taken: a multiple-choice knapsack,
-solved exactly on a grid of 4096 steps of the budget. The model is not run again.
+E[x²] of its inputs, each token weighing the less the louder it is, L(b) = Σ_nj E[x_j²] (W_nj - Ŵ_nj)² / Σ_nj E[x_j²]
+W_nj². Among all assignments whose mean number of stored bits is within ``budget``, the one with the least sum of these
+errors is taken: a multiple-choice knapsack, solved exactly on a grid of 4096 steps of the budget. The model is not run
+again.
 
 Stored bits are codes, scales and zero points as kernels have them (int4 in groups of 128 with float32 scales: 4.25); 3
 bits are stored in 4. Give the same format, granularity and symmetry as to the pass that rounds: ``quantize-weights``,
@@ -72,7 +73,7 @@ class MixedPrecision(WeightPass):
     def taps(self, model: ir.Model) -> Sequence[Tap]:
         found = self._constants(model, Changes())
         inputs = dict.fromkeys(str(linear.input.name) for constant in found for linear in constant.linears)
-        return [Tap(name, ChannelMoments()) for name in inputs]
+        return [Tap(name, ChannelMoments(per_token=True)) for name in inputs]
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
         changes = Changes()
@@ -109,7 +110,10 @@ class MixedPrecision(WeightPass):
     def _tried(self, constant: WeightConstant, bits: int, statistics: StatisticsStore) -> tuple[float, float]:
         """Stored bits in all, and the relative error of the output."""
         axis, scheme = constant.channel_axis, with_bits(constant.scheme, bits)
-        energy = sum(statistics.get(str(linear.input.name), ChannelMoments()).result() for linear in constant.linears)
+        energy = sum(
+            statistics.get(str(linear.input.name), ChannelMoments(per_token=True)).result()
+            for linear in constant.linears
+        )
 
         def compute(data: np.ndarray) -> tuple[float, float]:
             channels = data.shape[axis]

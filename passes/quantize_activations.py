@@ -8,9 +8,9 @@
 Each value gets one pair of nodes, whichever layers share it.
 
 Static: the range comes from calibration: the extremes (``minmax``), their moving average, a percentile
-(``percentile``), the range with the smallest squared error (``mse``) or with the smallest Kullback-Leibler divergence
-(``entropy``). Scale and zero point follow from it as in ONNX's QuantizeLinear: s = (hi - lo) / (levels - 1),
-z = round(qmin - lo / s), and 0 is always exact.
+(``percentile``), the range with the smallest mean over tokens of the relative squared error (``mse``) or with the
+smallest Kullback-Leibler divergence (``entropy``). Scale and zero point follow from it as in ONNX's QuantizeLinear: s =
+(hi - lo) / (levels - 1), z = round(qmin - lo / s), and 0 is always exact.
 
 ``outputs`` puts a pair behind each convolution, too (behind the Relu or Clip that follows it), because a kernel that
 keeps integers from layer to layer needs to know the scale of its result.
@@ -44,6 +44,7 @@ from qcompiler.formats.arithmetic import scale_and_zero_point
 from qcompiler.formats.scheme import PerTensor, PerToken, Scheme
 from qcompiler.graph.rewriter import Rewriter
 from qcompiler.recipes.registry import users_own
+from qcompiler.rewriting.bias_room import make_room
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped, Tap
 from qcompiler.rewriting.pairs import Build, Pairs, Quantizable, tensor_pair, token_pair
 from qcompiler.sites.activations import activation_of, is_quantized
@@ -145,6 +146,8 @@ class QuantizeActivations(Pass):
             for site in sites:
                 if isinstance(site, Convolution) and site.dequantize is not None:
                     self._quantize_output(site, pairs, self._build(model, site, statistics, rw))
+        for site in sites:
+            make_room(site, rw)
         return changes
 
     def _sites(self, model: ir.Model) -> list[Quantizable]:
@@ -162,7 +165,8 @@ class QuantizeActivations(Pass):
             case "percentile":
                 return Percentile(percent=self.percent)
             case "mse":
-                return MSE(format=scheme.format, symmetric=bool(scheme.symmetric))
+                tokens = isinstance(site, Linear)  # what a convolution reads has no rows
+                return MSE(format=scheme.format, symmetric=bool(scheme.symmetric), per_token=tokens)
             case "entropy":
                 return Entropy(bits=min(scheme.number_format.bits, 8))
             case path:

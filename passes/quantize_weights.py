@@ -72,7 +72,7 @@ class QuantizeWeights(WeightPass):
             return ()
         found = self.constants(model, Changes())
         inputs = dict.fromkeys(str(linear.input.name) for constant in found for linear in constant.linears)
-        return [Tap(name, ChannelMoments()) for name in inputs]
+        return [Tap(name, ChannelMoments(per_token=True)) for name in inputs]
 
     def apply(self, model: ir.Model, statistics: StatisticsStore) -> Changes:
         changes = Changes()
@@ -125,7 +125,7 @@ def _bits_a_weight(constant: WeightConstant, quantized: Quantized) -> dict[str, 
 def _energy(constant: WeightConstant, statistics: StatisticsStore) -> np.ndarray:
     """E[x²] of the inputs that meet the constant, all layers together."""
     values = dict.fromkeys(str(linear.input.name) for linear in constant.linears)
-    moments = [statistics.get(value, ChannelMoments()) for value in values]
+    moments = [statistics.get(value, ChannelMoments(per_token=True)) for value in values]
     total = moments[0].fresh()
     for moment in moments:
         total.merge(moment)

@@ -108,6 +108,7 @@ class SmoothQuant(Pass):
     ) -> list[float]:
         """For each α: Σ over the layers of E‖y - ŷ‖² / E‖y‖², with rounding errors independent and uniform.
 
+        The means are over tokens, each weighed by 1 / ‖x‖²: of relative errors, as nearly as the measured moments tell.
         A rounding's error has the variance step²/12. The activation's meets the scaled weight, Σ_j (s_j² Δx²/12 +
         4 c_j) ‖W_j‖², and the weight's meets the scaled activation, Σ_j E[x_j²]/s_j² Σ_n Δw_n²/12 with
         Δw_n = 2 max_j |s_j W_jn| / (2^b - 1). c_j is what new data is expected to lose by clipping (see
@@ -136,12 +137,12 @@ class SmoothQuant(Pass):
 class _Measured:
     """What calibration saw of a value with K channels."""
 
-    STATISTICS: ClassVar[tuple[Statistic, ...]] = (ChannelRange(), ChannelMoments(), ChannelFolds())
+    STATISTICS: ClassVar[tuple[Statistic, ...]] = (ChannelRange(), ChannelMoments(per_token=True), ChannelFolds())
 
     lo: np.ndarray
     hi: np.ndarray
     squares: np.ndarray
-    """E[x²]."""
+    """E[x²], each token weighing the less the louder it is."""
     fold_lo: np.ndarray
     """The same as `lo`, of stretches of the data apart [F, K]."""
     fold_hi: np.ndarray
@@ -150,7 +151,7 @@ class _Measured:
     @staticmethod
     def at(value: str, statistics: StatisticsStore) -> _Measured:
         lo, hi = statistics.get(value, ChannelRange()).result()
-        moments = statistics.get(value, ChannelMoments())
+        moments = statistics.get(value, ChannelMoments(per_token=True))
         fold_lo, fold_hi = statistics.get(value, ChannelFolds()).result()
         lo, hi, fold_lo, fold_hi = (side.astype(np.float64) for side in (lo, hi, fold_lo, fold_hi))
         return _Measured(lo, hi, moments.result(), fold_lo, fold_hi, moments.count)
@@ -167,8 +168,10 @@ class _Measured:
     def clipped(self, peak: np.ndarray, alpha: float | None) -> np.ndarray:
         """Mean square [K] that a stretch of the data loses when scales and range come from all others.
 
-        Of each channel the largest value alone is known, and counts as the only one of its stretch that is clipped.
+        Of each channel the largest value alone is known, and counts as the only one of its stretch that is clipped. Its
+        token weighs the less, the more of all energy the value has.
         """
+        usual = float(self.squares.sum())
         lost = np.zeros_like(peak)
         for fold in range(len(self.fold_lo)):
             others = np.arange(len(self.fold_lo)) != fold
@@ -178,7 +181,9 @@ class _Measured:
             scale = _scales(np.maximum(-below, above), peak, alpha)
             lo, hi = min(float(np.min(below / scale)), 0.0), max(float(np.max(above / scale)), 0.0)
             beyond = np.maximum(self.fold_hi[fold] - hi * scale, lo * scale - self.fold_lo[fold])
-            lost += np.square(np.maximum(beyond, 0.0)) / self.rows
+            edge = np.maximum(np.square(self.fold_hi[fold]), np.square(self.fold_lo[fold]))
+            weight = usual / np.maximum(edge, usual) if usual > 0 else 1.0
+            lost += weight * np.square(np.maximum(beyond, 0.0)) / self.rows
         return lost
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qcompiler.calibration.calibrator import Calibrator, Hook, load_statistics, model_hash, save_statistics
-from qcompiler.driver import inputs, pipeline
+from qcompiler.driver import inputs, opening, pipeline
 from qcompiler.driver.compiled import Compiled
 from qcompiler.driver.inputs import Data
 from qcompiler.driver.observers import Snapshots, onlookers
@@ -21,6 +21,7 @@ from qcompiler.recipes import Recipe
 from qcompiler.report import build, check_gates
 from qcompiler.report.facts import inventory
 from qcompiler.statistics import StatisticsStore
+from qcompiler.targets import Target
 
 
 def compile(
@@ -65,6 +66,7 @@ def compile(
     plan = inputs.plan(recipe, target, options, exclude, samples, sequence_length, dtype, has_data)
     graph, source = inputs.load(model)
     inputs.check_plan(plan, graph)
+    opening.check_input(model)
     hashes, store, measured_on, held_out = {"model": model_hash(graph)}, StatisticsStore(), None, None
     if calibration is not None:
         measured_on, held_out = inputs.samples(calibration, graph, plan.recipe, tokenizer)
@@ -85,8 +87,13 @@ def compile(
     portable = snapshots.of(graph)
     runs += pipeline.run(graph, plan.lowering, store, calibrator, observers)
     inputs.finish(graph, plan.recipe)
-    comparison = build.comparison(reference, graph, portable, held_out, facts, runs, memory_limit, progress)
-    report = build.report(plan.recipe, graph, facts, runs, comparison, before, hashes)
+    with opening.written(graph, work_dir, lean=memory_limit is not None) as opened:
+        comparison = build.comparison(
+            reference, graph, portable, held_out, facts, runs, Target.load(plan.recipe.target), opened, memory_limit,
+            progress,
+        )  # fmt: skip
+    report = build.report(plan.recipe, graph, facts, runs, comparison, before, hashes,
+                          None if measured_on is None else measured_on.rows())  # fmt: skip
     report.gates, report.strict = check_gates(plan.recipe.gates, report.outputs), strict
     report.model = printable(str(model)) if source is not None else str(graph.graph.name)
     report.pictures = build.pictures(report, facts, reference, portable, graph, runs, store)

@@ -2,6 +2,7 @@
 
     QCompilerError              what the user can mend; the command line prints it as one sentence and exits with 2
     ├── ModelError              the model cannot be read, or holds what qcompiler does not support
+    │   └── NoKernelError       onnxruntime has no kernel here for one of its nodes
     ├── DataError               calibration or evaluation data is missing, misshapen or not finite
     ├── RecipeError             a recipe, a pass option or a name pattern is wrong
     │   └── SchemeError         a number format, granularity or their combination is wrong
@@ -27,6 +28,10 @@ class QCompilerError(Exception):
 
 class ModelError(QCompilerError):
     """The model cannot be read, or holds something that qcompiler does not support."""
+
+
+class NoKernelError(ModelError):
+    """The model is well-formed, and onnxruntime has no kernel on this machine for one of its nodes."""
 
 
 class DataError(QCompilerError):

@@ -109,7 +109,7 @@ NAMED: tuple[Mutant, ...] = (
            "passes/test_lower_weight_only.py::test_an_embedding_with_scales_of_its_own_keeps_them"),
     _named("E1", "qcompiler/evaluation/evaluate.py", "baseline.update(expected, ids, mask)",
            "baseline.update(expected, ids)", "evaluation/test_evaluate.py::test_padding_counts_for_neither_model"),
-    _named("L2", "qcompiler/evaluation/likelihood.py", "infinite = np.isinf(a) & (a == b)", "infinite = np.isinf(a)",
+    _named("L2", "qcompiler/evaluation/difference.py", "infinite = np.isinf(a) & (a == b)", "infinite = np.isinf(a)",
            "evaluation/test_compare.py::test_difference_of_special_numbers"),
     _named("Q2", "qcompiler/formats/arithmetic.py", "== np.float16 and not normal else info", "== np.float16 else info",
            "formats/test_arithmetic.py::test_a_scale_of_16_bits_is_never_zero"),
@@ -149,7 +149,7 @@ NAMED: tuple[Mutant, ...] = (
     # Once a list of operators that draw numbers; now their trait.
     _named("S4", "qcompiler/sessions/segments.py", 'repeatable = not has(node, "random") and not any(',
            "repeatable = not any(", "sessions/test_segments.py::test_numbers_by_chance_are_drawn_once"),
-    _named("IO6", "qcompiler/graph/files.py", "if len(folders) > 1 or _bytes_in_memory(model) > INLINE_SESSION:",
+    _named("IO6", "qcompiler/graph/session.py", "if len(folders) > 1 or _bytes_in_memory(model) > INLINE_SESSION:",
            "if len(folders) > 1:", "graph/test_files.py::test_large_new_constants_go_through_a_file"),
 )  # fmt: skip
 

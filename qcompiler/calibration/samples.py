@@ -32,6 +32,7 @@ from qcompiler.graph.model_inputs import Signature
 from qcompiler.graph.places import exists
 
 Sample = dict[str, np.ndarray]
+MOST_AXES_OF_ROWS = 3  # batch, tokens, features; an input of more is a picture
 DEFAULT_LIMIT, DEFAULT_SEQUENCE_LENGTH, RANDOM_SEQUENCE_LENGTH = 128, 256, 32
 
 
@@ -48,6 +49,7 @@ class Samples:
         self._source, self._signature = source, signature
         self._start, self._stop = 0, limit
         self._hash: str | None = None
+        self._rows: int | None = None
         if next(iter(self), None) is None:
             raise DataError(f"{source.description} holds no samples")
 
@@ -80,16 +82,34 @@ class Samples:
         part._hash = None
         return part
 
+    def rows(self) -> int | None:
+        """How many tokens, or rows of features, there are; None for samples without any (images). Reads as `hash`."""
+        self.hash()
+        return self._rows
+
     def hash(self) -> str:
         """SHA-256 over names, types, shapes and contents of all samples; reads them once."""
         if self._hash is None:
             digest = hashlib.sha256()
+            self._rows = 0
             for sample in self:
+                rows = _rows(sample)
+                self._rows = None if rows is None or self._rows is None else self._rows + rows
                 for name, array in sample.items():
                     digest.update(f"{name}:{array.dtype}:{array.shape};".encode())
                     digest.update(str(array.tolist()).encode() if array.dtype == object else array.tobytes())
             self._hash = digest.hexdigest()
         return self._hash
+
+
+def _rows(sample: Sample) -> int | None:
+    """Of one sample: its tokens, else what shares all indices but the last of its widest input of floats."""
+    if "input_ids" in sample:
+        return sample["input_ids"].size
+    floats = [array for array in sample.values() if array.dtype.kind == "f"]
+    if not floats or any(array.ndim > MOST_AXES_OF_ROWS for array in floats):
+        return None
+    return max(array.size // max(1, array.shape[-1]) if array.ndim else 1 for array in floats)
 
 
 def open_samples(

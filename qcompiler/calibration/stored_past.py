@@ -6,21 +6,21 @@ append to the cache, so that it reads what it would hold had it read the text it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.calibration.samples import Samples
+from qcompiler.calibration.samples import Sample, Samples
 from qcompiler.functions.cache import PACK, QUANTIZE, add_cache_function, is_cache_function
 from qcompiler.functions.library import DOMAIN
-from qcompiler.graph import files as model_io
 from qcompiler.graph.edit import add_constant, constant, new_node
 from qcompiler.graph.metadata import CACHE_SOURCE
 from qcompiler.graph.model_inputs import Signature
 from qcompiler.graph.operators import has, quantized
+from qcompiler.graph.session import session
 from qcompiler.sites.caches import CODES
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class StoredPasts:
                 found.update(encoder.empty(past))
                 continue
             if name not in self._sessions:
-                self._sessions[name] = model_io.session(encoder.part)
+                self._sessions[name] = session(encoder.part)
             wanted = encoder.part.graph.inputs[0].dtype or ir.DataType.FLOAT
             codes = self._sessions[name].run(None, {encoder.source: past.astype(wanted.numpy())})
             found.update(zip((str(value.name) for value in encoder.inputs), codes, strict=True))
@@ -75,9 +75,9 @@ class StoredPasts:
 class Adapted:
     """Samples as another model reads them; keeps `count`, which the progress bar wants."""
 
-    def __init__(self, samples: Samples, model: ir.Model) -> None:
+    def __init__(self, samples: Iterable[Sample], model: ir.Model) -> None:
         self._samples, self._signature, self._pasts = samples, Signature(model), StoredPasts(model)
-        self.count = samples.count
+        self.count = samples.count if isinstance(samples, Samples) else None
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         for index, sample in enumerate(self._samples):

@@ -25,7 +25,7 @@ from qcompiler.diagnosis.report import Diagnosis, LayerDiagnosis, Proposal
 from qcompiler.diagnosis.rounded_inputs import schemes
 from qcompiler.driver.inputs import load
 from qcompiler.errors import ModelError, RecipeError
-from qcompiler.evaluation.likelihood import Difference
+from qcompiler.evaluation.difference import Difference
 from qcompiler.formats.scheme import Scheme
 from qcompiler.graph.metadata import RECIPE
 from qcompiler.graph.model_folder import tokenizer_beside
@@ -83,7 +83,7 @@ def debug(
         mine, theirs, regions, data, effect_samples=effect_samples, rescaled=_rescales(recipe),
         memory_limit=memory_limit, progress=progress,
     )  # fmt: skip
-    typical = max(LEAST_NOISE, median(_noise(measured.layers[region.name].before) for region in regions))
+    typical = max(LEAST_NOISE, median(measured.layers[region.name].before.relative_noise for region in regions))
     layers = [_layer(region, measured.layers[region.name], typical) for region in regions]
     if not any(layer.quantized for layer in layers) and measured.outputs.noise == 0:
         raise ModelError(
@@ -154,8 +154,8 @@ def _layer(region: Region, errors: LayerErrors, typical: float) -> LayerDiagnosi
     coded, inputs = ((), ()) if isinstance(site, StoredCache) else (_weights(region), schemes(region))
     kernels = [node.op_type for node in region.nodes if node.op_type == site.node.op_type or node.domain]
     share = None
-    if errors.activation is not None and errors.alone.noise > 0:
-        share = min(1.0, errors.activation.noise / errors.alone.noise)
+    if errors.activation is not None and errors.alone.relative > 0:
+        share = min(1.0, errors.activation.relative / errors.alone.relative)
     outliers = errors.outliers
     return LayerDiagnosis(
         name=site.name, module_path=site.module_path, block=site.block, op=site.node.op_type,
@@ -182,15 +182,8 @@ def _weights(region: Region) -> tuple[Scheme, ...]:
     ))  # fmt: skip
 
 
-def _noise(difference: Difference) -> float:
-    """Noise over signal."""
-    if math.isnan(difference.noise):
-        return math.inf
-    return difference.noise / difference.signal if difference.signal else (math.inf if difference.noise else 0.0)
-
-
 def _added(before: Difference, after: Difference, typical: float) -> float:
-    """10 log10 of how much larger noise over signal is after than before, both on top of what is typical of inputs."""
-    if math.isinf(_noise(before)):
+    """10 log10 of how much larger relative noise is after than before, both on top of what is typical of inputs."""
+    if math.isinf(before.relative_noise):
         return 0.0
-    return 10 * math.log10((_noise(after) + typical) / (_noise(before) + typical))
+    return 10 * math.log10((after.relative_noise + typical) / (before.relative_noise + typical))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from qcompiler.evaluation.likelihood import Difference
+from qcompiler.evaluation.difference import Difference
+from qcompiler.statistics.rows import token_weights
 
 FITS = 0.1
 """A value counts as rescaled where a factor for each channel leaves less than this share of the error."""
@@ -56,17 +57,21 @@ class Rescaling:
     """
 
     def __init__(self) -> None:
-        self._sums: np.ndarray | None = None  # Σ x², Σ x x', Σ x'²  [3, channels]
+        # Σ x², Σ x x', Σ x'² over rows, and the same with each row over its energy  [6, channels]
+        self._sums: np.ndarray | None = None
+        self._rows = 0
         self._factor: np.ndarray | None = None
 
     def update(self, reference: np.ndarray, candidate: np.ndarray) -> None:
         if not reference.ndim or reference.dtype.kind != "f":
             return
         a, b = (array.reshape(-1, array.shape[-1]).astype(np.float64) for array in (reference, candidate))
-        sums = np.stack([(a * a).sum(0), (a * b).sum(0), (b * b).sum(0)])
+        products, weights = (a * a, a * b, b * b), token_weights(a)
+        sums = np.stack([*(item.sum(0) for item in products), *(weights @ item for item in products)])
         if self._sums is not None and self._sums.shape != sums.shape:
             return  # the last axis is no channels: positions of a sequence, say
         self._sums = sums if self._sums is None else self._sums + sums
+        self._rows += int((weights > 0).sum())
         self._factor = None
 
     @property
@@ -74,7 +79,7 @@ class Rescaling:
         """[channels]; 1 for a channel that is always zero."""
         if self._factor is None:
             assert self._sums is not None
-            own, both, _ = self._sums
+            own, both = self._sums[:2]
             self._factor = np.where((own > 0) & (both > 0), both / np.where(own > 0, own, 1.0), 1.0)
         return self._factor
 
@@ -83,15 +88,20 @@ class Rescaling:
         """Whether the value was rescaled, by more than what is lost in rounding."""
         if self._sums is None:
             return False
-        own, both, other = self._sums
+        own, both, other = self._sums[:3]
         plain = float((own - 2 * both + other).sum())
         return plain > 1e-4 * float(own.sum()) and self.difference().noise < FITS * plain
 
     def difference(self) -> Difference:
         """The error in the scale of the first model; the largest one is not known."""
         assert self._sums is not None
-        own, both, other = self._sums
         factor = self.factor
-        noise = np.maximum(own - 2 * both / factor + other / factor**2, 0).sum()
-        return Difference(signal=float(own.sum()), noise=float(noise), product=float((both / factor).sum()),
-                          other=float((other / factor**2).sum()))  # fmt: skip
+        noise, relative = (
+            float(np.maximum(own - 2 * both / factor + other / factor**2, 0).sum())
+            for own, both, other in (self._sums[:3], self._sums[3:])
+        )
+        own, both, other = self._sums[:3]
+        return Difference(
+            signal=float(own.sum()), noise=noise, product=float((both / factor).sum()),
+            other=float((other / factor**2).sum()), rows=self._rows, relative=relative,
+        )  # fmt: skip

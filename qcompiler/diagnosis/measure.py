@@ -23,7 +23,8 @@ from qcompiler.diagnosis.effects import Deltas, inject
 from qcompiler.diagnosis.regions import STORED, Cut, Region, StoredCache, model_of
 from qcompiler.diagnosis.rounded_inputs import Rounded, rounded_input
 from qcompiler.errors import DataError, ModelError
-from qcompiler.evaluation.likelihood import Difference, Divergence
+from qcompiler.evaluation.difference import Difference, feature_maps
+from qcompiler.evaluation.likelihood import Divergence
 from qcompiler.progress import progress_bar
 from qcompiler.sessions import segments
 from qcompiler.sessions.session import Kept, Session
@@ -86,7 +87,7 @@ def measure(
         count = _run_reference(reference, regions, main, samples, found, kept, memory_limit, progress)
         scales = {name: Rescaling() for name in _names(regions)} if rescaled else {}
         outputs, divergence = _run_candidate(
-            candidate, regions, main, samples, found, scales, kept, memory_limit, progress
+            reference, candidate, regions, main, samples, found, scales, kept, memory_limit, progress
         )
         deltas = Deltas(kept, min(effect_samples, count))
         with progress_bar("layers alone", progress) as report:
@@ -151,14 +152,16 @@ def _run_reference(
 
 
 def _run_candidate(
-    model: ir.Model, regions: Sequence[Region], main: Sequence[str], samples: Samples, found: dict[str, LayerErrors],
-    scales: Mapping[str, Rescaling], kept: Kept, memory_limit: int | None, progress: bool,
+    reference: ir.Model, model: ir.Model, regions: Sequence[Region], main: Sequence[str], samples: Samples,
+    found: dict[str, LayerErrors], scales: Mapping[str, Rescaling], kept: Kept, memory_limit: int | None,
+    progress: bool,
 ) -> tuple[Difference, Divergence]:  # fmt: skip
     """Compare the quantized model with what was kept, value by value."""
     outputs, divergence = Difference(), Divergence()
     names = {str(value.name): original for region in regions for value, original in region.shared.items()}
     names |= {str(region.output.name): str(region.site.output.name) for region in regions}
     errors = {original: Difference() for original in names.values()}
+    maps = feature_maps(reference)
     stored = {str(value.name) for region in regions for value in region.inputs.keys() - region.shared.keys()}
 
     def compare(name: str, sample: int, array: np.ndarray) -> None:
@@ -166,14 +169,14 @@ def _run_candidate(
             kept.put(STORED + name, sample, array)
         if name in main:
             expected = _same_shape(name, kept.get(name, sample), array)
-            outputs.update(expected, array)
+            outputs.update(expected, array, whole=name in maps)
             if _is_logits(name, array):
                 divergence.update(expected, array)
         original = names.get(name)
         if original is None or array.dtype.kind not in "fV":
             return
         expected = _same_shape(name, kept.get(original, sample), array)
-        errors[original].update(expected, array)
+        errors[original].update(expected, array, whole=original in maps)
         if original in scales:
             scales[original].update(expected, array)
 
@@ -187,12 +190,8 @@ def _run_candidate(
         mine = found[region.name]
         mine.accumulated = errors[str(region.site.output.name)]
         floats = [errors[name] for name in region.shared.values() if errors[name].signal]
-        mine.before = max(floats, key=_nsr, default=Difference())
+        mine.before = max(floats, key=lambda error: error.relative_noise, default=Difference())
     return outputs, divergence
-
-
-def _nsr(difference: Difference) -> float:
-    return difference.noise / difference.signal if difference.signal else 0.0
 
 
 def _same_shape(name: str, expected: np.ndarray, array: np.ndarray) -> np.ndarray:
@@ -233,6 +232,7 @@ def _run_regions(
     scales: Mapping[str, Rescaling], kept: Kept, deltas: Deltas, count: int, memory_limit: int | None,
 ) -> None:  # fmt: skip
     rounded = {region.name: rounded_input(region) for region in regions}
+    maps = feature_maps(reference)
     cuts = []
     for region in regions:
         extra = rounded[region.name]
@@ -245,9 +245,10 @@ def _run_regions(
     for sample in range(count):
         results = dict(quantized.run(_feed(quantized, scales, kept, sample), sample))
         for region in regions:
-            expected = kept.get(str(region.site.output.name), sample)
-            alone = _restored(results[ALONE + region.name], scales.get(str(region.site.output.name)))
-            found[region.name].alone.update(expected, alone)
+            name = str(region.site.output.name)
+            expected = kept.get(name, sample)
+            alone = _restored(results[ALONE + region.name], scales.get(name))
+            found[region.name].alone.update(expected, alone, whole=name in maps)
             deltas.put(region.name, sample, (alone - expected.astype(alone.dtype)).astype(expected.dtype))
         if floats is not None:
             _measure_activations(floats, sites, rounded, results, found, scales, kept, sample)
@@ -290,7 +291,7 @@ class _Part:
 def _session(model: ir.Model, kept: Kept, memory_limit: int | None) -> _Part:
     inputs = {str(value.name): value.dtype or ir.DataType.FLOAT for value in model.graph.inputs}
     outputs = [str(value.name) for value in model.graph.outputs]
-    return _Part(Session(model, list(inputs), outputs, kept, limited=memory_limit is not None), inputs)
+    return _Part(Session.of_part(model, list(inputs), outputs, kept, limited=memory_limit is not None), inputs)
 
 
 def _float_session(reference: ir.Model, sites: Sequence[Region], kept: Kept, memory_limit: int | None) -> _Part:
@@ -334,12 +335,13 @@ def _measure_effects(
     for errors in found.values():
         errors.outputs = Difference()
     together = LayerErrors(outputs=Difference())
+    maps = feature_maps(reference)
 
     def measure(sites: tuple[str, ...], name: str, sample: int, array: np.ndarray) -> None:
         errors = together if len(sites) > 1 else found[sites[0]]
         expected = kept.get(name, sample)
         assert errors.outputs is not None
-        errors.outputs.update(expected, array)
+        errors.outputs.update(expected, array, whole=name in maps)
         if _is_logits(name, array):
             errors.divergence = errors.divergence or Divergence()
             errors.divergence.update(expected, array)

@@ -132,7 +132,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _plain(array: np.ndarray) -> np.ndarray:
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")  # ascontiguousarray would make a row of a scalar
     return array.view(np.uint16) if str(array.dtype) in _BYTES_ONLY else array
 
 

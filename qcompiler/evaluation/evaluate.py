@@ -11,7 +11,8 @@ import numpy as np
 from qcompiler.calibration.samples import Samples, open_samples
 from qcompiler.calibration.stored_past import StoredPasts
 from qcompiler.errors import DataError, ModelError
-from qcompiler.evaluation.likelihood import Difference, Divergence, Likelihood
+from qcompiler.evaluation.difference import Difference
+from qcompiler.evaluation.likelihood import Divergence, Likelihood
 from qcompiler.graph import files as model_io
 from qcompiler.graph.model_folder import tokenizer_beside
 from qcompiler.graph.model_inputs import PAST, Signature

@@ -21,11 +21,9 @@ from qcompiler.graph.check import without_weights
 from qcompiler.graph.given import check_given
 from qcompiler.graph.model_folder import copy_companions, is_companion
 from qcompiler.graph.places import check_place, exists, is_file
-from qcompiler.graph.runtime_library import SILENT
-from qcompiler.graph.runtime_library import onnxruntime as onnxruntime_library
 
 if TYPE_CHECKING:
-    import onnxruntime
+    pass
 
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 OUTPUT_FILES = frozenset({MODEL_FILE, DATA_FILE, "recipe.yaml", "report.json", "report.html"})
@@ -34,7 +32,6 @@ OLDEST_OPSET, NEWEST_OPSET = 13, 25
 
 INLINE_MODEL = 1 << 20  # bytes of constants up to which a model is one file
 INLINE_TENSOR = 1 << 10  # bytes up to which a constant stays in the .onnx file of a larger model
-INLINE_SESSION = 512 << 20  # bytes of new constants that a session may be handed in memory (protobuf's limit is 2 GiB)
 
 
 # ---------------------------------------------------------------------------------------------------- load
@@ -80,18 +77,18 @@ def load(path: str | Path) -> ir.Model:
     except OSError as error:
         raise ModelError(f"the model {file} cannot be read: {error.strerror or error}") from error
     except Exception as error:
-        raise ModelError(f"{file} is no ONNX model, or is cut off ({_first_line(error)}); export it again") from error
+        raise ModelError(f"{file} is no ONNX model, or is cut off ({first_line(error)}); export it again") from error
     _check_versions(proto, file)
     unsorted = check_given(proto, file)
     try:
         model: ir.Model = ir.from_proto(proto)
     except Exception as error:
-        raise ModelError(f"{file} is no model that can be read ({_first_line(error)}); export it again") from error
+        raise ModelError(f"{file} is no model that can be read ({first_line(error)}); export it again") from error
     ir.external_data.set_base_dir(model.graph, file.parent)
     if unsorted:
         for graph in (model.graph, *(function.graph for function in model.functions.values())):
             graph.sort()
-    for tensor in _external_tensors(model):
+    for tensor in external_tensors(model):
         _check_external(tensor, file.parent)
     return model
 
@@ -104,7 +101,7 @@ def take(model: str | Path | ir.Model) -> ir.Model:
     return model.clone()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].strip().rstrip(".") if lines else type(error).__name__
 
@@ -121,7 +118,7 @@ def _check_versions(model: onnx.ModelProto, file: Path) -> None:
             )
 
 
-def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     for graph in model.graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
@@ -205,7 +202,7 @@ def save(
         raise _output_error(folder, error) from error
     try:
         partial.chmod(0o777 & ~_umask())  # mkdtemp gives 0o700
-        _write_model(model, partial)
+        write_model(model, partial)
         if source_folder is not None:
             copy_companions(Path(source_folder), partial)
         for name, content in (extra_files or {}).items():
@@ -230,7 +227,7 @@ def _is_short_write(error: OSError) -> bool:
 
 def _check_not_source(model: ir.Model, folder: Path, source_folder: str | Path | None) -> None:
     place = folder.resolve()
-    sources = {Path(tensor.base_dir).resolve() for tensor in _external_tensors(model)}
+    sources = {Path(tensor.base_dir).resolve() for tensor in external_tensors(model)}
     if source_folder is not None:
         sources.add(Path(source_folder).resolve())
     if place in sources or any(source.is_relative_to(place) for source in sources):
@@ -257,7 +254,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _write_model(model: ir.Model, folder: Path) -> None:
+def write_model(model: ir.Model, folder: Path) -> None:
     constants = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
     total = sum(tensor.nbytes for tensor in constants if tensor is not None)
     limit = INLINE_TENSOR if total > INLINE_MODEL else INLINE_MODEL
@@ -337,43 +334,29 @@ def _umask() -> int:
     return mask
 
 
-# ---------------------------------------------------------------------------------------------------- sessions
+@contextlib.contextmanager
+def written(model: ir.Model, work_dir: str | Path | None = None) -> Iterator[Path]:
+    """The model.onnx of a copy on disk, as `save` would write it, which is gone afterwards.
 
-
-def session(
-    model: ir.Model,
-    options: onnxruntime.SessionOptions | None = None,
-    providers: tuple[str, ...] = ("CPUExecutionProvider",),
-) -> onnxruntime.InferenceSession:
-    """Open a model, as it is in memory, in ONNX Runtime.
-
-    External weights that lie in one folder are read there by ONNX Runtime itself and never enter Python. Constants
-    made in memory travel inside the model up to `INLINE_SESSION` bytes; beyond that, or where the external weights
-    lie in several folders, everything is written to a temporary folder that is gone when this returns.
-    `options` are used as they are, plus the weights folder. ModelError if ONNX Runtime refuses the model.
+    It lies in `work_dir`, or where temporary files do. Raises OutputError.
     """
-    ort = onnxruntime_library()
-
-    if options is None:
-        options = ort.SessionOptions()
-        options.log_severity_level = SILENT
-    folders = {str(Path(tensor.base_dir).resolve()) for tensor in _external_tensors(model)}
-    try:
-        if len(folders) > 1 or _bytes_in_memory(model) > INLINE_SESSION:
-            with tempfile.TemporaryDirectory(prefix="qcompiler-session-") as folder:
-                _write_model(model, Path(folder))
-                return ort.InferenceSession(Path(folder) / MODEL_FILE, options, providers=list(providers))
-        for folder in folders:
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-        return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=list(providers))
-    except OSError as error:
-        raise OutputError(f"a temporary copy of the model cannot be written: {error.strerror or error}") from error
-    except Exception as error:
-        if not type(error).__module__.startswith("onnxruntime"):
-            raise
-        raise ModelError(f"ONNX Runtime refuses the model: {_first_line(error)}") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            if work_dir is None:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qcompiler-")))
+            else:
+                folder = Path(work_dir) / "written"
+                stack.callback(_remove, folder)
+                shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+                folder.mkdir(parents=True)
+            write_model(model, folder)
+        except OSError as error:
+            raise _output_error(folder, error) from error
+        yield folder / MODEL_FILE
 
 
-def _bytes_in_memory(model: ir.Model) -> int:
-    tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
-    return sum(t.nbytes for t in tensors if t is not None and not isinstance(t, ir.ExternalTensor))
+def _remove(folder: Path) -> None:
+    """A folder, and the one that it is in where that holds nothing else."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompiler.calibration.samples import Samples
-from qcompiler.evaluation.compare import Comparison, compare
+from qcompiler.evaluation.compare import Comparison, Measures, compare
 from qcompiler.formats.scheme import Scheme, in_words
 from qcompiler.half.emulation import emulated
 from qcompiler.placement import predict
 from qcompiler.recipes import CONVERT, Recipe
-from qcompiler.report.cautions import float_inputs, warnings
+from qcompiler.report.cautions import float_inputs, optimizer_changes, warnings
 from qcompiler.report.distributions import channel_pictures, weight_pictures
 from qcompiler.report.drawing import by_name, drawings
 from qcompiler.report.facts import SiteFacts
 from qcompiler.report.kernels import with_kernels
+from qcompiler.report.looks import looks
 from qcompiler.report.pictures import Pictures
 from qcompiler.report.report import CacheSizes, PassReport, PassSkip, Report, SiteReport, Sizes
 from qcompiler.report.speed import speed_classes
 from qcompiler.rewriting.contract import PassRun
 from qcompiler.statistics import StatisticsStore
 from qcompiler.targets import Target
-from qcompiler.targets.kernels import missing_on_cpu
+from qcompiler.targets.kernels import CPU, missing_on_cpu
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 DISTRIBUTIONS = ("onnx-qcompiler", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 
@@ -35,24 +40,29 @@ RECIPE_LEAVES_IT_OUT = "the recipe leaves it out"
 
 def report(
     recipe: Recipe, graph: ir.Model, facts: Sequence[SiteFacts], runs: Sequence[PassRun],
-    comparison: Comparison | None, before: Mapping[str, int], hashes: dict[str, str],
+    comparison: Comparison | None, before: Mapping[str, int], hashes: dict[str, str], rows: int | None = None,
 ) -> Report:  # fmt: skip
-    """The report of a finished compilation, of which `graph` is the result; `before` are the constants' bytes."""
+    """The report of a finished compilation, of which `graph` is the result.
+
+    `before` are the constants' bytes, `rows` are those of data that was measured (`Samples.rows`).
+    """
     measured = comparison.values if comparison is not None else {}
     facts = _worked_on(facts, runs)
-    sqnr = {item.name: measured[item.output].sqnr_db for item in facts if item.output in measured}
     in_float = float_inputs(runs)
-    sites = [_site_report(item, runs, sqnr.get(item.name), item.name in in_float) for item in facts]
+    sites = [_site_report(item, runs, measured.get(item.output), item.name in in_float) for item in facts]
     target, after = Target.load(recipe.target), constant_bytes(graph)
     placement = predict(graph, target)
-    said = warnings(recipe, target, sites, runs, comparison, placement)
+    said = warnings(facts, recipe, target, sites, runs, comparison, placement)
     if placement is not None:
         sites = with_kernels(sites, graph, placement, target)
     outputs = {name: item.to_dict() for name, item in comparison.outputs.items()} if comparison is not None else {}
+    apart = optimizer_changes(comparison) if comparison is not None else []
     return Report(
         recipe=recipe.name, target=recipe.target, sites=sites,
         sizes=sizes(facts, sites, before, after, sum(run.changes.narrowed for run in runs)),
         passes=pass_reports(runs), outputs=outputs, versions=versions(), hashes=hashes, warnings=said,
+        looks=looks(recipe, sites, runs, outputs, rows),
+        unoptimized={name: comparison.unoptimized[name].to_dict() for name in apart} if comparison is not None else {},
         cache=cache_sizes(facts, sites), placement=placement, resolved_recipe=recipe.to_yaml(),
     )  # fmt: skip
 
@@ -78,12 +88,14 @@ def _worked_on(facts: Sequence[SiteFacts], runs: Sequence[PassRun]) -> list[Site
 
 def comparison(
     reference: ir.Model, graph: ir.Model, portable: ir.Model, held_out: Samples | None, facts: Sequence[SiteFacts],
-    runs: Sequence[PassRun], memory_limit: int | None, progress: bool,
+    runs: Sequence[PassRun], target: Target, opened: Callable[[], InferenceSession] | None, memory_limit: int | None,
+    progress: bool,
 ) -> Comparison | None:  # fmt: skip
     """How far outputs and sites are from the float model on samples that calibration did not see; None without any.
 
-    Where the lowered graph has operators that CPUs have no kernel for, the portable one is compared in its place. What
-    was converted to 16 bits is emulated, as CPUs would compute it in float32.
+    Outputs are those of the written model as `opened`. Where the lowered graph has operators that CPUs have no kernel
+    for, the portable one is compared in its place. What was converted to 16 bits is emulated, as CPUs would compute it
+    in float32, and so are its outputs for targets that do not.
     """
     if held_out is None:
         return None
@@ -91,11 +103,12 @@ def comparison(
     values = {item.output: moved.get(item.output, item.output) for item in _worked_on(facts, runs) if item.output}
     absent = missing_on_cpu((node.domain, node.op_type) for node in graph.graph.all_nodes())
     candidate, converted = portable if absent else graph, any(run.step.name == CONVERT for run in runs)
+    on_cpu = target.providers[0] == CPU
     found = compare(
         reference, emulated(candidate) if converted else candidate, held_out, values=values, divided=_divided(runs),
-        memory_limit=memory_limit, progress=progress,
+        opened=None if absent or (converted and not on_cpu) else opened, memory_limit=memory_limit, progress=progress,
     )  # fmt: skip
-    return replace(found, not_run=absent)
+    return replace(found, not_run=absent, unoptimized={} if converted else found.unoptimized)
 
 
 def _divided(runs: Sequence[PassRun]) -> dict[str, np.ndarray]:
@@ -107,7 +120,9 @@ def _divided(runs: Sequence[PassRun]) -> dict[str, np.ndarray]:
     return found
 
 
-def _site_report(item: SiteFacts, runs: Sequence[PassRun], sqnr_db: float | None, float_input: bool) -> SiteReport:
+def _site_report(
+    item: SiteFacts, runs: Sequence[PassRun], measures: Measures | None, float_input: bool
+) -> SiteReport:  # fmt: skip
     weight: Scheme | None = None
     activation: Scheme | None = None
     pass_name = kernel = ""
@@ -154,7 +169,9 @@ def _site_report(item: SiteFacts, runs: Sequence[PassRun], sqnr_db: float | None
     return SiteReport(
         name=item.name, module_path=item.module_path, op=item.op, status=status,  # type: ignore[arg-type]
         block=item.block, reason=reason, scheme=scheme, pass_name=pass_name, kernel=kernel,
-        sqnr_db=sqnr_db, details=details, weight=weight, activation=activation, cache=cache,
+        sqnr_db=measures.sqnr_db if measures is not None else None,
+        total_sqnr_db=measures.total_sqnr_db if measures is not None else None,
+        details=details, weight=weight, activation=activation, cache=cache,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -9,19 +10,27 @@ from qcompiler.evaluation.compare import Comparison
 from qcompiler.functions.binary import FORMAT as BINARY
 from qcompiler.placement import Placement
 from qcompiler.recipes import CONVERT, Recipe
+from qcompiler.report.facts import SiteFacts
 from qcompiler.report.report import SiteReport
 from qcompiler.report.speed import speed_warnings
 from qcompiler.rewriting.contract import PassRun
 from qcompiler.targets import Target
 
+LIKE_DB = 1.0
+AS_GOOD_AS_EXACT_DB = 60.0
+"""Where an optimizer that sums up in another order shows."""
+
+MANY_ROWS, MOST = 8, 0.5
+"""Of so many rows one is expected to have less than this share of the energy."""
+
 
 def warnings(
-    recipe: Recipe, target: Target, sites: Sequence[SiteReport], runs: Sequence[PassRun],
+    facts: Sequence[SiteFacts], recipe: Recipe, target: Target, sites: Sequence[SiteReport], runs: Sequence[PassRun],
     comparison: Comparison | None, placement: Placement | None,
 ) -> list[str]:  # fmt: skip
     """All of them, what concerns speed first; `sites` as they are before their kernels' conditions are added."""
     found = (placement.warnings if placement is not None else []) + speed_warnings(target, sites)
-    found += comparison_warnings(comparison)
+    found += comparison_warnings(comparison) + loud_token_warnings(facts, comparison)
     outputs = {name: item.to_dict() for name, item in comparison.outputs.items()} if comparison is not None else {}
     found += binary_warnings(sites, outputs) + range_warnings(recipe) + float_input_warnings(target, sites, runs)
     found += runtime_warnings(target, runs)
@@ -42,10 +51,46 @@ def comparison_warnings(comparison: Comparison | None) -> list[str]:
         first, rest = comparison.reshaped[0], len(comparison.reshaped) - 1
         more = f" and {rest} more" if rest else ""
         found.append(f"not compared with the float model: {first}{more}, whose shape quantization changes")
+    for name in optimizer_changes(comparison):
+        runs, plain = comparison.outputs[name].sqnr_db, comparison.unoptimized[name].sqnr_db
+        found.append(
+            f"ONNX Runtime's optimizer changes what the model computes: {name} is {runs:.1f} dB from the float model "
+            f"as it runs, and {plain:.1f} dB without the optimizer"
+        )
     if comparison.not_run:
         absent = ", ".join(comparison.not_run)
         found.append(f"compared with the float model before lowering, as ONNX Runtime has no {absent} for CPUs")
     return found
+
+
+def loud_token_warnings(facts: Sequence[SiteFacts], comparison: Comparison | None) -> list[str]:
+    """That a layer's output is loud at one token, which a sum over tokens would tell about alone."""
+    values = comparison.values if comparison is not None else {}
+    found = {
+        item.module_path or item.name: values[item.output].share_of_strongest for item in facts
+        if item.output in values and values[item.output].rows >= MANY_ROWS
+        and values[item.output].share_of_strongest > MOST
+    }  # fmt: skip
+    if not found:
+        return []
+    worst = max(found, key=lambda name: found[name])
+    layers = "1 layer" if len(found) == 1 else f"{len(found)} layers"
+    return [
+        f"one token of a sample makes most of what {layers} put out ({100 * found[worst]:.0f} % at {worst}): errors "
+        "are means over tokens, as a sum would be that token's alone"
+    ]
+
+
+def optimizer_changes(comparison: Comparison) -> list[str]:
+    """Outputs whose error onnxruntime's optimizer moves by more than what rounding in float does."""
+    return [
+        name for name, plain in comparison.unoptimized.items()
+        if name in comparison.outputs and not _alike(comparison.outputs[name].sqnr_db, plain.sqnr_db)
+    ]  # fmt: skip
+
+
+def _alike(a: float, b: float) -> bool:
+    return min(a, b) > AS_GOOD_AS_EXACT_DB or a == b or abs(a - b) <= LIKE_DB or (math.isnan(a) and math.isnan(b))
 
 
 def runtime_warnings(target: Target, runs: Sequence[PassRun]) -> list[str]:

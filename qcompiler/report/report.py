@@ -19,6 +19,7 @@ from qcompiler.report.pictures import Pictures
 from qcompiler.rewriting.contract import CacheChange
 
 Status = Literal["quantized", "excluded", "skipped"]
+State = Literal["good", "look", "failed", "not checked"]
 MOST_SHOWN = 3  # outputs in a repr
 
 
@@ -44,7 +45,10 @@ class SiteReport:
     conditions: str = ""
     """Which of the provider's kernels runs it, and of a faster one that does not, which conditions do not hold."""
     sqnr_db: float | None = None
-    """Signal-to-noise ratio of the site's output against the float model in dB; None where it was not measured."""
+    """Signal-to-noise ratio of the site's output against the float model in dB, by the mean over tokens of relative
+    errors; None where it was not measured."""
+    total_sqnr_db: float | None = None
+    """The same of the sums over all tokens, which one loud token can have to itself."""
     details: dict[str, str] = field(default_factory=dict)
     """What other passes noted about the site, by pass."""
     weight: Scheme | None = None
@@ -124,6 +128,8 @@ class Report:
     passes: list[PassReport] = field(default_factory=list)
     outputs: dict[str, dict[str, float]] = field(default_factory=dict)
     """Error of each output against the float model on held-out samples, by measure: sqnr_db, kl, top1, …"""
+    unoptimized: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of outputs that ONNX Runtime's optimizer moves: the same without it."""
     gates: list[Gate] = field(default_factory=list)
     strict: bool = False
     seconds: float = 0.0
@@ -132,6 +138,8 @@ class Report:
     hashes: dict[str, str] = field(default_factory=dict)
     """SHA-256 of what went in (model, calibration data, recipe), by name."""
     warnings: list[str] = field(default_factory=list)
+    looks: list[str] = field(default_factory=list)
+    """What a person should look at before shipping the model, a sentence each, with the next step."""
     cache: CacheSizes | None = None
     """Set where the recipe quantizes caches and the model has some."""
     placement: Placement | None = None
@@ -150,7 +158,7 @@ class Report:
         lines = [f"Report({self.recipe} for {self.target}: {counts}; {megabytes}"]
         for name, measures in list(self.outputs.items())[:MOST_SHOWN]:
             lines.append(f"  {name}: {', '.join(f'{key} {value:.4g}' for key, value in measures.items())}")
-        lines += [f"  {text}" for text in self.failures]
+        lines += [f"  {text}" for text in [*self.failures, *self.looks]]
         return "\n".join(lines) + ")"
 
     def with_status(self, status: Status) -> list[SiteReport]:
@@ -169,6 +177,15 @@ class Report:
         return broken
 
     @property
+    def state(self) -> State:
+        """What to think of the result: a failure has exit code 1, and what nobody compared is neither good nor bad."""
+        if self.failures:
+            return "failed"
+        if self.looks:
+            return "look"
+        return "good" if self.outputs else "not checked"
+
+    @property
     def exit_code(self) -> int:
         return 1 if self.failures else 0
 
@@ -177,7 +194,9 @@ class Report:
         data = dataclasses.asdict(self)
         for site in data["sites"]:
             site["pass"] = site.pop("pass_name")
-        plain: dict[str, Any] = finite({**data, "exit_code": self.exit_code, "failures": self.failures})
+        plain: dict[str, Any] = finite(
+            {**data, "state": self.state, "exit_code": self.exit_code, "failures": self.failures}
+        )
         return plain
 
     def to_json(self) -> str:
@@ -186,7 +205,7 @@ class Report:
     @staticmethod
     def from_json(text: str) -> Report:
         data = json.loads(text)
-        for derived in ("exit_code", "failures"):
+        for derived in ("state", "exit_code", "failures"):
             data.pop(derived, None)
         for site in data["sites"]:
             site["pass_name"] = site.pop("pass")

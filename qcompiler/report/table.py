@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from qcompiler.report.report import Report, SiteReport, Status, describe
+from qcompiler.report.verdict import verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,6 +39,7 @@ STATUSES: tuple[Status, ...] = ("quantized", "excluded", "skipped")
 def render(report: Report, console: Console) -> None:
     """Print the results, at most some 40 lines at a width of 100, but for warnings, which are never cut."""
     console.print(_verdict(report))
+    _print_lines(console, "look at", list(report.looks))
     console.print(_sizes(report))
     if report.outputs:
         console.print()
@@ -99,9 +101,9 @@ def _verdict(report: Report) -> Text:
     if caches:
         counts += f", {sum(site.status == 'quantized' for site in caches)} of {len(caches)} caches"
     made = f"{report.recipe} for {report.target}, {report.seconds:.0f} s: {counts}"
-    if report.failures:
-        return Text(f"✗ {made}; {'; '.join(report.failures)}", style="bold red")
-    return Text(f"✓ {made}", style="bold green")
+    found = verdict(report)
+    said = f"; {found.said}" if report.state != "good" else ""
+    return Text(f"{found.mark} {made}{said}", style=found.style)
 
 
 def _sizes(report: Report) -> str:

@@ -14,6 +14,7 @@ from qcompiler.report.pictures import ChannelPicture, SpeedClass, WeightPicture
 from qcompiler.report.report import Gate, Report, SiteReport, describe
 from qcompiler.report.svg import Drawn, side_by_side
 from qcompiler.report.table import MEASURES, decibels, kind_of, measured, size
+from qcompiler.report.verdict import Verdict, verdict
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -68,27 +69,12 @@ class View:
         self.paths = {site.name: site.module_path or site.name for site in report.sites}
 
     @property
-    def passed(self) -> bool:
-        return not self.report.failures
-
-    @property
     def layers(self) -> list[SiteReport]:
         return [site for site in self.report.sites if not site.is_cache]
 
     @cached_property
-    def verdict(self) -> str:
-        if self.report.failures:
-            return "; ".join(self.report.failures)
-        gates = len(self.report.gates)
-        if gates:
-            return "the gate holds" if gates == 1 else f"all {gates} gates hold"
-        return "the recipe sets no gates, so nothing could fail"
-
-    @property
-    def word(self) -> str:
-        if self.report.failures:
-            return "Failed"
-        return "Passed" if self.report.gates else "Compiled"
+    def verdict(self) -> Verdict:
+        return verdict(self.report)
 
     @cached_property
     def tiles(self) -> list[Tile]:

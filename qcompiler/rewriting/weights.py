@@ -22,6 +22,7 @@ from qcompiler.formats.scheme import FORMATS, PerChannel, Scheme, find_format
 from qcompiler.functions.binary import FORMAT as BINARY
 from qcompiler.graph.edit import constant, node_graph, remove_unused_constant
 from qcompiler.graph.rewriter import Rewriter
+from qcompiler.rewriting.bias_room import make_room
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Pass, Skipped
 from qcompiler.rewriting.write_codes import BinaryCodes, Codes, lazy_codes, packed_codes, storage
 from qcompiler.sites.analyses import sites_of
@@ -226,6 +227,7 @@ def _install_codes(
             codes.gather_for(site, rw)
         else:
             codes.dequantize_for(site, rw)
+            make_room(site, rw)  # where the model came with a quantized input
 
 
 def with_bits(scheme: Scheme, bits: int) -> Scheme:

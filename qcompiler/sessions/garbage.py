@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 
 WORTH = 32 << 20
@@ -19,4 +20,7 @@ class Garbage:
         self._bytes += count
         if self._bytes >= WORTH:
             gc.collect()
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc, which keeps what was freed
+            if trim is not None:
+                trim(0)
             self._bytes = 0

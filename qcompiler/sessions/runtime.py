@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import onnx_ir as ir
 
-from qcompiler.errors import ModelError
+from qcompiler.errors import ModelError, NoKernelError
 from qcompiler.graph import files as model_io
 from qcompiler.graph.metadata import DISABLED_OPTIMIZERS, SESSION_OPTIONS
 from qcompiler.graph.runtime_library import SILENT
@@ -114,7 +114,7 @@ def open_file(
     recorded: RecordedOptions,
     providers: Sequence[str] = ("CPUExecutionProvider",),
 ) -> onnxruntime.InferenceSession:
-    """A session over a .onnx file with `options` and what the model records. Raises ModelError."""
+    """A session over a .onnx file with `options` and what the model records. Raises ModelError, NoKernelError."""
     ort = onnxruntime_library()
 
     for key, value in recorded.config_entries.items():
@@ -124,7 +124,19 @@ def open_file(
             str(file), options, providers=list(providers), disabled_optimizers=list(recorded.disabled_optimizers)
         )
     except Exception as error:  # onnxruntime's errors share no base class
-        raise ModelError(f"onnxruntime cannot open {file}: {one_line(error)}") from error
+        kind = NoKernelError if type(error).__name__ == "NotImplemented" else ModelError
+        raise kind(f"onnxruntime cannot open {file}: {one_line(error)}") from error
+
+
+def lean_options() -> onnxruntime.SessionOptions:
+    """Of sessions that leave the weights in the mapped file and keep no memory for later, at some cost in speed."""
+    options = onnxruntime_library().SessionOptions()
+    options.log_severity_level = SILENT
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    # Prepacking copies every weight; without it they stay in the mapped file.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
 
 
 def one_line(error: BaseException) -> str:

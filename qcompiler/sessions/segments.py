@@ -49,33 +49,36 @@ def run(
     wanted: Collection[str],
     consume: Consume,
     *,
+    first: int = 0,
     memory_limit: int | None = None,
+    budget: int | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Run every sample and hand each wanted value to `consume`: all samples of a value in order, values in graph order.
 
-    `wanted` are names of graph inputs, outputs, or values computed in the top graph. `memory_limit`, in bytes, is for
-    the process; without one the model runs in one piece. `samples` are read once. The model is not changed.
+    `wanted` are names of graph inputs, outputs, or values computed in the top graph; samples are numbered from `first`,
+    for who has run others before. `memory_limit`, in bytes, is for the process; without one the model runs in one
+    piece, or in pieces of `budget` bytes of weights. `samples` are read once. The model is not changed.
 
     Raises ModelError where a value does not exist or onnxruntime cannot run a node, DataError where a sample does not
     go through the model.
     """
-    budget = None if memory_limit is None else int(memory_limit * WEIGHT_SHARE)
+    budget = budget if memory_limit is None else int(memory_limit * WEIGHT_SHARE)
     segments = plan(model.graph, wanted, budget)
     inputs = {str(value.name) for value in model.graph.inputs}
     count = samples.count if hasattr(samples, "count") and isinstance(samples.count, int | None) else None
     done = 0
     garbage = Garbage()
     with Kept(None if memory_limit is None else int(memory_limit * KEPT_SHARE)) as kept:
-        feeds: Iterable[Mapping[str, np.ndarray]] = _first(samples, inputs, segments, wanted, consume, kept)
+        feeds: Iterable[Mapping[str, np.ndarray]] = _first(samples, first, inputs, segments, wanted, consume, kept)
         if not segments:
             for _ in feeds:
                 done += 1
                 _report(progress, done, count)
         for number, segment in enumerate(segments):
-            session = Session(model, segment.inputs, segment.outputs, kept, limited=memory_limit is not None)
+            session = Session.of_part(model, segment.inputs, segment.outputs, kept, limited=memory_limit is not None)
             ran, used = 0, segment.weight_bytes
-            for index, feed in enumerate(feeds):
+            for index, feed in enumerate(feeds, first):
                 for name, array in session.run(feed, index):
                     used += array.nbytes
                     if name in wanted:
@@ -89,16 +92,20 @@ def run(
             garbage.left(used)
             later = {name for following in segments[number + 1 :] for name in following.inputs}
             kept.drop_all_but(later)
-            feeds = _between(segments[number + 1].inputs, ran, kept) if number + 1 < len(segments) else ()
+            feeds = (
+                _between(segments[number + 1].inputs, range(first, first + ran), kept)
+                if number + 1 < len(segments)
+                else ()
+            )
 
 
 def _first(
-    samples: Iterable[Mapping[str, np.ndarray]], inputs: set[str], segments: Sequence[Segment], wanted: Collection[str],
-    consume: Consume, kept: Kept,
+    samples: Iterable[Mapping[str, np.ndarray]], first: int, inputs: set[str], segments: Sequence[Segment],
+    wanted: Collection[str], consume: Consume, kept: Kept,
 ) -> Iterator[Mapping[str, np.ndarray]]:  # fmt: skip
     """The samples as the first segment reads them. What later segments read is kept: samples may not repeat."""
     later = inputs & {name for segment in segments[1:] for name in segment.inputs}
-    for index, sample in enumerate(samples):
+    for index, sample in enumerate(samples, first):
         for name in sorted(inputs & set(wanted)):
             if name in sample:
                 consume(name, index, sample[name])
@@ -107,8 +114,8 @@ def _first(
         yield {name: sample[name] for name in segments[0].inputs if name in sample} if segments else {}
 
 
-def _between(names: Sequence[str], count: int, kept: Kept) -> Iterator[Mapping[str, np.ndarray]]:
-    for index in range(count):
+def _between(names: Sequence[str], indices: Iterable[int], kept: Kept) -> Iterator[Mapping[str, np.ndarray]]:
+    for index in indices:
         yield {name: kept.get(name, index) for name in names}
 
 

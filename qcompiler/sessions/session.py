@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -13,10 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.errors import DataError, ModelError, OutputError
-from qcompiler.graph import files as model_io
 from qcompiler.graph.runtime_library import SILENT
 from qcompiler.graph.runtime_library import onnxruntime as onnxruntime_library
-from qcompiler.sessions.runtime import one_line
+from qcompiler.graph.session import session
+from qcompiler.sessions.runtime import lean_options, one_line
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -27,6 +28,8 @@ BYTES_ONLY = {
     "tensor(float8e4m3fn)": ir.DataType.FLOAT8E4M3FN,
     "tensor(float8e5m2)": ir.DataType.FLOAT8E5M2,
 }
+LARGE_BYTES = 256 << 20
+"""Of a constant that sessions take as it is stored: not turned, not packed."""
 HALF_BYTES = ("tensor(int4)", "tensor(uint4)", "tensor(int2)", "tensor(uint2)", "tensor(float4e2m1)")
 
 
@@ -55,7 +58,7 @@ class Kept:
         self.types[name] = (_data_type(array), array.ndim)
         full = self._capacity is not None and self._bytes + array.nbytes > self._capacity
         entry = self._write(array) if full and array.dtype != object else array
-        self._bytes += array.nbytes if entry is array else 0
+        self._bytes += entry.nbytes if isinstance(entry, np.ndarray) else 0
         self._arrays.setdefault(name, {})[sample] = entry
 
     def get(self, name: str, sample: int) -> np.ndarray:
@@ -69,6 +72,11 @@ class Kept:
                     self._bytes -= entry.nbytes
                 else:
                     entry[0].unlink()
+
+    @property
+    def bytes(self) -> int:
+        """Of the arrays in memory."""
+        return self._bytes
 
     @property
     def on_disk(self) -> int:
@@ -96,34 +104,45 @@ def _data_type(array: np.ndarray) -> ir.DataType:
 
 
 class Session:
-    """The part of a model between some inputs and some outputs, ready to run."""
+    """An onnxruntime session that takes and gives arrays of every type that numpy or ml_dtypes has."""
 
-    def __init__(
-        self, model: ir.Model, inputs: Sequence[str], outputs: Sequence[str], kept: Kept, *, limited: bool
-    ) -> None:
-        """`kept` knows the types of inputs that are no graph inputs; `limited` spares memory at some cost in speed."""
-        self._outputs = list(outputs)
-        self._session = _open(_part(model, inputs, outputs, kept), limited)
-        self._types = {item.name: item.type for item in self._session.get_outputs()}
+    def __init__(self, session: onnxruntime.InferenceSession, outputs: Sequence[str]) -> None:
+        """Raises ModelError where one of the `outputs` is of a type that cannot be measured."""
+        self._session, self._outputs = session, list(outputs)
+        self._inputs = {item.name for item in session.get_inputs()}
+        self._types = {item.name: item.type for item in session.get_outputs() if item.name in outputs}
         self._exotic = [kind for kind in self._types.values() if kind in BYTES_ONLY]
         for name, kind in self._types.items():
             if kind in HALF_BYTES or not kind.startswith("tensor("):
                 raise ModelError(f"the value {name!r} has the type {kind}, which cannot be measured")
 
+    @staticmethod
+    def of_part(
+        model: ir.Model, inputs: Sequence[str], outputs: Sequence[str], kept: Kept, *, limited: bool
+    ) -> Session:
+        """Over the part of a model between some inputs and some outputs, without onnxruntime's optimizer.
+
+        `kept` knows the types of inputs that are no graph inputs; `limited` spares memory at some cost in speed.
+        """
+        return Session(_open(_part(model, inputs, outputs, kept), limited), outputs)
+
     def run(self, feeds: Mapping[str, np.ndarray], sample: int) -> Iterator[tuple[str, np.ndarray]]:
         """The outputs by name; raises DataError where the sample does not go through."""
+        feeds = {name: array for name, array in feeds.items() if name in self._inputs}
         try:
             if self._exotic or any(array.dtype.kind == "V" for array in feeds.values()):
                 arrays = self._run_bytes(feeds)
             else:
-                arrays = self._session.run(self._outputs, dict(feeds))
+                arrays = self._session.run(self._outputs, feeds)
         except Exception as error:  # onnxruntime's errors share no base class
             if "NOT_IMPLEMENTED" in str(error):
                 raise ModelError(f"onnxruntime cannot run the model: {one_line(error)}") from error
             raise DataError(
                 f"sample {sample} does not go through the model: {self._disagreement(feeds) or one_line(error)}"
             ) from error
-        yield from zip(self._outputs, arrays, strict=True)
+        arrays.reverse()
+        for name in self._outputs:
+            yield name, arrays.pop()  # each may go once it was looked at
 
     def _disagreement(self, feeds: Mapping[str, np.ndarray]) -> str:
         """Two inputs that should have a size in common, and have not; empty where there are none."""
@@ -172,18 +191,34 @@ def _part(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str], kept: 
         if value.name not in own:
             dtype, rank = kept.types[str(value.name)]
             value.type, value.shape = ir.TensorType(dtype), ir.Shape([None] * rank)
-    return ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
+    part = ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
+    _multiply_as_stored(part)
+    return part
+
+
+def _multiply_as_stored(part: ir.Model) -> None:
+    """Let products read a large matrix as it is stored, in the place of a transposed copy in memory (tied heads)."""
+    for transpose in [node for node in part.graph if node.op_type == "Transpose" and node.domain == ""]:
+        turned, shape = transpose.outputs[0], transpose.inputs[0].shape if transpose.inputs[0] is not None else None
+        products = [use.node for use in turned.uses() if use.idx == 1 and use.node.op_type == "MatMul"]
+        large = shape is not None and shape.is_static() and shape.rank() == 2 and prod(shape.numpy()) * 4 > LARGE_BYTES
+        if not large or turned.dtype != ir.DataType.FLOAT or len(products) != len(turned.uses()):
+            continue
+        for product in products:
+            product.domain, product.op_type = "com.microsoft", "FusedMatMul"
+            product.attributes["transB"] = ir.AttrInt64("transB", 1)
+            product.replace_input_with(1, transpose.inputs[0])
+        part.graph.opset_imports.setdefault("com.microsoft", 1)
+        part.graph.remove(transpose, safe=True)
 
 
 def _open(part: ir.Model, limited: bool) -> onnxruntime.InferenceSession:
     ort = onnxruntime_library()
 
-    options = ort.SessionOptions()
+    constants = (value.const_value for value in part.graph.initializers.values())
+    largest = max((constant.nbytes for constant in constants if constant is not None), default=0)
+    options = lean_options() if limited or largest > LARGE_BYTES else ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_cpu_mem_arena = False  # which grows by doubling and gives nothing back: many values are looked at
     options.log_severity_level = SILENT
-    if limited:
-        options.enable_cpu_mem_arena = False
-        options.enable_mem_pattern = False
-        # Prepacking copies every weight; without it they stay in the mapped file.
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    return model_io.session(part, options)
+    return session(part, options)

@@ -66,7 +66,7 @@ def run_stages(
         garbage = Garbage()
 
         def through(part: Segment, use: Consume) -> None:
-            session, used = Session(model, part.inputs, part.outputs, kept, limited=limited), part.weight_bytes
+            session, used = Session.of_part(model, part.inputs, part.outputs, kept, limited=limited), part.weight_bytes
             for index in range(count):
                 for name, array in session.run({name: kept.get(name, index) for name in part.inputs}, index):
                     used += array.nbytes

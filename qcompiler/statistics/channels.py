@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.errors import DataError, SchemeError
+from qcompiler.statistics.rows import Typical
 from qcompiler.statistics.statistic import Array, Range, Statistic, finite
 
 # Rows of X that SecondMoment multiplies at once, and the columns of its result that it updates at once: they bound the
@@ -153,36 +154,54 @@ class ChannelAbsMax(Statistic):
 
 @dataclass(eq=False)
 class ChannelMoments(Statistic):
-    """Mean square E[x²] of each channel along the last axis → [C], float64; `count` is the number of rows."""
+    """Mean square E[x²] of each channel along the last axis → [C], float64; `count` is the number of rows.
 
+    `per_token` weighs each row by 1 / Σ (x / usual)², where usual is what the channel mostly holds (`rows.py`), the
+    weights having the mean 1.
+    """
+
+    per_token: bool = False
     total: Array | None = field(default=None, init=False)
     count: int = field(default=0, init=False)
+    weight: float = field(default=0.0, init=False)
+    """Of all rows together."""
+    roots: Array | None = field(default=None, init=False)
+    """Σ √|x| [C], where rows have weights: see `Typical`."""
 
     def update(self, batch: Array) -> None:
         for rows in _row_chunks(batch, self.key):
-            self._add(np.square(rows, dtype=np.float64).sum(0), rows.shape[0])
+            if self.total is not None:
+                _check_channels(self.key, self.total.size, rows.shape[1])
+            squares = np.square(rows, dtype=np.float64)
+            if self.per_token:
+                weights, self.roots = _weights(rows, self.roots, self.count)
+                self._add(weights @ squares, rows.shape[0], float(weights.sum()))
+            else:
+                self._add(squares.sum(0), rows.shape[0], float(rows.shape[0]))
 
     def merge(self, other: Self) -> None:
         if other.total is not None:
-            self._add(other.total, other.count)
+            self._add(other.total, other.count, other.weight)
+            self.roots = _joined(self.roots, other.roots)
 
-    def _add(self, total: Array, count: int) -> None:
+    def _add(self, total: Array, count: int, weight: float) -> None:
         if self.total is not None:
             _check_channels(self.key, self.total.size, total.size)
             total = self.total + total
-        self.total, self.count = total, self.count + count
+        self.total, self.count, self.weight = total, self.count + count, self.weight + weight
 
     def result(self) -> Array:
         if self.total is None:
             raise self.no_data()
-        return self.total / self.count
+        return self.total / (self.weight or 1.0)
 
     def rescaled(self, divisor: Array) -> Self | None:
         if self.total is None:
             raise self.no_data()
         rescaled = self.fresh()
         rescaled.total = self.total / np.square(_checked_divisor(divisor, self.total.size, self.key))
-        rescaled.count = self.count
+        rescaled.count, rescaled.weight = self.count, self.weight
+        rescaled.roots = _divided(self.roots, divisor, self.key)
         return rescaled
 
 
@@ -191,12 +210,17 @@ class SecondMoment(Statistic):
     """XᵀX / count of the rows X along the last axis → [C, C]; `count` is the number of rows.
 
     GPTQ's Hessian is twice this (Frantar et al. 2022, eq. 3). Products and sums are in `precision`, float32 or float64;
-    memory is C² of it, and 1024 · C more while a batch is added.
+    memory is C² of it, and 1024 · C more while a batch is added. `per_token` weighs rows as in `ChannelMoments`.
     """
 
     precision: str = "float32"
+    per_token: bool = False
     total: Array | None = field(default=None, init=False)
     count: int = field(default=0, init=False)
+    weight: float = field(default=0.0, init=False)
+    """Of all rows together."""
+    roots: Array | None = field(default=None, init=False)
+    """As in `ChannelMoments`."""
 
     def __post_init__(self) -> None:
         if self.precision not in ("float32", "float64"):
@@ -204,15 +228,22 @@ class SecondMoment(Statistic):
 
     def update(self, batch: Array) -> None:
         for rows in _row_chunks(batch, self.key):
+            if self.total is not None:
+                _check_channels(self.key, self.total.shape[0], rows.shape[1])
+            weights = np.ones(rows.shape[0])
+            if self.per_token:
+                weights, self.roots = _weights(rows, self.roots, self.count)
             X = rows.astype(self.precision, copy=False)
+            if self.per_token:
+                X = X * np.sqrt(weights)[:, None].astype(self.precision)
             channels = X.shape[1]
             if self.total is None:
                 self.total = np.zeros((channels, channels), self.precision)
-            _check_channels(self.key, self.total.shape[0], channels)
             for start in range(0, channels, _COLUMNS_AT_ONCE):
                 stop = start + _COLUMNS_AT_ONCE
                 self.total[start:stop] += X[:, start:stop].T @ X
             self.count += X.shape[0]
+            self.weight += float(weights.sum())
 
     def merge(self, other: Self) -> None:
         if other.total is None:
@@ -222,11 +253,13 @@ class SecondMoment(Statistic):
         _check_channels(self.key, self.total.shape[0], other.total.shape[0])
         self.total += other.total
         self.count += other.count
+        self.weight += other.weight
+        self.roots = _joined(self.roots, other.roots)
 
     def result(self) -> Array:
         if self.total is None:
             raise self.no_data()
-        mean: Array = self.total / self.total.dtype.type(self.count)
+        mean: Array = self.total / self.total.dtype.type(self.weight or 1.0)
         return mean
 
     def rescaled(self, divisor: Array) -> Self | None:
@@ -234,7 +267,8 @@ class SecondMoment(Statistic):
             raise self.no_data()
         d = _checked_divisor(divisor, self.total.shape[0], self.key).astype(self.precision)
         rescaled = self.fresh()
-        rescaled.total, rescaled.count = self.total / d / d[:, None], self.count
+        rescaled.total, rescaled.count, rescaled.weight = self.total / d / d[:, None], self.count, self.weight
+        rescaled.roots = _divided(self.roots, divisor, self.key)
         return rescaled
 
 
@@ -253,6 +287,22 @@ def _row_chunks(batch: Array, key: str) -> Iterator[npt.NDArray[np.float32]]:
     rows = values.reshape(-1, values.shape[-1])
     for start in range(0, rows.shape[0], _ROWS_AT_ONCE):
         yield rows[start : start + _ROWS_AT_ONCE]
+
+
+def _weights(rows: Array, roots: Array | None, count: int) -> tuple[Array, Array]:
+    """(weights of the rows, Σ √|x| with them), by what is usual in them and in all before."""
+    usual = Typical(roots, count)
+    usual.update(rows)
+    assert usual.total is not None
+    return usual.weights(rows), usual.total
+
+
+def _joined(one: Array | None, other: Array | None) -> Array | None:
+    return other if one is None else one if other is None else one + other
+
+
+def _divided(roots: Array | None, divisor: Array, key: str) -> Array | None:
+    return None if roots is None else roots / np.sqrt(np.abs(_checked_divisor(divisor, roots.size, key)))
 
 
 def _check_channels(key: str, before: int, now: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,10 +41,13 @@ def coarsened(counts: Counts, steps: int) -> Counts:
     return coarse
 
 
-def counted(values: npt.NDArray[np.float32], exponent: int, bins: int) -> Counts:
-    """The histogram of values that all fit."""
+def counted(
+    values: npt.NDArray[np.float32], exponent: int, bins: int, weights: npt.NDArray[np.float64] | None = None
+) -> npt.NDArray[Any]:
+    """The histogram of values that all fit, each counted once or by its weight."""
     places = np.floor(values.astype(np.float64) * 2.0**-exponent).astype(np.int64)
-    return np.bincount(places + bins, minlength=2 * bins).astype(np.int64)
+    found = np.bincount(places + bins, weights, minlength=2 * bins)
+    return found.astype(np.int64) if weights is None else found
 
 
 def quantile_range(counts: Counts, width: float, percent: float) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from qcompiler.errors import SchemeError
 from qcompiler.formats.arithmetic import dequantize, quantize, scale_and_zero_point
 from qcompiler.formats.scheme import PerTensor, Scheme
 from qcompiler.statistics import histogram
+from qcompiler.statistics.rows import token_weights
 from qcompiler.statistics.statistic import Array, Range, Statistic, finite
 
 # Values that a histogram counts at once: it bounds the indices, 8 bytes each.
@@ -116,10 +117,10 @@ class _HistogramStatistic(Statistic):
         for start in range(0, values.size, _VALUES_AT_ONCE):
             self._count(values[start : start + _VALUES_AT_ONCE])
 
-    def _count(self, values: npt.NDArray[np.float32]) -> None:
+    def _count(self, values: npt.NDArray[np.float32], weights: npt.NDArray[np.float64] | None = None) -> None:
         lo, hi = float(values.min()), float(values.max())
         exponent = histogram.exponent_for(max(-lo, hi), self.bins)
-        self._add(lo, hi, max(exponent, self.exponent), lambda e: histogram.counted(values, e, self.bins))
+        self._add(lo, hi, max(exponent, self.exponent), lambda e: histogram.counted(values, e, self.bins, weights))
 
     def merge(self, other: Self) -> None:
         counts = other.counts
@@ -178,8 +179,8 @@ class Entropy(_HistogramStatistic):
                 f"Entropy takes 2 to 8 bits and at least {4 * 2**self.bits} bins for {self.bits} bits, not {self.bins}."
             )
 
-    def _count(self, values: npt.NDArray[np.float32]) -> None:
-        super()._count(values)
+    def _count(self, values: npt.NDArray[np.float32], weights: npt.NDArray[np.float64] | None = None) -> None:
+        super()._count(values, weights)
         self.zeros += int((values == 0).sum())
 
     def merge(self, other: Self) -> None:
@@ -200,10 +201,14 @@ class Entropy(_HistogramStatistic):
 
 @dataclass(eq=False)
 class MSE(_HistogramStatistic):
-    """The range with which quantizing the values to `format` gives the least mean squared error → `Range`."""
+    """The range with which quantizing the values to `format` gives the least mean squared error → `Range`.
+
+    `per_token` takes the mean over tokens of relative errors: a value counts by 1 / Σ x² of its row (`rows.py`).
+    """
 
     format: str = "uint8"
     symmetric: bool = False
+    per_token: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,6 +216,17 @@ class MSE(_HistogramStatistic):
 
     def _scheme(self) -> Scheme:
         return Scheme(self.format, PerTensor(), self.symmetric)
+
+    def update(self, batch: Array) -> None:
+        if not self.per_token:
+            super().update(batch)
+            return
+        rows = np.atleast_2d(finite(batch))
+        rows = rows.reshape(-1, rows.shape[-1])
+        step = max(1, _VALUES_AT_ONCE // max(1, rows.shape[1]))
+        for start in range(0, rows.shape[0] if rows.size else 0, step):
+            part = rows[start : start + step]
+            self._count(part.reshape(-1), np.repeat(token_weights(part), part.shape[1]))
 
     def result(self) -> Range:
         counts, width = self._measured()

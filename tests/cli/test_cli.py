@@ -101,7 +101,7 @@ def test_compile_without_data(
     settings = ["--set", "lower-weight-only.block_size=64"]
     assert run(monkeypatch, "compile", model, "--recipe", "int8-weights", "-o", out, *settings) == 0
     text = capsys.readouterr().out
-    assert text.startswith("✓ int8-weights for ort-cpu")
+    assert text.startswith("– int8-weights for ort-cpu"), "nobody has compared it"
     assert "2 of 2 layers quantized" in text
     assert {"model.onnx", "recipe.yaml", "report.json", "tokenizer.json"} <= {path.name for path in out.iterdir()}
     assert json.loads((out / "report.json").read_text())["target"] == "ort-cpu"

@@ -27,6 +27,7 @@ from qcompiler.graph import files as model_io
 from qcompiler.recipes import Recipe
 from qcompiler.sessions import segments
 from tests import decoders, tiny
+from tests.oracles.difference import sqnr_db
 from tests.there import held, there
 
 Compilations = Callable[[str, str], ir.Model]
@@ -132,11 +133,9 @@ def test_alone_is_what_only_this_layer_quantized_does(model: ir.Model) -> None:
     found = next(layer for layer in debug(small, whole, calibration=data(1)).alone if layer.name == "p2")
     feed = data(1)[0]
     (expected,), (got,) = tiny.run(small, feed), tiny.run(only, feed)
-    noise = float(np.sum((got - expected).astype(np.float64) ** 2) / np.sum(expected.astype(np.float64) ** 2))
-    assert found.output_db == pytest.approx(-10 * np.log10(noise), abs=0.05)
+    assert found.output_db == pytest.approx(sqnr_db(expected, got), abs=0.05)
     inside, truth = inner(only, feed, "y2"), inner(small, feed, "y2")
-    own = float(np.sum((inside - truth).astype(np.float64) ** 2) / np.sum(truth.astype(np.float64) ** 2))
-    assert found.alone_db == pytest.approx(-10 * np.log10(own), abs=0.05)
+    assert found.alone_db == pytest.approx(sqnr_db(truth, inside), abs=0.05)
 
 
 def test_rescaled_channels_are_no_error() -> None:

@@ -63,8 +63,8 @@ def compiled(
     )
 
 
-def weights(result: qcompiler.Compiled) -> dict[str, bytes]:
-    return {name: constant.tobytes() for name, constant in tensors(result.model).items()}
+def weights(result: qcompiler.Compiled) -> dict[str, tuple[object, ...]]:
+    return {name: (held.dtype, held.shape, held.tobytes()) for name, held in tensors(result.model).items()}
 
 
 class Killed(BaseException):

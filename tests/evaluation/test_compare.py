@@ -13,9 +13,11 @@ import qcompiler
 from qcompiler.calibration.samples import Samples, from_python
 from qcompiler.errors import ModelError, PassError
 from qcompiler.evaluation.compare import VALUE_ELEMENTS, check_structure, compare
-from qcompiler.evaluation.likelihood import Difference, Divergence, Likelihood
+from qcompiler.evaluation.difference import Difference
+from qcompiler.evaluation.likelihood import Divergence, Likelihood
 from qcompiler.graph.edit import add_constant
 from tests import tiny
+from tests.oracles.difference import sqnr_db
 from tests.there import there
 
 
@@ -77,7 +79,7 @@ def test_a_model_equals_itself() -> None:
     assert logits.kl == pytest.approx(0)
     assert (logits.top1, logits.perplexity_ratio) == (1, 1)
     assert comparison.outputs["hidden"].kl is None
-    assert comparison.outputs["hidden"].to_dict().keys() == {"sqnr_db", "max_abs_error", "cosine"}
+    assert comparison.outputs["hidden"].to_dict().keys() == {"sqnr_db", "total_sqnr_db", "max_abs_error", "cosine"}
 
 
 @pytest.mark.parametrize("memory_limit", [None, 2000])
@@ -89,7 +91,8 @@ def test_measures_are_those_of_the_definitions(memory_limit: int | None) -> None
     x = np.concatenate([o["hidden"].ravel() for o in a]).astype(np.float64)
     y = np.concatenate([o["hidden"].ravel() for o in b]).astype(np.float64)
     hidden = comparison.outputs["hidden"]
-    assert hidden.sqnr_db == pytest.approx(10 * np.log10((x**2).sum() / ((x - y) ** 2).sum()), rel=1e-5)
+    assert hidden.total_sqnr_db == pytest.approx(10 * np.log10((x**2).sum() / ((x - y) ** 2).sum()), rel=1e-5)
+    assert hidden.sqnr_db == pytest.approx(sqnr_db(x.reshape(-1, 8), y.reshape(-1, 8)), rel=1e-5)
     assert hidden.cosine == pytest.approx(x @ y / np.linalg.norm(x) / np.linalg.norm(y), rel=1e-6)
     assert hidden.max_abs_error == pytest.approx(np.abs(x - y).max(), rel=1e-5)
     kl, same = [], []

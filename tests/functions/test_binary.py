@@ -18,6 +18,7 @@ from qcompiler.formats.scheme import PerChannel, PerGroup, Scheme
 from qcompiler.formats.search import quantize_weight
 from qcompiler.functions import binary
 from qcompiler.graph import files as model_io
+from qcompiler.graph.session import session
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sessions import segments
 from qcompiler.sites.canonicalize import canonicalize
@@ -259,7 +260,7 @@ def test_saved_loaded_and_canonicalized(tmp_path: Path, opset: int) -> None:
     assert tiny.operators(loaded) == ["DequantizeBinary", "Transpose", "MatMul"]
     (site,) = find_sites(loaded).linears
     assert (site.in_features, site.out_features) == (600, 500)
-    answer = model_io.session(loaded).run(None, {"x": np.eye(600, dtype=np.float32)[None]})[0][0]
+    answer = session(loaded).run(None, {"x": np.eye(600, dtype=np.float32)[None]})[0][0]
     np.testing.assert_allclose(answer.T, expected, rtol=1e-6, atol=1e-7)
 
 

@@ -17,8 +17,9 @@ import pytest
 
 from qcompiler.errors import ModelError, OutputError, QCompilerError
 from qcompiler.graph import files as model_io
-from qcompiler.graph.files import DATA_FILE, MODEL_FILE, check_free, find_model, load, save, session
+from qcompiler.graph.files import DATA_FILE, MODEL_FILE, check_free, find_model, load, save
 from qcompiler.graph.model_folder import companions_in
+from qcompiler.graph.session import session
 from tests import tiny
 
 K, N = 300, 1000  # 1.2 MB: beyond what stays in one file
@@ -300,7 +301,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("existing", [False, True])
-@pytest.mark.parametrize("step", ["_write_model", "copy_companions", "_move"])
+@pytest.mark.parametrize("step", ["write_model", "copy_companions", "_move"])
 def test_a_full_disk_leaves_what_was_there(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, step: str, existing: bool
 ) -> None:
@@ -382,7 +383,7 @@ def test_large_new_constants_go_through_a_file(
             super().__init__(model, *arguments, **options)
 
     monkeypatch.setattr("onnxruntime.InferenceSession", Noting)
-    monkeypatch.setattr(model_io, "INLINE_SESSION", limit)
+    monkeypatch.setattr("qcompiler.graph.session.INLINE_SESSION", limit)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     model = load(source)

@@ -15,7 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.errors import ModelError
 from qcompiler.graph import definitions
-from qcompiler.graph.files import load, save, session, take
+from qcompiler.graph.files import load, save, take
+from qcompiler.graph.session import session
 
 Change = Callable[[onnx.ModelProto], object]
 V = np.ones(16, np.float32)

@@ -17,6 +17,7 @@ from qcompiler.model_diff import LayerStory, diff
 from qcompiler.recipes import recipe_names
 from qcompiler.report import SiteReport
 from tests import decoders, tiny
+from tests.oracles.difference import sqnr_db
 from tests.there import held, there
 
 BLOCK = """
@@ -174,11 +175,10 @@ def test_what_is_measured_of_a_layer_is_its_whole_output(target: str, recipe: st
     if recipe == "llm-int8":
         assert any("stay float" in note for note in told["model.layers.1.mlp.up_proj"].notes)
     for path, value in (("model.layers.1.mlp.up_proj", "u1"), (DOWN, "d1")):
-        signal = noise = 0.0
-        for feeds in samples:
-            expected, got = (_value_of(graph, value, feeds) for graph in (model, quantized))
-            signal, noise = signal + np.square(expected).sum(), noise + np.square(got - expected).sum()
-        assert there(told[path].measures).sqnr_db == pytest.approx(10 * np.log10(signal / noise), abs=0.01)
+        pairs = [[_value_of(graph, value, feeds) for graph in (model, quantized)] for feeds in samples]
+        expected, got = (np.concatenate([array.reshape(-1, array.shape[-1]) for array in side])
+                         for side in zip(*pairs, strict=True))  # fmt: skip
+        assert there(told[path].measures).sqnr_db == pytest.approx(sqnr_db(expected, got), abs=0.05)
 
 
 def _value_of(model: ir.Model, name: str, feeds: tiny.Feeds) -> np.ndarray:

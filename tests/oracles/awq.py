@@ -1,4 +1,8 @@
-"""AWQ in float64, from Lin et al. 2023, "AWQ", section 3.2, with the magnitude of a channel as its root mean square."""
+"""AWQ in float64, from Lin et al. 2023, "AWQ", section 3.2, with the magnitude of a channel as its root mean square.
+
+Every mean is over tokens, each weighed by 1 / Σ (x / usual)², where usual is (mean √|x|)² of the channel: of relative
+errors, so that no loud token decides alone.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,16 @@ from typing import Any
 import numpy as np
 
 
+def weighed(X: np.ndarray) -> np.ndarray:
+    """X [M, K] with each row times the root of its weight, the weights having the mean 1."""
+    usual = np.mean(np.sqrt(np.abs(X.astype(np.float64))), axis=0) ** 2
+    weights = 1 / np.sum((X / usual) ** 2, axis=1)
+    return np.asarray(X * np.sqrt(weights / weights.mean())[:, None])
+
+
 def scales(X: np.ndarray, alpha: float) -> np.ndarray:
     """s_j = rms(X_j)^α / √(max s · min s) for the channels of X [M, K]."""
-    s = np.sqrt(np.mean(X.astype(np.float64) ** 2, axis=0)) ** alpha
+    s = np.sqrt(np.mean(weighed(X) ** 2, axis=0)) ** alpha
     return np.asarray(s / np.sqrt(s.max() * s.min()))
 
 
@@ -36,7 +47,7 @@ def rounded(W: np.ndarray, group_size: int, bits: int = 4, symmetric: bool = Tru
 
 def output_error(X: np.ndarray, Ws: Sequence[np.ndarray], s: np.ndarray, group_size: int, **scheme: Any) -> list[float]:
     """‖X W_i - (X / s) Q(s ⊙ W_i)‖² / ‖X W_i‖² of each layer, the layers really run."""
-    X = X.astype(np.float64)
+    X = weighed(X)
     errors = []
     for W in Ws:
         exact = X @ W.astype(np.float64)

@@ -17,6 +17,7 @@ from qcompiler.errors import QCompilerError
 from qcompiler.formats.codebooks import CODEBOOKS, FP4_TABLE, NF4_TABLE
 from qcompiler.functions.library import block_scales, codebook_format
 from qcompiler.graph import files as model_io
+from qcompiler.graph.session import session
 from qcompiler.rewriting.contract import Changes
 from qcompiler.sessions import segments
 from qcompiler.sites.canonicalize import canonicalize
@@ -208,7 +209,7 @@ def test_saved_loaded_and_canonicalized(tmp_path: Path, opset: int) -> None:
     assert [function.opset_imports[""] for function in loaded.functions.values()] == [max(opset, 21)]
     (site,) = find_sites(loaded).linears
     assert site.dequantize is not None
-    answer = model_io.session(loaded).run(None, {"x": np.eye(600, dtype=np.float32)[None]})[0][0]
+    answer = session(loaded).run(None, {"x": np.eye(600, dtype=np.float32)[None]})[0][0]
     np.testing.assert_allclose(answer.T, expected, rtol=1e-6, atol=1e-7)
 
 

@@ -20,6 +20,7 @@ from passes.quantize_weights import QuantizeWeights
 from qcompiler.calibration.samples import open_samples
 from qcompiler.formats.scheme import PerChannel, Scheme
 from qcompiler.graph import files as model_io
+from qcompiler.graph.session import session
 from qcompiler.report.cautions import binary_warnings
 from qcompiler.report.report import SiteReport
 from qcompiler.rewriting.contract import Changes
@@ -186,5 +187,5 @@ def test_the_recipe_on_every_exporters_graph(variant: str) -> None:
     (sample,) = open_samples(
         str(CHECKPOINT / "heldout.txt"), model=before, tokenizer=CHECKPOINT, limit=1, sequence_length=32
     )
-    got, expected = (model_io.session(model).run(["logits"], sample)[0] for model in (lowered, compiled.model))
+    got, expected = (session(model).run(["logits"], sample)[0] for model in (lowered, compiled.model))
     assert tiny.relative_error(got, expected) < 0.05  # a code that rounds the other way counts for much here

@@ -16,6 +16,7 @@ from passes.lower_embedding import LowerEmbedding
 from passes.lower_weight_only import LowerWeightOnly
 from qcompiler.calibration.samples import Samples, open_samples
 from qcompiler.graph import files as model_io
+from qcompiler.graph.session import session
 from qcompiler.report import Report
 from qcompiler.sites.canonicalize import canonicalize
 from qcompiler.sites.find import find_sites
@@ -75,7 +76,7 @@ def logits(model: ir.Model, found: Portable, level: str) -> np.ndarray:
     settings.log_severity_level = 3
     settings.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
     (sample,) = heldout(found)
-    return np.asarray(model_io.session(model, settings).run(["logits"], sample)[0]).astype(np.float64)
+    return np.asarray(session(model, settings).run(["logits"], sample)[0]).astype(np.float64)
 
 
 def optimized(model: ir.Model, folder: Path) -> onnx.ModelProto:
@@ -85,7 +86,7 @@ def optimized(model: ir.Model, folder: Path) -> onnx.ModelProto:
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
     settings.optimized_model_filepath = str(folder / "optimized.onnx")
-    model_io.session(model, settings)
+    session(model, settings)
     return onnx.load(folder / "optimized.onnx", load_external_data=False)
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from qcompiler.errors import ModelError, PassError
 from qcompiler.graph.check import check_structure
-from qcompiler.graph.files import load, session
+from qcompiler.graph.files import load
+from qcompiler.graph.session import session
 from qcompiler.sites.canonicalize import _same_table, canonicalize
 from qcompiler.sites.find import find_sites
 

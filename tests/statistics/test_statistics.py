@@ -358,7 +358,7 @@ def test_without_momentum_the_last_batch_is_all_that_counts() -> None:
 
 def test_keys_name_the_class_and_its_options() -> None:
     assert Percentile(percent=99.9).key == "Percentile(bins=8192, percent=99.9)"
-    assert SecondMoment().key == "SecondMoment(precision='float32')"
+    assert SecondMoment().key == "SecondMoment(precision='float32', per_token=False)"
     assert MSE("uint4").key != MSE().key
     assert measured(MinMax(), [np.ones(3)]).key == MinMax().key == "MinMax()"
     assert Percentile(percent=99.9).fresh().key == Percentile(percent=99.9).key
