@@ -15,12 +15,14 @@ import numpy.typing as npt
 FAINT = 1e-3
 """Rows with less than this share of the median row's energy are judged as if they had that much: 30 dB below what is
 usual, an error says little, and next to a row of zeros any error would be infinite."""
+USUAL = 1.0
+"""The same for the weights of tokens in a search."""
 
 
-def judged_as(energies: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The energy that each row's error is held against: its own, or a share of the median for the faintest [rows]."""
+def judged_as(energies: npt.NDArray[np.float64], least: float = FAINT) -> npt.NDArray[np.float64]:
+    """The energy that each row's error is held against: its own, or a share of the median for fainter ones [rows]."""
     alive = energies[energies > 0]
-    floor = FAINT * float(np.median(alive)) if alive.size else 0.0
+    floor = least * float(np.median(alive)) if alive.size else 0.0
     return np.maximum(energies, floor)
 
 
@@ -29,10 +31,10 @@ def token_weights(rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return inverse(np.einsum("rc,rc->r", rows, rows, dtype=np.float64))
 
 
-def inverse(energies: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def inverse(energies: npt.NDArray[np.float64], least: float = FAINT) -> npt.NDArray[np.float64]:
     """1 / energy of each row, by `judged_as`; 0 for one of zeros [rows]."""
     alive = energies > 0
-    return np.where(alive, 1 / np.where(alive, judged_as(energies), 1.0), 0.0)
+    return np.where(alive, 1 / np.where(alive, judged_as(energies, least), 1.0), 0.0)
 
 
 @dataclass
@@ -49,8 +51,11 @@ class Typical:
         self.count += len(rows)
 
     def weights(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        """1 / Σ (x / usual)² of each row: a loud channel that is always loud has no more say than the others."""
+        """1 / Σ (x / usual)² of each row, of the louder half: a channel that is always loud has no more say than others.
+
+        The quieter half counts alike, as it does in a sum over tokens: what a search minimises is an error that adds up.
+        """
         assert self.total is not None
         usual = np.square(np.square(self.total / self.count))
         energies = np.square(rows, dtype=np.float64) @ np.where(usual > 0, 1 / np.where(usual > 0, usual, 1.0), 0.0)
-        return inverse(energies)
+        return inverse(energies, USUAL)

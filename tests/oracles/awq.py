@@ -1,7 +1,7 @@
 """AWQ in float64, from Lin et al. 2023, "AWQ", section 3.2, with the magnitude of a channel as its root mean square.
 
-Every mean is over tokens, each weighed by 1 / Σ (x / usual)², where usual is (mean √|x|)² of the channel: of relative
-errors, so that no loud token decides alone.
+Every mean is over tokens, each weighed by 1 / Σ (x / usual)², where usual is (mean √|x|)² of the channel, and
+none more than the median token: no loud token decides alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 def weighed(X: np.ndarray) -> np.ndarray:
     """X [M, K] with each row times the root of its weight, the weights having the mean 1."""
     usual = np.mean(np.sqrt(np.abs(X.astype(np.float64))), axis=0) ** 2
-    weights = 1 / np.sum((X / usual) ** 2, axis=1)
+    energies = np.sum((X / usual) ** 2, axis=1)
+    weights = 1 / np.maximum(energies, np.median(energies))
     return np.asarray(X * np.sqrt(weights / weights.mean())[:, None])
 
 
