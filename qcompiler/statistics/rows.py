@@ -51,9 +51,9 @@ class Typical:
         self.count += len(rows)
 
     def weights(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        """1 / Σ (x / usual)² of each row, of the louder half: a channel that is always loud has no more say than others.
+        """1 / Σ (x / usual)² of each row of the louder half: a channel that is always loud has no more say than others.
 
-        The quieter half counts alike, as it does in a sum over tokens: what a search minimises is an error that adds up.
+        The quieter half counts alike, as in a sum over tokens: what a search minimises is an error that adds up.
         """
         assert self.total is not None
         usual = np.square(np.square(self.total / self.count))
