@@ -11,8 +11,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from qcompiler.benchmarking.speedup import Speedup
 from qcompiler.calibration.calibrator import Calibrator, Hook, load_statistics, model_hash, save_statistics
-from qcompiler.driver import inputs, opening, pipeline
+from qcompiler.driver import inputs, opening, pipeline, speed
 from qcompiler.driver.compiled import Compiled
 from qcompiler.driver.inputs import Data
 from qcompiler.driver.observers import Snapshots, onlookers
@@ -20,6 +21,7 @@ from qcompiler.errors import printable
 from qcompiler.recipes import Recipe
 from qcompiler.report import build, check_gates
 from qcompiler.report.facts import inventory
+from qcompiler.report.speed import with_speed
 from qcompiler.statistics import StatisticsStore
 from qcompiler.targets import Target
 
@@ -30,7 +32,7 @@ def compile(
     samples: int | None = None, sequence_length: int | None = None, statistics: str | Path | None = None,
     options: Sequence[str] = (), exclude: Sequence[str] = (), strict: bool = False, memory_limit: int | None = None,
     dump_dir: str | Path | None = None, hooks: Sequence[Hook] = (), progress: bool = False,
-    work_dir: str | Path | None = None, resume: bool = False,
+    measure_speed: bool = False, work_dir: str | Path | None = None, resume: bool = False,
 ) -> Compiled:  # fmt: skip
     """Quantize a model by a recipe for a target, and say what became of every layer.
 
@@ -57,6 +59,8 @@ def compile(
             shows the failure of a pass again goes beside it, or to dump_dir.
         dump_dir: a folder for the graph as text after each pass.
         strict: layers that were skipped, and nodes that run elsewhere than asked, make `report.exit_code` 1.
+        measure_speed: time the result beside the float model, on the samples kept for comparing, for about two seconds;
+            the report then says how fast it is on this machine. The command line does.
         progress: show progress bars on stderr.
 
     Raises QCompilerError: ModelError, DataError, RecipeError, TargetError, OutputError for what the caller can mend,
@@ -92,11 +96,17 @@ def compile(
             reference, graph, portable, held_out, facts, runs, Target.load(plan.recipe.target), opened, memory_limit,
             progress,
         )  # fmt: skip
+        timed: Speedup | str = speed.NOT_ASKED
+        if measure_speed:
+            timed = speed.measured(
+                model, graph, opened, held_out, Target.load(plan.recipe.target), memory_limit, progress
+            )
     report = build.report(plan.recipe, graph, facts, runs, comparison, before, hashes,
                           None if measured_on is None else measured_on.rows())  # fmt: skip
     report.gates, report.strict = check_gates(plan.recipe.gates, report.outputs), strict
     report.model = printable(str(model)) if source is not None else str(graph.graph.name)
     report.pictures = build.pictures(report, facts, reference, portable, graph, runs, store)
+    with_speed(report, timed)
     report.seconds = round(time.perf_counter() - start, 2)
     return Compiled(graph, report, plan.recipe, source, checkpoint)
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.benchmarking.operators import OperatorShare, profiled
-from qcompiler.benchmarking.runner import Runner
+from qcompiler.benchmarking.runner import Runner, timing_options
 from qcompiler.benchmarking.timing import Limits, Spread, Timed, in_turns, ratios
 from qcompiler.calibration.samples import RANDOM_SEQUENCE_LENGTH, Sample, open_samples
 from qcompiler.calibration.stored_past import Adapted
@@ -19,7 +19,6 @@ from qcompiler.errors import DataError
 from qcompiler.graph import files as model_io
 from qcompiler.graph.model_folder import companions_of, tokenizer_beside
 from qcompiler.graph.model_inputs import IDS, Signature
-from qcompiler.graph.runtime_library import SILENT
 from qcompiler.graph.runtime_library import onnxruntime as onnxruntime_library
 from qcompiler.progress import Progress, progress_bar
 from qcompiler.sessions.runtime import open_file, session_options_of
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
 TOKENS = (1, 128)
 """Decoding and reading a prompt: the two ends of what a language model does."""
+MOST_TOKENS = 1 << 20
 SAMPLES = 4
 LIMITS = Limits(rounds=200, seconds=5.0, precision=0.01)
 """For each case."""
@@ -108,12 +108,14 @@ def bench(
         raise DataError("tokens and data both say what to run on; give one of them")
     if threads < 1 or samples < 1 or any(count < 1 for count in tokens or ()):
         raise DataError("threads, samples and tokens are counts of 1 or more")
+    if tokens is not None and not 0 < max(tokens, default=0) <= MOST_TOKENS:
+        raise DataError(f"tokens are one or more counts of up to {MOST_TOKENS}")
     graphs = [model_io.load(path) for path in models]
     for model in models:
         context = companions_of(model).context
         if tokens is not None and context is not None and max(tokens) > context:
             raise DataError(f"{model} reads {context} tokens at most, and {max(tokens)} are asked for")
-    sessions = [_opened(path, graph, _options(threads)) for path, graph in zip(models, graphs, strict=True)]
+    sessions = [_opened(path, graph, timing_options(threads)) for path, graph in zip(models, graphs, strict=True)]
     if data is not None:
         beside = Path(tokenizer) if tokenizer else tokenizer_beside(models[0])
         cases = [_on_data(graphs, data, beside, samples, sequence_length)]
@@ -180,18 +182,7 @@ def _operators(
         Runner(str(model), session, samples[:1])(0)
 
     count = int(PROFILED_SECONDS / max(Spread.of(times.wall).median, 1e-6))
-    return profiled(opened, _options(threads), run, max(3, min(count, PROFILED_RUNS)))
-
-
-def _options(threads: int) -> onnxruntime.SessionOptions:
-    ort = onnxruntime_library()
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = SILENT
-    # Threads of one model that spin after its run would take time from the next model's.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
+    return profiled(opened, timing_options(threads), run, max(3, min(count, PROFILED_RUNS)))
 
 
 def _opened(model: str | Path, graph: ir.Model, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:

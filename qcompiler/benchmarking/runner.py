@@ -8,11 +8,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qcompiler.errors import DataError
+from qcompiler.graph.runtime_library import SILENT
+from qcompiler.graph.runtime_library import onnxruntime as onnxruntime_library
 from qcompiler.sessions.runtime import one_line
 from qcompiler.sessions.session import ort_values
 
 if TYPE_CHECKING:
     import onnxruntime
+
+
+def timing_options(threads: int) -> onnxruntime.SessionOptions:
+    """Those of sessions that run in turns."""
+    options = onnxruntime_library().SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = SILENT
+    # Threads of one model that spin after its run would take time from the next model's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
 
 
 class Runner:

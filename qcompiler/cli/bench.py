@@ -22,8 +22,8 @@ def bench(
         list[Path],
         typer.Argument(
             readable=False,
-            metavar="A [B …]",
-            help="Models or their folders; the first is what others are compared with.",
+            metavar="MODEL",
+            help="Models or their folders; others are compared with the first.",
         ),
     ],
     threads: Annotated[int, typer.Option(min=1, max=MOST, help="Threads of ONNX Runtime.")] = 1,
@@ -34,7 +34,7 @@ def bench(
         str | None, typer.Option("--data", metavar="SPEC", help="Run on data, as --calibration of `compile` has it.")
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(readable=False, help="tokenizer.json; by default the one beside A.")
+        Path | None, typer.Option(readable=False, help="tokenizer.json; by default that beside the first.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, max=MOST, help="Samples of --data, run one after another.")] = 4,
     seq_len: SequenceLength = None,

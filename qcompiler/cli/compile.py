@@ -48,6 +48,9 @@ def compile_(
     set_: Settings = None,
     exclude: Excluded = None,
     strict: Annotated[bool, typer.Option("--strict", help="Skips and misplaced nodes make the exit code 1.")] = False,
+    speed: Annotated[
+        bool, typer.Option("--speed/--no-speed", help="Time the result beside the float model: some two seconds.")
+    ] = True,
     memory_limit: MemoryLimit = None,
     device: RunsOn = Device.cpu,
     dump_dir: Annotated[
@@ -83,6 +86,7 @@ def compile_(
         strict=strict,
         work_dir=output.parent / f".{output.name}.unfinished",
         resume=resume,
+        measure_speed=speed,
         memory_limit=memory_limit,
         dump_dir=dump_dir,
         progress=True,

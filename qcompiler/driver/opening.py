@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import onnx_ir as ir
 
@@ -16,7 +16,7 @@ from qcompiler.graph.session import session
 from qcompiler.sessions.runtime import RecordedOptions, lean_options, open_file, session_options_of
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+    from onnxruntime import InferenceSession, SessionOptions
 
 
 def check_input(model: str | Path | ir.Model) -> None:
@@ -34,10 +34,22 @@ def check_input(model: str | Path | ir.Model) -> None:
         raise ModelError(f"the model does not run as it comes: {error}; repair or export it again") from error
 
 
+def float_session(model: str | Path | ir.Model, options: SessionOptions) -> InferenceSession:
+    """The model as it comes, opened as its users do. Raises ModelError."""
+    if isinstance(model, ir.Model):
+        return session(model, options)
+    file = model_io.find_model(model)
+    return open_file(file, options, session_options_of(model_io.load(file)))
+
+
+class Opened(Protocol):
+    """Opens a model; with `options` in the place of those that spare memory or are onnxruntime's own."""
+
+    def __call__(self, options: SessionOptions | None = None) -> InferenceSession: ...
+
+
 @contextlib.contextmanager
-def written(
-    model: ir.Model, work_dir: str | Path | None, *, lean: bool
-) -> Iterator[Callable[[], InferenceSession] | None]:
+def written(model: ir.Model, work_dir: str | Path | None, *, lean: bool) -> Iterator[Opened | None]:
     """What opens the model as its users do, from a written copy; None where onnxruntime has no kernel here for it.
 
     Raises PassError where it does not open, OutputError where there is no room for the copy.
@@ -45,8 +57,8 @@ def written(
     recorded = session_options_of(model)
     with model_io.written(model, work_dir) as file:
 
-        def opened() -> InferenceSession:
-            options = lean_options() if lean else onnxruntime().SessionOptions()
+        def opened(options: SessionOptions | None = None) -> InferenceSession:
+            options = options or (lean_options() if lean else onnxruntime().SessionOptions())
             options.log_severity_level = SILENT
             return open_file(file, options, recorded)
 

@@ -176,7 +176,7 @@ def check(item: Input, value: object, where: str) -> np.ndarray:
         if item.name in POSITIONS:
             raise DataError(
                 f"{where}: {item.name!r} holds the position {wrong}, and the model has {item.vocabulary}; "
-                "give shorter samples (--seq-len)"
+                "give shorter samples (--seq-len, --tokens)"
             )
         raise DataError(
             f"{where}: {item.name!r} holds the token id {wrong}, and the model's vocabulary has {item.vocabulary}; "

@@ -12,7 +12,6 @@ from qcompiler.placement import Placement
 from qcompiler.recipes import CONVERT, Recipe
 from qcompiler.report.facts import SiteFacts
 from qcompiler.report.report import SiteReport
-from qcompiler.report.speed import speed_warnings
 from qcompiler.rewriting.contract import PassRun
 from qcompiler.targets import Target
 
@@ -28,9 +27,9 @@ def warnings(
     facts: Sequence[SiteFacts], recipe: Recipe, target: Target, sites: Sequence[SiteReport], runs: Sequence[PassRun],
     comparison: Comparison | None, placement: Placement | None,
 ) -> list[str]:  # fmt: skip
-    """All of them, what concerns speed first; `sites` as they are before their kernels' conditions are added."""
-    found = (placement.warnings if placement is not None else []) + speed_warnings(target, sites)
-    found += comparison_warnings(comparison) + loud_token_warnings(facts, comparison)
+    """All but those of speed (`with_speed`); `sites` as they are before their kernels' conditions are added."""
+    found = placement.warnings if placement is not None else []
+    found = found + comparison_warnings(comparison) + loud_token_warnings(facts, comparison)
     outputs = {name: item.to_dict() for name, item in comparison.outputs.items()} if comparison is not None else {}
     found += binary_warnings(sites, outputs) + range_warnings(recipe) + float_input_warnings(target, sites, runs)
     found += runtime_warnings(target, runs)

@@ -87,6 +87,8 @@ class SpeedClass:
     """Speed over the float kernel's, of every measured case; empty where nobody has measured it."""
     cases: tuple[str, ...]
     """What each ratio belongs to."""
+    here: tuple[bool, ...] = ()
+    """Whether each was measured on a CPU of the kind that compiled the model."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import TypeAdapter
 
+from qcompiler.benchmarking.speedup import Speedup
 from qcompiler.formats.scheme import Scheme
 from qcompiler.placement.placed import Placement
 from qcompiler.recipes.gates import GATES, GateKind
@@ -128,6 +129,10 @@ class Report:
     passes: list[PassReport] = field(default_factory=list)
     outputs: dict[str, dict[str, float]] = field(default_factory=dict)
     """Error of each output against the float model on held-out samples, by measure: sqnr_db, kl, top1, …"""
+    speed: Speedup | None = None
+    """How fast it ran beside the float model on the machine that compiled it."""
+    speed_note: str = ""
+    """Why that was not measured."""
     unoptimized: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of outputs that ONNX Runtime's optimizer moves: the same without it."""
     gates: list[Gate] = field(default_factory=list)

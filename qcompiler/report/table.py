@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from qcompiler.report import speed
 from qcompiler.report.report import Report, SiteReport, Status, describe
 from qcompiler.report.verdict import verdict
 
@@ -117,6 +118,8 @@ def _sizes(report: Report) -> str:
     if report.cache is not None:
         before, after = report.cache.float_bytes, report.cache.bytes
         line += f"\n  caches {size(before)} → {size(after)} a token{_ratio(after, before)}"
+    figure, note, _ = speed.figure(report)
+    line += f"\n  speed against float [bold]{figure}[/bold] ({_plain(note)})"
     if report.placement is not None:
         line += f"\n  predicted: {report.placement.summary()}"
     return line

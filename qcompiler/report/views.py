@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from qcompiler.recipes.gates import GATES
-from qcompiler.report import svg
+from qcompiler.report import speed, svg
 from qcompiler.report.pictures import ChannelPicture, SpeedClass, WeightPicture
 from qcompiler.report.report import Gate, Report, SiteReport, describe
 from qcompiler.report.svg import Drawn, side_by_side
@@ -25,7 +25,6 @@ SQNR_STEPS = (10, 15, 20, 25, 30, 35, 40)  # dB: the limits between the colours 
 MOST_COLUMNS = 14  # of the map; a model with more kinds of layers is shown as a row of cells for each operator
 SHOWN_CHANNELS = 6  # activations that are drawn without being asked for: those with the largest spread
 CONTEXTS = (1024, 8192, 32768, 131072)  # tokens
-FAST, SLOW = 1.1, 1.0  # a kernel that is measured above the first everywhere is fast; below the second, slow
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,7 @@ class View:
     @cached_property
     def tiles(self) -> list[Tile]:
         found = [self._size(), self._layers(), *self._errors(), *self._worst()]
-        if self.report.pictures.speed:
-            found.append(self._speed())
+        found.append(self._speed())
         if self.report.cache is not None:
             before, after = self.report.cache.float_bytes, self.report.cache.bytes
             count = f"{len(self.caches)} {'cache' if len(self.caches) == 1 else 'caches'} quantized"
@@ -133,19 +131,8 @@ class View:
         return [Tile(title, decibels(level), self.paths[worst.name])]
 
     def _speed(self) -> Tile:
-        classes = self.report.pictures.speed
-        known = [one for one in classes if one.ratios]
-        if not known:
-            return Tile("Speed class", "not measured", f"no figures for these kernels on {self.report.target}")
-        lo = min(min(one.ratios) for one in known)
-        hi = max(max(one.ratios) for one in known)
-        mood = "good" if lo >= FAST else "bad" if hi < SLOW else ""
-        rest = sum(one.sites for one in classes if not one.ratios)
-        note = "the speed of a float kernel, by the target's table"
-        if rest:
-            note += f"; no figure for {rest} {'layer' if rest == 1 else 'layers'}"
-        figure = f"{lo:g}×" if lo == hi else f"{lo:g} … {hi:g}×"
-        return Tile("Speed class", figure, note, mood)
+        figure, note, mood = speed.figure(self.report)
+        return Tile("Speed against float", figure, note, mood)
 
     @property
     def measures(self) -> list[str]:
@@ -334,10 +321,7 @@ class View:
         return max((run.peak_rss for run in self.report.passes), default=0) or 1.0
 
     def speed(self, one: SpeedClass) -> str:
-        if not one.ratios:
-            return "not measured"
-        lo, hi = min(one.ratios), max(one.ratios)
-        return f"{lo:g}×" if lo == hi else f"{lo:g} … {hi:g}×"
+        return speed.by_table(one)
 
 
 def number(value: float) -> str:

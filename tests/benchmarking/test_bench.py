@@ -122,6 +122,9 @@ def test_what_cannot_be_timed_is_one_sentence(folder: Path) -> None:
     for wrong in ({"threads": 0}, {"tokens": [0]}, {"samples": 0}):
         with pytest.raises(DataError, match="counts of 1 or more"):
             qcompiler.bench(folder / "float", **wrong)
+    for tokens in ([], [1, 1 << 21]):
+        with pytest.raises(DataError, match="one or more counts of up to 1048576"):
+            qcompiler.bench(folder / "float", tokens=tokens)
     with pytest.raises(ModelError, match="does not exist"):
         qcompiler.bench(folder / "float", folder / "nothing")
     np.savez(folder / "wide.npz", x=np.ones((2, 2, 9), np.float32))

@@ -1,4 +1,4 @@
-"""A layer on a kernel that was measured slower than float is warned of, with the measurement, and no other."""
+"""What a report says of speed: the measured figure, a warning where that is slower than float, and the table's rows."""
 
 from __future__ import annotations
 
@@ -6,15 +6,27 @@ from dataclasses import replace
 
 import pytest
 
+from qcompiler.benchmarking.speedup import Speedup
 from qcompiler.formats.scheme import PerChannel, PerGroup, PerTensor, PerToken, Scheme
-from qcompiler.report import SiteReport
+from qcompiler.report import Report, SiteReport, Sizes
+from qcompiler.report.pictures import Pictures, SpeedClass
 from qcompiler.report.report import Status
-from qcompiler.report.speed import speed_classes, speed_warnings
+from qcompiler.report.speed import by_table, figure, measured_warnings, speed_classes, speed_warnings, with_speed
+from qcompiler.rewriting.contract import CacheChange
 from qcompiler.targets import Kernel, SchemeRow, SiteRow, Speed, Target
+from qcompiler.targets.machines import Cpu, Machine
+
+HASWELL = Cpu("x86_64", frozenset({"avx2"}))
+ZEN_4 = Cpu("x86_64", frozenset({"avx2", "avx512_vnni"}))
+GRAVITON = Cpu("aarch64", frozenset({"asimd"}))
 
 
-def speed(ratio: float, case: str = "128 tokens") -> Speed:
-    return Speed(ratio=ratio, against="float32 MatMul", case=case, machine="a machine", date="2026-11-24")
+def speed(ratio: float, case: str = "128 tokens", machine: str = "a machine") -> Speed:
+    return Speed(ratio=ratio, against="float32 MatMul", case=case, machine=machine, date="2026-11-24")
+
+
+def measured(ratio: float, low: float = 0.0, high: float = 0.0, rounds: int = 8) -> Speedup:
+    return Speedup(ratio, low or ratio, high or ratio, 0.02, 0.02 / ratio, rounds, 1, "x [4, 16]", "x86_64 (avx2)")
 
 
 NBITS_4 = SiteRow(kernel=("MatMulNBits",), weight=SchemeRow(bits=(4,)))
@@ -68,6 +80,98 @@ def test_only_quantized_layers_count() -> None:
     assert speed_warnings(target(speed(0.5)), others) == []
 
 
+def test_rows_for_this_cpu_count_and_others_where_there_are_none() -> None:
+    old, new = Machine(has=("avx2",), lacks=("avx512_vnni",)), Machine(has=("avx512_vnni",))
+    rows = target(speed(0.5, machine="old"), speed(3.0, machine="new"))
+    rows = rows.model_copy(update={"machines": {"old": old, "new": new}})
+    (here,) = speed_warnings(rows, [W4], cpu=HASWELL)
+    assert "is slower than float32 MatMul on here: 0.5 × with 128 tokens (old, 2026-11-24)" in here
+    assert speed_warnings(rows, [W4], cpu=ZEN_4) == []
+    (elsewhere,) = speed_warnings(rows, [W4], cpu=GRAVITON)
+    assert "is sometimes slower" in elsewhere
+    assert "(old, another CPU than this one, 2026-11-24)" in elsewhere
+
+
+def test_what_was_measured_and_is_not_slower_speaks_for_its_layers() -> None:
+    assert speed_warnings(target(speed(0.5)), [W4], measured(1.2)) == []
+    assert len(speed_warnings(target(speed(0.5)), [W4], measured(0.9))) == 1
+    cached = Scheme("int8", PerToken(), dynamic=True)
+    row = SiteRow(kernel=("",), cache=SchemeRow(format=("int8",)))
+    change = CacheChange("past", "present", "float32", "int8", 8, 2, cached)
+    cache = SiteReport(name="k", module_path="k", op="key cache", status="quantized", cache=change)
+    assert len(speed_warnings(target(speed(0.5), sites=row), [cache], measured(1.2))) == 1
+
+
+@pytest.mark.parametrize(("found", "warned"), [
+    (measured(0.8), True), (measured(0.8, 0.7, 0.9), True), (measured(0.98, 0.9, 1.1), False), (measured(1.0), False),
+    (measured(1.5, 0.8, 2.0), False), (None, False),
+])  # fmt: skip
+def test_a_result_that_is_slower_beyond_doubt_is_warned_of(found: Speedup | None, warned: bool) -> None:
+    assert bool(measured_warnings(found)) == warned
+
+
+def test_the_warning_has_the_measured_ratio_and_what_belongs_to_it() -> None:
+    (text,) = measured_warnings(measured(0.8, 0.75, 0.85))
+    assert text == (
+        "the compiled model is slower than the float one: 0.8 × (0.75 … 0.85), 20 ms → 25 ms of CPU a run "
+        "(x [4, 16], 1 thread, x86_64 (avx2)); `qcompiler bench FLOAT OUT` tells which operators the time goes to"
+    )
+
+
+def report(*classes: SpeedClass) -> Report:
+    return Report("w4", "ort-cpu", [W4], Sizes(8, 2, 8, 2), pictures=Pictures(speed=classes), warnings=["other"])
+
+
+def test_a_report_has_what_was_measured_or_why_it_was_not() -> None:
+    found = report()
+    with_speed(found, measured(2.0, 1.9, 2.1))
+    assert figure(found) == (
+        "2×",
+        "20 ms → 10 ms of CPU a run here, x [4, 16], 1 thread; middle half 1.9 … 2.1×",
+        "good",
+    )
+    assert found.warnings == ["other"]
+    assert Report.from_json(found.to_json()) == found
+    with_speed(found, measured(0.5, rounds=1))
+    assert figure(found)[1] == "20 ms → 40 ms of CPU a run here, x [4, 16], 1 thread"
+    assert figure(found)[2] == "bad"
+    assert found.warnings[0].startswith("the compiled model is slower")
+    assert found.warnings[-1] == "other"
+    with_speed(found, measured(1.02))
+    assert figure(found)[2] == ""
+
+
+def test_what_was_not_measured_shows_the_table_in_its_place() -> None:
+    here = SpeedClass("MatMulNBits", "W4", 1, (2.0, 4.0, 8.0), ("", "", ""), (False, True, True))
+    found = report(here)
+    with_speed(found, "nobody asked")
+    assert found.speed is None
+    assert figure(found) == ("not measured", "nobody asked; its kernels by the target's table: 4 … 8×", "")
+    with_speed(found, measured(2.0))
+    assert "table" not in figure(found)[1]
+    assert figure(report())[1] == "a version of qcompiler wrote this that did not"
+    with_speed(empty := report(SpeedClass("", "", 1, (), ())), "nobody asked")
+    assert figure(empty)[1] == "nobody asked"
+
+
+@pytest.mark.parametrize(("ratios", "here", "told"), [
+    ((), (), "not measured"), ((2.0,), (True,), "2×"), ((2.0, 3.0), (False, False), "2 … 3×, another CPU"),
+    ((2.0, 3.0), (False, True), "3×"), ((2.0, 3.0), (), "2 … 3×, another CPU"),
+])  # fmt: skip
+def test_the_small_print_is_of_this_cpu(ratios: tuple[float, ...], here: tuple[bool, ...], told: str) -> None:
+    assert by_table(SpeedClass("MatMulNBits", "W4", 1, ratios, ("",) * len(ratios), here)) == told
+
+
+def test_classes_say_which_rows_are_of_this_cpu() -> None:
+    for cpu, here in (
+        (HASWELL, (True, True, False, False)),
+        (ZEN_4, (False, False, True, True)),
+        (GRAVITON, (False,) * 4),
+    ):
+        (one,) = speed_classes(Target.load("ort-cpu"), [W4], cpu)
+        assert one.here == here
+
+
 PER_TOKEN = Scheme("int8", PerToken(), dynamic=True)
 UINT8 = Scheme("uint8", PerTensor(), symmetric=False)
 FP8_ROWS = Scheme("fp8_e4m3", PerToken(), dynamic=True)
@@ -85,11 +189,11 @@ INTEGERS, FUSED = "MatMulIntegerToFloat", "DynamicQuantizeMatMul"
     ("GatherBlockQuantized", Scheme("uint8", PerChannel()), None, None),
     ("MatMulIntegerToFloat", Scheme("int8", PerChannel()), UINT8, None),
 ])  # fmt: skip
-def test_what_this_cpu_runs_slower_than_float(
+def test_what_a_cpu_without_vnni_runs_slower_than_float(
     kernel: str, weight: Scheme, activation: Scheme | None, warned: str | None
 ) -> None:
     layer = site(weight, kernel, activation=activation)
-    warnings = speed_warnings(Target.load("ort-cpu"), [layer, layer])
+    warnings = speed_warnings(Target.load("ort-cpu"), [layer, layer], cpu=HASWELL)
     assert [warned is not None and warned in warning for warning in warnings] == [True] * (warned is not None)
 
 
