@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qcompiler.benchmarking.timing import Spread
 
 MOST_OPERATORS = 8
+LONGEST_PATH = 26
 SHOWN = 30  # characters of an odd option
 
 
@@ -85,7 +86,7 @@ def _print_case(case: BenchCase, threads: int) -> None:
         time, ratio = (one.cpu, one.cpu_ratio) if threads == 1 else (one.wall, one.wall_ratio)
         middle = _ends(ratio, 1) if number > 1 else ""
         figures = (f"{1e3 * one.cpu.median:.3g}", f"{1e3 * one.wall.median:.3g}", _ends(time, 1e3))
-        rows.append((f"{number} {one.model}", *figures, f"{ratio.median:.3g} ×", middle))
+        rows.append((f"{number} {_end(one.model)}", *figures, f"{ratio.median:.3g} ×", middle))
     console().print(f"{case.title}, {case.rounds} rounds, ratios of {by} time", markup=False, highlight=False)
     print_table(("model", "CPU ms", "wall ms", "middle half", "as fast", "middle half"), rows)
     shares: dict[str, dict[int, str]] = {}
@@ -99,6 +100,11 @@ def _print_case(case: BenchCase, threads: int) -> None:
     rest = [(f"… {len(most) - len(shown)} more", *("" for _ in case.models))] if len(most) > len(shown) else []
     table = [(name, *(shares[name].get(number, "") for number in range(len(case.models)))) for name in shown]
     print_table(titles, [*table, *rest])
+
+
+def _end(path: str) -> str:
+    """The end of a path says which model it is; the table is to fit into a terminal of 80 columns."""
+    return path if len(path) <= LONGEST_PATH else "…" + path[1 - LONGEST_PATH :]
 
 
 def _ends(spread: Spread, factor: float) -> str:
