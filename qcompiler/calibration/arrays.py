@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -118,8 +119,10 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
         shape, fortran, dtype = read(stream)
-    except RecursionError as error:
+    except (RecursionError, MemoryError) as error:
         raise ValueError("its header is nested too deeply") from error
+    except (SyntaxError, tokenize.TokenError, TypeError) as error:  # numpy reads it as Python
+        raise ValueError(f"its header is damaged: {error}") from error
     return tuple(shape), bool(fortran), dtype
 
 

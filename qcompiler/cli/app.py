@@ -33,6 +33,7 @@ from qcompiler.errors import PassError, QCompilerError, StoppedError, printable
 from qcompiler.graph.runtime_library import silence
 
 DEFECT = 70  # EX_SOFTWARE of sysexits.h; 1 would look like a gate that failed
+LONGEST = 1000  # letters of a message
 LIBRARIES = ("onnx_ir", "onnxscript", "onnx")
 SHOWN = 1000  # letters of each end of a message
 ISSUES = "please report it, with the command, the versions (qcompiler --version) and the text above"
@@ -106,8 +107,15 @@ def main() -> None:
         sys.exit(DEFECT)
 
 
+def _shortened(message: str) -> str:
+    """Without the middle where it is longer than a screen, as it is where a name or value of the input is."""
+    if len(message) <= LONGEST:
+        return message
+    return f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
+
+
 def _fail(message: str, remark: str = "") -> None:
     if len(message) > 2 * SHOWN:  # a name of a stranger's may have any length
         message = f"{message[:SHOWN]} … {message[-SHOWN:]}"
-    print(f"error: {printable(message)}", *([remark] if remark else []), sep="\n", file=sys.stderr)
+    print(f"error: {_shortened(printable(message))}", *([remark] if remark else []), sep="\n", file=sys.stderr)
     sys.exit(2)

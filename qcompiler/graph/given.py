@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from qcompiler.errors import ModelError
 from qcompiler.graph.definitions import definition
+from qcompiler.graph.texts import check_texts
 
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
 AGAIN = "export the model again"
@@ -57,6 +58,7 @@ class _Scope:
 
 def check_given(model: onnx.ModelProto, file: object) -> bool:
     """Raise ModelError where the model is none that can be worked on; returns whether its nodes need to be sorted."""
+    check_texts(model, file)
     versions = {entry.domain: entry.version for entry in model.opset_import}
     functions = {(function.domain, function.name, function.overload): function for function in model.functions}
     _check_recursion(functions, str(file))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ IDS = ("input_ids", "decoder_input_ids", "inputs_embeds")
 """The inputs that set batch size and sequence length, the first that the model has."""
 PAST = re.compile(r"^(input[._])?past(_key_values)?[._]")
 POSITIONS = ("position_ids", "cache_position")
+MOST_NOISE = 1 << 21  # numbers of an input, where several axes have no size of their own
+LARGEST_NOISE = 1 << 28  # numbers of an input, which are 1 GiB in float32
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,12 @@ class Input:
     def shape_text(self) -> str:
         """Its shape, for messages."""
         return _shape(self)
+
+    def sizes(self, length: int) -> list[int]:
+        """Of one sample: batch 1, and `length` along the other symbolic axes."""
+        if self.dims is None:
+            raise DataError(f"random data needs the rank of the input {self.name!r}, and the model does not tell it")
+        return [size if isinstance(size, int) else (length if axis else 1) for axis, size in enumerate(self.dims)]
 
     @property
     def past_axis(self) -> int | None:
@@ -125,19 +134,14 @@ class Signature:
         return item.is_past and past.dtype != item.dtype.numpy()
 
     def random(self, generator: np.random.Generator, sequence_length: int) -> dict[str, np.ndarray]:
-        """Noise in the right types: batch 1, `sequence_length` along other symbolic axes, ids within the vocabulary."""
-        sample = {}
-        for item in self.required():
-            if item.dims is None:
-                raise DataError(
-                    f"random data needs the rank of the input {item.name!r}, and the model does not tell it"
-                )
-            sizes = [
-                size if isinstance(size, int) else (sequence_length if axis else 1)
-                for axis, size in enumerate(item.dims)
-            ]
-            sample[item.name] = _noise(item, sizes, generator)
-        return sample
+        """Noise in the right types: batch 1, `sequence_length` along other symbolic axes, ids within the vocabulary.
+
+        The length is less where several such axes would make an input of more than `MOST_NOISE` numbers.
+        """
+        items, length = self.required(), sequence_length
+        while length > 1 and any(math.prod(item.sizes(length)) > MOST_NOISE for item in items):
+            length //= 2
+        return {item.name: _noise(item, item.sizes(length), generator) for item in items}
 
     def _past_length(self, given: Mapping[str, np.ndarray]) -> int | None:
         """Positions in the cache that the sample gives; 0 for none, None where it gives some only for a part of it."""
@@ -250,6 +254,8 @@ def _has_rule(item: Input) -> bool:
 
 
 def _noise(item: Input, sizes: list[int], generator: np.random.Generator) -> np.ndarray:
+    if math.prod(sizes) > LARGEST_NOISE:
+        raise DataError(f"random data for the input {item.name!r} {_shape(item)} would be larger than 1 GiB; give data")
     if item.dtype.is_floating_point():
         return generator.standard_normal(sizes).astype(item.dtype.numpy())
     if item.dtype == ir.DataType.STRING:

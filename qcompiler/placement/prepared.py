@@ -9,7 +9,7 @@ from onnx_ir.passes import common
 
 from qcompiler.graph.edit import constant
 from qcompiler.graph.operators import has
-from qcompiler.sites.canonicalize import infer_shapes, name_bodies, name_everything, remove_identities
+from qcompiler.sites.canonicalize import infer_shapes, inline, name_bodies, name_everything, remove_identities
 
 SHARED = 8  # elements up to which the runtime makes one of equal constants
 
@@ -25,7 +25,7 @@ def prepared(model: ir.Model, *, optimized: bool) -> ir.Model:
         for function in model.functions.values():
             for node in function:  # the runtime takes operators apart into nodes with names like n7
                 node.name = f"{function.name}/{str(node.name).removeprefix(f'{function.name}/')}"
-        common.InlinePass()(model)
+        inline(model)
     name_everything(model.graph)
     if any(value.dtype is None for node in model.graph.all_nodes() for value in node.outputs):
         infer_shapes(model)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -55,8 +56,13 @@ def inline_functions(model: ir.Model) -> None:
     if all(domain == "qcompiler" for domain, _, _ in model.functions):
         return
     name_bodies(model)
+    inline(model, lambda function: function.domain != "qcompiler")
+
+
+def inline(model: ir.Model, criteria: Callable[[ir.Function], bool] | None = None) -> None:
+    """As `inline_functions`, for the functions that fit the criteria, by default all. Raises ModelError."""
     try:
-        common.InlinePass(criteria=lambda function: function.domain != "qcompiler")(model)
+        common.InlinePass(criteria=criteria)(model)
     except (ir.passes.PassError, ValueError) as error:
         raise ModelError(f"the model's functions cannot be inlined: {error.__cause__ or error}") from error
 

@@ -277,6 +277,24 @@ def test_random_data_fits_and_warns() -> None:
     assert image["image"].shape == (1, 3, 32, 32)
 
 
+@pytest.mark.parametrize(("shape", "expected"), [("n,a,b,c", (1, 128, 128, 128)), ("n,a,b", (1, 256, 256))])
+def test_random_data_of_many_axes_stays_small(shape: str, expected: tuple[int, ...]) -> None:
+    text = f'<ir_version: 10, opset_import: ["" : 21]> m (float[{shape}] x) => (float[{shape}] y) {{ y = Abs (x) }}'
+    with pytest.warns(UserWarning, match="random"):
+        (sample,) = read("random", ir.from_onnx_text(text), limit=1, sequence_length=256)
+    assert sample["x"].shape == expected
+
+
+def test_random_data_that_would_fill_the_memory_is_refused() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+              m (float[n,2000000,3000] x) => (float[n,2000000,3000] y) { y = Abs (x) }"""
+    with (
+        pytest.warns(UserWarning, match="random"),
+        pytest.raises(DataError, match=r"the input 'x' \[n, 2000000, 3000\] .*would be larger than 1 GiB; give data"),
+    ):
+        read("random", ir.from_onnx_text(text), limit=1)
+
+
 def test_hash_follows_the_content() -> None:
     def of(*values: int) -> str:
         return from_python([{"input_ids": [[v]]} for v in values], model=language_model()).hash()

@@ -227,6 +227,7 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
     "a setting of 2,000 brackets": (setting("[" * 2000), "nested too deeply"),
     "a setting with a list as key": (setting("{[a]: 1}"), "a key is a word"),
     "a setting in hexadecimal": (setting("0x" + "f" * 5000, "quantize-weights.format"), "larger than any number"),
+    "a setting longer than a screen": (setting("x" * 9000, "nothing.at_all"), "the recipe has no pass 'nothing'"),
     # arrays
     "a renamed .npy": (renamed, "one nameless array"),
     "another member": (zipped(**{"readme.txt": b"x"}), "'readme.txt', which is no array"),
@@ -235,6 +236,8 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
     "a header of less than nothing": (zipped(x_npy=header("(-1, 4, 16)")), "100 bytes are there"),
     "a header of 5,000 digits": (zipped(x_npy=header(f"({'9' * 5000},)")), "no usable .npz file"),
     "a header of brackets": (zipped(x_npy=header("(" * 3000 + ")" * 3000)), "no usable .npz file"),
+    "a header without an end": (zipped(x_npy=header("((4, 4, 16)")), "no usable .npz file: its header is damaged"),
+    "a header of words": (zipped(x_npy=header("('a', 4)")), "no usable .npz file"),
     "a header of objects": (zipped(x_npy=header("(4, 4, 16)", dtype="|O")), "pickled Python objects"),
     "an empty file": (lambda f: data(f, put(f / "d.npz", b"")), "no usable .npz file"),
     "a pipe as data": (lambda f: data(f, fifo(f / "d.npz")), "is no file"),
@@ -335,6 +338,7 @@ def test_one_sentence(case: str, f: Path, monkeypatch: pytest.MonkeyPatch, capfd
     assert said.out == ""
     assert said.err.startswith("error: ")
     assert len(said.err.splitlines()) == 1
+    assert len(said.err) < 1100
     assert message in said.err
     assert [path for path in sorted(f.rglob("*")) if "__pycache__" not in path.parts] == before
 

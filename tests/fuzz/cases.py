@@ -33,9 +33,8 @@ def make(seed: int, number: int, folder: Path) -> Case:
     """Write the files of the case into an empty folder."""
     rng = np.random.default_rng([seed, number])
     (folder / "in").mkdir()
-    makers, weights = zip(*MAKERS, strict=True)
-    maker = makers[int(rng.choice(len(makers), p=np.array(weights) / sum(weights)))]
-    return maker(folder, rng)
+    weights = np.array([weight for _, weight in MAKERS])
+    return MAKERS[int(rng.choice(len(MAKERS), p=weights / weights.sum()))][0](folder, rng)
 
 
 def _save(model: onnx.ModelProto, folder: Path) -> bytes:
@@ -62,8 +61,10 @@ def _arguments(folder: Path, rng: Rng, kind: str, shape: data.Shape = ()) -> Cas
             arguments += ["--memory-limit", "1M"]
         return Case(kind, arguments, recipe in recipes.EIGHT_BITS)
     choices = (
-        ["inspect", model], ["inspect", model, "--recipe", recipe], ["diff", model, MODEL], ["debug", model, "-r", recipe, "--calibration", spec],
-        ["diff", model, MODEL, "--calibration", spec], ["calibrate", model, "-r", recipe, "--calibration", spec, "-o", "s.safetensors"],
+        ["inspect", model], ["inspect", model, "--recipe", recipe], ["diff", model, MODEL], ["debug", model, "-r",
+        recipe, "--calibration", spec],
+        ["diff", model, MODEL, "--calibration", spec], ["calibrate", model, "-r", recipe, "--calibration",
+        spec, "-o", "s.safetensors"],
         ["eval", model, "--data", spec, "--reference", MODEL], ["placement", model], ["inspect", model, "--json"],
         ["diff", model, MODEL, "--json"], ["targets", "--best", model],
     )  # fmt: skip
@@ -120,7 +121,9 @@ def data_(folder: Path, rng: Rng) -> Case:
     spec, *extra = data.hostile(folder, _shape(model), rng)
     drawn = rng.random()
     if drawn < 0.7:
-        named = ("int8-static", "smoothquant", "int8-dynamic", "llm-int8", "awq-w4")[int(rng.choice([0, 0, 0, 1, 2, 3]))]
+        named = ("int8-static", "smoothquant", "int8-dynamic", "llm-int8", "awq-w4")[
+            int(rng.choice([0, 0, 0, 1, 2, 3]))
+        ]
         arguments = ["compile", MODEL, "-r", named, "-o", OUTPUT, "--calibration", spec, *extra]
     elif drawn < 0.85:
         arguments = ["eval", MODEL, "--data", spec, "--reference", MODEL, *extra]

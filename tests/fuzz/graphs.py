@@ -5,94 +5,14 @@ Every part takes one value of the pool and gives another; shapes are known, but 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "float64": TensorProto.DOUBLE}
-ODD_NAMES = (
-    "a b", "/model/layers.{i}/mlp/down_proj/MatMul", "layers.{i}.weight", "weight_scale", "W_quantized", "ü", "\u202e",
-    "x" * 300, "../up", "{i}", "model.layers.{i}.self_attn.q_proj", "re:.*", "*", "a\nb", "\x1b[31m", "x_{i}_scale",
-)  # fmt: skip
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Value:
-    """A float value; `shape` without the batch, which comes first."""
-
-    name: str
-    shape: Shape
-
-
-@dataclass
-class Graph:
-    """A model while it grows."""
-
-    rng: np.random.Generator
-    dtype: str = "float32"
-    odd: bool = False
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    constants: list[onnx.TensorProto] = field(default_factory=list)
-    inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
-    functions: list[onnx.FunctionProto] = field(default_factory=list)
-    pool: list[Value] = field(default_factory=list)
-    count: int = 0
-
-    def name(self, base: str) -> str:
-        self.count += 1
-        if self.odd and self.rng.random() < 0.3:
-            return str(self.rng.choice(np.array(ODD_NAMES, dtype=object))).replace("{i}", str(self.count)) + (
-                f"{self.count}" if self.rng.random() < 0.9 else ""
-            )
-        return f"{base}_{self.count}"
-
-    def pick(self, items: Sequence[int]) -> int:
-        return int(self.rng.choice(np.array(items)))
-
-    def maybe(self, chance: float = 0.5) -> bool:
-        return bool(self.rng.random() < chance)
-
-    def constant(self, array: np.ndarray, base: str = "const") -> str:
-        name = self.name(base)
-        tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
-        if self.maybe(0.1):
-            self.nodes.append(helper.make_node("Constant", [], [name], value=tensor))
-        else:
-            self.constants.append(tensor)
-        return name
-
-    def numbers(self, *shape: int) -> np.ndarray:
-        """A weight: normal mostly; sometimes with outliers, dead channels, zeros, or all the same."""
-        array = self.rng.normal(size=shape) / np.sqrt(max(1, shape[0] if shape else 1))
-        kind = self.rng.random()
-        if kind < 0.08 and array.size:
-            array.reshape(-1)[:: self.pick([3, 7, 17])] *= 30
-        elif kind < 0.12 and array.ndim == 2:
-            array[:, : 1 + array.shape[1] // 4] = 0
-        elif kind < 0.14:
-            array[...] = 0
-        elif kind < 0.16:
-            array[...] = 0.5
-        elif kind < 0.18:
-            array *= self.rng.choice([1e-20, 1e-8, 1e4])
-        return array.astype(self.dtype)
-
-    def node(self, op: str, inputs: Sequence[str], shape: Shape, domain: str = "", **attributes: object) -> Value:
-        name = self.name(op)
-        label = self.name(op) if self.maybe(0.8) else ""
-        self.nodes.append(helper.make_node(op, list(inputs), [name], name=label, domain=domain, **attributes))
-        return Value(name, shape)
-
-    def ints(self, *values: int) -> str:
-        return self.constant(np.array(values, np.int64), "ints")
-
-    def scalar(self, number: float) -> str:
-        return self.constant(np.array(number, self.dtype), "scalar")
-
+from tests.fuzz.growing import TYPES, Graph, Value
 
 Part = Callable[[Graph, Value], Value]
 WIDTHS = (4, 8, 16, 32, 33, 64)
@@ -107,7 +27,7 @@ def linear(g: Graph, x: Value, *, width: int | None = None) -> Value:
     if spelling < 0.2 and len(x.shape) == 1:
         transposed = g.maybe()
         bias = [g.constant(g.numbers(out), "bias")] if g.maybe() else []
-        alpha = {"alpha": 0.5} if g.maybe(0.1) else {}
+        alpha: dict[str, Any] = {"alpha": 0.5} if g.maybe(0.1) else {}
         w = g.constant(weight.T if transposed else weight, "weight")
         return g.node("Gemm", [x.name, w, *bias], shape, transB=int(transposed), **alpha)
     if spelling < 0.35:
@@ -132,7 +52,9 @@ def linear(g: Graph, x: Value, *, width: int | None = None) -> Value:
 
 def shared(g: Graph, inside: int, out: int) -> str:
     """A weight that another node reads already, if there is one of the shape."""
-    fitting = [item.name for item in g.constants if list(item.dims) == [inside, out] and item.data_type == TYPES[g.dtype]]
+    fitting = [
+        item.name for item in g.constants if list(item.dims) == [inside, out] and item.data_type == TYPES[g.dtype]
+    ]
     return fitting[0] if fitting else g.constant(g.numbers(inside, out), "weight")
 
 
@@ -273,7 +195,8 @@ def loop(g: Graph, x: Value) -> Value:
     i, c, state, c_out, y = (g.name(n) for n in ("i", "c", "state", "cond", "y"))
     body = helper.make_graph(
         [helper.make_node("Identity", [c], [c_out]), helper.make_node("MatMul", [state, weight], [y])], "loop",
-        [helper.make_tensor_value_info(i, TensorProto.INT64, []), helper.make_tensor_value_info(c, TensorProto.BOOL, []),
+        [helper.make_tensor_value_info(i, TensorProto.INT64, []),
+         helper.make_tensor_value_info(c, TensorProto.BOOL, []),
          helper.make_tensor_value_info(state, TYPES[g.dtype], None)],
         [helper.make_tensor_value_info(c_out, TensorProto.BOOL, []),
          helper.make_tensor_value_info(y, TYPES[g.dtype], None)],
@@ -312,8 +235,9 @@ def lookup(g: Graph, x: Value) -> Value:
     """An embedding, read at ids that an input gives, added."""
     rows, size = g.pick([5, 16, 300]), x.shape[-1]
     ids = g.name("ids")
-    g.inputs.append(helper.make_tensor_value_info(ids, TensorProto.INT64, [g.inputs[0].type.tensor_type.shape.dim[0].dim_param
-                                                                            or g.inputs[0].type.tensor_type.shape.dim[0].dim_value]))  # fmt: skip
+    batch = g.inputs[0].type.tensor_type.shape.dim[0]
+    size_of_batch = batch.dim_param or batch.dim_value
+    g.inputs.append(helper.make_tensor_value_info(ids, TensorProto.INT64, [size_of_batch]))
     remainder = g.node("Mod", [ids, g.ints(rows)], ())
     found = g.node("Gather", [g.constant(g.numbers(rows, size), "table"), remainder.name], ())
     for _ in range(len(x.shape) - 1):
@@ -356,8 +280,12 @@ def contributed(g: Graph, x: Value) -> Value:
         packed = g.rng.integers(0, 256, (8, blocks, 8), dtype=np.uint8)
         scales = np.abs(g.numbers(8, blocks)).reshape(-1).astype(np.float32) + np.float32(0.01)
         names = [x.name, g.constant(packed, "packed"), g.constant(scales, "scales")]
-        return g.node("MatMulNBits", names, (*x.shape[:-1], 8), domain="com.microsoft", K=size, N=8, bits=4, block_size=16)
-    return g.node("FusedMatMul", [x.name, g.constant(g.numbers(size, 8), "weight")], (*x.shape[:-1], 8), domain="com.microsoft")
+        return g.node(
+            "MatMulNBits", names, (*x.shape[:-1], 8), domain="com.microsoft", K=size, N=8, bits=4, block_size=16
+        )
+    return g.node(
+        "FusedMatMul", [x.name, g.constant(g.numbers(size, 8), "weight")], (*x.shape[:-1], 8), domain="com.microsoft"
+    )
 
 
 PARTS: tuple[tuple[Part, float], ...] = (
@@ -395,7 +323,9 @@ def finish(g: Graph, value: Value) -> onnx.ModelProto:
     outputs = list({output.name: output for output in outputs if output.name != "x"}.values())
     declared = g.maybe(0.8)  # ONNX Runtime takes both
     infos = [
-        helper.make_tensor_value_info(o.name, TYPES[g.dtype], [f"{o.name}_{axis}" for axis in range(len(o.shape) + 1)] if declared else None)
+        helper.make_tensor_value_info(
+            o.name, TYPES[g.dtype], [f"{o.name}_{axis}" for axis in range(len(o.shape) + 1)] if declared else None
+        )
         for o in outputs
     ]
     if g.maybe(0.1) and g.constants:
@@ -405,4 +335,3 @@ def finish(g: Graph, value: Value) -> onnx.ModelProto:
     imports = [helper.make_opsetid("", 21 if g.maybe(0.7) else g.pick([18, 19, 20, 22, 23]))]
     imports += [helper.make_opsetid("com.microsoft", 1), helper.make_opsetid("local", 1)]
     return helper.make_model(graph, opset_imports=imports, functions=g.functions, ir_version=10)
-

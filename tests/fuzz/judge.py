@@ -81,7 +81,11 @@ def left(before: Mapping[str, Any], after: Mapping[str, Any], refused: bool) -> 
     """Whether anything was written that should not be there."""
     changed = [name for name in after if before.get(name) != after[name] and not name.startswith("tmp/")]
     changed += [name for name in before if name not in after]
-    written = [name for name in changed if name.removeprefix("work/").split("/")[0] not in ("out", "s.safetensors", "__pycache__")]
+    written = [
+        name
+        for name in changed
+        if name.removeprefix("work/").split("/")[0] not in ("out", "s.safetensors", "__pycache__")
+    ]
     if written:
         return "LEFT BEHIND" if any("/." in f"/{name}" for name in written) else "WROTE OUTSIDE"
     if refused and any(name.startswith(("work/out", "work/s.safetensors")) for name in changed):
@@ -163,7 +167,7 @@ def control(model: Path, samples: list[dict[str, np.ndarray]], reference: list[n
 
 
 def judge(case: Case, folder: Path) -> str:
-    """What became of a compilation that says it is well: does it open, is it near? Runs sessions: call it in a child."""
+    """What became of a compilation that says it is well: does it open, is it near? Runs sessions, so: in a child."""
     if case.command != "compile":
         return "done"
     if not (folder / OUTPUT / "model.onnx").is_file():
@@ -204,9 +208,17 @@ def _compared(case: Case, folder: Path, samples: Any, reference: list[np.ndarray
     if state in ("look", "failed"):
         return "accepted, and the report warns"
     if not case.eight_bits:
-        return "accepted, far, as few bits may be" if state != "good" else f"DIFFERS: the report is content with {decibels:.1f} dB"
+        return (
+            "accepted, far, as few bits may be"
+            if state != "good"
+            else f"DIFFERS: the report is content with {decibels:.1f} dB"
+        )
     limit = control(folder / MODEL, samples, reference)
-    return "accepted, as far as noise is" if decibels > limit - NEAR else f"DIFFERS: {decibels:.1f} dB; noise {limit:.1f} dB"
+    return (
+        "accepted, as far as noise is"
+        if decibels > limit - NEAR
+        else f"DIFFERS: {decibels:.1f} dB; noise {limit:.1f} dB"
+    )
 
 
 def _rounded(report: dict[str, Any]) -> Iterator[object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -13,30 +14,52 @@ from qcompiler.recipes import recipe_names
 from qcompiler.recipes.registry import options_of, pass_class
 
 Rng = np.random.Generator
-VALUES = (
-    None, True, False, 0, 1, -1, 2**31, 2**63, 2**70, 0.0, 0.5, -0.5, 1e300, float("nan"), float("inf"), "", "auto", "x",
+VALUES: tuple[Any, ...] = (
+    None, True, False, 0, 1, -1, 2**31, 2**63, 2**70, 0.0, 0.5, -0.5, 1e300, float("nan"), float("inf"), "", "auto",
+    "x",
     "int8", "int4", "uint8", "int3", "float8e4m3fn", "group", "group(32)", "group(0)", "group(-1)", "group(9999999999)",
-    "per-tensor", "per-channel", "per-token", "block", "float", "mse", "minmax", "percentile", "entropy", [], ["linear"],
+    "per-tensor", "per-channel", "per-token", "block", "float", "mse", "minmax", "percentile", "entropy", [],
+    ["linear"],
     ["head", "embedding"], ["nothing"], [1], [[]], {}, {"a": 1}, "re:(", "re:(a+)+$", "re:.*", "*", "[", "x" * 400,
     ["*"], "cuda", "cpu", "symmetric", "weighted", [None], "\x1b[31m", "ü",
 )  # fmt: skip
 TEXTS = (
-    "", "\0", "- a", "name: x", "name: x\npasses:", "name: x\npasses: []", "a: [", "? [a]\n: b", "{}", "[]", "3", "2020-99-99",
+    "", "\0", "- a", "name: x", "name: x\npasses:", "name: x\npasses: []", "a: [", "? [a]\n: b", "{}", "[]", "3",
+    "2020-99-99",
     "name: 2020-99-99\npasses: [quantize-weights]", "name: x\npasses: [quantize-weights: {bits: " + "9" * 5000 + "}]",
-    "[" * 2000, "{" * 2000, "a: &x [*x]", "a: *y", "!!python/object/apply:os.system ['true']", "name: x\nname: y\npasses: [awq]",
-    "name: x\npasses: [1, 2]", "name: x\npasses: {a: b}", "name: x\npasses: [{a: b, c: d}]", "name: x\npasses: [nothing]",
-    "name: x\npasses: [lower-int8]", "name: x\npasses: [quantize-weights, quantize-weights]", "\ufeffname: x\npasses: [hqq]",
+    "[" * 2000, "{" * 2000, "a: &x [*x]", "a: *y", "!!python/object/apply:os.system ['true']",
+    "name: x\nname: y\npasses: [awq]",
+    "name: x\npasses: [1, 2]", "name: x\npasses: {a: b}", "name: x\npasses: [{a: b, c: d}]",
+    "name: x\npasses: [nothing]",
+    "name: x\npasses: [lower-int8]", "name: x\npasses: [quantize-weights, quantize-weights]",
+    "\ufeffname: x\npasses: [hqq]",
     "name: x\npasses: [gptq]\ngates: {kl: nan}", "name: x\npasses: [nf4]\ngates: {nothing: 1}", "%YAML 9.9\n---\na: b",
-    "name: [x]\npasses: [fp8]", "name: x\npasses: [fp8]\ncalibration: {held_out: -1}", "a: !!binary ====", "a: 1e999999999",
+    "name: [x]\npasses: [fp8]", "name: x\npasses: [fp8]\ncalibration: {held_out: -1}", "a: !!binary ====",
+    "a: 1e999999999",
     "name: x\npasses: [quantize-weights]\ncalibration: {samples: 99999999999999999999}", "a: !!timestamp x", "0x: 0o9",
     "name: x\npasses: [quantize-weights]\ncalibration: {sequence_length: 0}", "- - - - -", "a: 0b2\n? ? ?", "a:\n\t- b",
-    "name: x\npasses: [quantize-weights: 3]", "name: x\npasses: ['py:os:system']", "name: x\npasses: ['py:a']", "\x1b[31m: x",
+    "name: x\npasses: [quantize-weights: 3]", "name: x\npasses: ['py:os:system']", "name: x\npasses: ['py:a']",
+    "\x1b[31m: x",
     "name: x\npasses: [quantize-weights: {layers: []}]", "name: x\npasses: [quantize-weights: {exclude: [re:(]}]",
-    "name: x\npasses: [quantize-weights]\ntarget: nothing", "name: x\npasses: [quantize-weights]\ntarget: [ort-cpu]", "~: ~",
-    "<<: {name: x}\npasses: [nf4]", "<<: [1]\npasses: [nf4]", "name: 2020-01-01\npasses: [nf4]", "name: !!set {a}\npasses: [nf4]",
-    "name: x\npasses: [nf4]\ndescription: 3", "true: 1", "1: 2\n1: 3", "[a]: b", "{a: b}: c", "name: x\npasses: &p [*p]",
+    "name: x\npasses: [quantize-weights]\ntarget: nothing", "name: x\npasses: [quantize-weights]\ntarget: [ort-cpu]",
+    "~: ~",
+    "<<: {name: x}\npasses: [nf4]", "<<: [1]\npasses: [nf4]", "name: 2020-01-01\npasses: [nf4]",
+    "name: !!set {a}\npasses: [nf4]",
+    "name: x\npasses: [nf4]\ndescription: 3", "true: 1", "1: 2\n1: 3", "[a]: b", "{a: b}: c",
+    "name: x\npasses: &p [*p]",
 )  # fmt: skip
-DATA_FREE = ("int8-weights", "w8", "rtn-w4", "hqq-w4", "nf4", "binary", "int8-dynamic", "int8-dynamic-tensor", "fp8", "kv-int8")
+DATA_FREE = (
+    "int8-weights",
+    "w8",
+    "rtn-w4",
+    "hqq-w4",
+    "nf4",
+    "binary",
+    "int8-dynamic",
+    "int8-dynamic-tensor",
+    "fp8",
+    "kv-int8",
+)
 EIGHT_BITS = ("int8-weights", "w8")  # of weights alone
 SLOW = ("awq-gptq-w4", "gptq-w2", "gptq-w3", "gptq-w4", "gptq-w4-act-order", "gptq-w4-kv8", "awq-w4", "w4a8")
 TARGETS = ("ort-cpu", "ort-cuda", "portable", "tensorrt", "nothing", "")
@@ -68,10 +91,11 @@ def settings(rng: Rng) -> list[str]:
         choices: Sequence[str] = (
             f"{name}.{option}={value}", f"{name}.{option}={value}", f"{name}.{option}={value}", f"{name}.{option}",
             f"{option}={value}", f"{name}.nothing={value}", f"={value}", "", f"{name}.{option}=[[[", "a.b=2020-99-99",
-            f"{name}.{option}=" + "[" * 2000, f"{name}.{option}={{[a]: b}}", f"{name}.{option}=" + "9" * 5000, f"{name}[0].x=1",
+            f"{name}.{option}=" + "[" * 2000, f"{name}.{option}={{[a]: b}}",
+            f"{name}.{option}=" + "9" * 5000, f"{name}[0].x=1",
         )  # fmt: skip
         found += ["--set", choices[int(rng.integers(len(choices)))]]
-    extra = (
+    extra: tuple[list[str], ...] = (
         [], [], ["--exclude", "*"], ["--exclude", "re:("], ["--exclude", "re:" + "(a*)*" * 20 + "$"], ["--exclude", ""],
         ["--dtype", "fp16"], ["--dtype", "bf16"], ["--dtype", "fp8"], ["--target", TARGETS[int(rng.integers(6))]],
         ["--samples", str(rng.choice([0, 1, 2, -1]))], ["--samples", "9" * 30], ["--memory-limit", "9" * 40 + "G"],

@@ -113,7 +113,8 @@ def fork(work: Callable[[], int], log: Path) -> int:
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(log / name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        data = int(next(line for line in Path("/proc/self/status").open() if line.startswith("VmData")).split()[1]) << 10
+        status = Path("/proc/self/status").read_text()
+        data = int(status.partition("VmData:")[2].split()[0]) << 10
         resource.setrlimit(resource.RLIMIT_DATA, (data + BYTES, data + BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         code = work()
@@ -185,7 +186,11 @@ def start(seed: int, number: int, folder: Path) -> Task:
 
 def _listing(folder: Path) -> dict[str, tuple[int, int]]:
     found = judge.listing(folder)
-    return {name: entry for name, entry in found.items() if name not in ("log", "tmp", "work") and not name.startswith("log/")}
+    return {
+        name: entry
+        for name, entry in found.items()
+        if name not in ("log", "tmp", "work") and not name.startswith("log/")
+    }
 
 
 def _watch(task: Task) -> None:
@@ -220,7 +225,9 @@ def ended(task: Task, status: int, used: resource.struct_rusage) -> Outcome | No
         return None
     if code != 0 or task.stopped:
         crashed = _crashes_by_itself(task)
-        return _outcome(task, "onnxruntime crashes on the input, too" if crashed else "CRASH", f"when opened: {code} {task.stopped}")
+        return _outcome(
+            task, "onnxruntime crashes on the input, too" if crashed else "CRASH", f"when opened: {code} {task.stopped}"
+        )
     word, _, detail = (task.folder / "verdict").read_text().partition(": ")
     return _outcome(task, word if task.code == 0 or word in judge.BAD else f"{word}; exit code 1", detail)
 
@@ -308,10 +315,12 @@ def main() -> int:
                 file.write(json.dumps(asdict(outcome)) + "\n")
     bad = [outcome for outcome in outcomes if outcome.bad]
     for outcome in sorted(bad, key=lambda outcome: (outcome.word, outcome.detail)):
-        print(f"{outcome.word}: {outcome.detail}\n    {outcome.kind}; see it again:  python tests/fuzz/run.py --seed {options.seed} "
-              f"--case {outcome.number}")  # fmt: skip
-    print(f"{table(outcomes)}\n{len(outcomes)} cases in {time.monotonic() - begun:.0f} s, the slowest {max(o.seconds for o in outcomes)} s, "
-          f"the largest {max(o.peak for o in outcomes) >> 20} MiB; {len(bad)} bad")  # fmt: skip
+        again_by = f"python tests/fuzz/run.py --seed {options.seed} --case {outcome.number}"
+        print(f"{outcome.word}: {outcome.detail}\n    {outcome.kind}; see it again:  {again_by}")
+    slowest, largest = max(outcome.seconds for outcome in outcomes), max(outcome.peak for outcome in outcomes)
+    print(table(outcomes))
+    print(f"{len(outcomes)} cases in {time.monotonic() - begun:.0f} s; the slowest took {slowest} s, the largest "
+          f"{largest >> 20} MiB; {len(bad)} bad")  # fmt: skip
     if not bad:
         shutil.rmtree(folder, ignore_errors=True)
     return 1 if bad else 0

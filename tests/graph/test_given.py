@@ -286,6 +286,20 @@ def test_taken(case: str, tmp_path: Path) -> None:
     assert y.shape == (3, 16)
 
 
+@pytest.mark.parametrize("name", [b"MatMul", b"down", b"h0", b"w1", b"weights.bin", b"a note", b"value"])
+def test_a_name_that_is_no_text(name: bytes, tmp_path: Path) -> None:
+    """protobuf gives bytes for it, and onnxruntime would take some."""
+    model = given()
+    entry = model.graph.initializer[1].external_data.add(key="location", value="weights.bin")
+    model.graph.node[1].metadata_props.add(key="value", value="a note")
+    content = model.SerializeToString()
+    assert entry.value == "weights.bin"
+    assert name in content
+    (tmp_path / "m.onnx").write_bytes(content.replace(name, b"\xff" + name[1:]))
+    with pytest.raises(ModelError, match=r"holds a name or note that is no UTF-8 \(b'\\xff.*; export it again"):
+        load(tmp_path / "m.onnx")
+
+
 def test_a_model_in_memory_is_looked_at_too() -> None:
     model = ir.from_proto(given())
     assert take(model) is not model
