@@ -7,7 +7,7 @@ WITH_STUB := PYTHONPATH=$(STUB)/site LD_LIBRARY_PATH=$(STUB)/lib
 
 QUICK := tests/test_contracts.py tests/passes/test_golden.py tests/formats tests/graph tests/docs tests/targets
 
-.PHONY: demo test quick mutants test-cuda-placement cuda-kernels lint bench clean
+.PHONY: demo test quick mutants fuzz test-cuda-placement cuda-kernels lint bench clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -32,6 +32,10 @@ COUNT ?= 0
 SEED ?= 0
 mutants: .venv/.ready
 	$(BIN)/python tests/mutants.py --count $(COUNT) --seed $(SEED)
+
+# Hostile models, recipes and data, COUNT of them; which are drawn goes by SEED (10 minutes of two cores; not in CI).
+fuzz: .venv/.ready
+	$(BIN)/python tests/fuzz/run.py --count $(or $(filter-out 0,$(COUNT)),5000) --seed $(SEED)
 
 # The tests of report.html run in Chromium: Debian's package, else the one that playwright brings, else they are skipped.
 .venv/.browser: .venv/.ready

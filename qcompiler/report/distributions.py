@@ -70,6 +70,8 @@ def weight_pictures(facts: Sequence[SiteFacts], reference: ir.Model, portable: i
         if tensor is None or not tensor.dtype.is_floating_point() or 0 in tuple(tensor.shape.numpy()):
             continue
         sample = _sampled(tensor)
+        if not sample.size:
+            continue
         absmax = float(np.abs(sample).max())
         counts = np.histogram(sample, BINS, (-absmax, absmax))[0] if absmax else np.zeros(BINS, int)
         node = after.get(item.name)
@@ -115,14 +117,14 @@ def _spread(channels: Array) -> float:
 
 
 def _sampled(tensor: ir.TensorProtocol) -> Array:
-    """Numbers of evenly spread rows, at most SAMPLED_VALUES."""
+    """Finite numbers of evenly spread rows, at most SAMPLED_VALUES."""
 
     def compute(data: Array) -> Array:
         rows = data.reshape(len(data), -1) if data.ndim > 1 else data.reshape(1, -1)
         chosen = rows[np.unique(np.linspace(0, len(rows) - 1, SAMPLED_ROWS).astype(int))]
         step = -(-chosen.size // SAMPLED_VALUES)
         sample: Array = chosen.reshape(-1)[::step].astype(np.float64)
-        return sample
+        return sample[np.isfinite(sample)]
 
     return read(tensor, compute)
 

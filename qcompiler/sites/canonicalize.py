@@ -23,6 +23,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.errors import ModelError
+from qcompiler.graph.definitions import definition
 from qcompiler.graph.edit import Names, insert_before, new_node, remove_unused_constant
 from qcompiler.graph.lazy import read
 from qcompiler.graph.opset import OPSET, upgrade
@@ -65,6 +66,21 @@ def inline(model: ir.Model, criteria: Callable[[ir.Function], bool] | None = Non
         common.InlinePass(criteria=criteria)(model)
     except (ir.passes.PassError, ValueError) as error:
         raise ModelError(f"the model's functions cannot be inlined: {error.__cause__ or error}") from error
+    for node in model.graph.all_nodes():
+        _check_inlined(node, model)
+
+
+def _check_inlined(node: ir.Node, model: ir.Model) -> None:
+    """A call may leave out inputs of a function, which its nodes then lack."""
+    known = definition(node.op_type, node.domain, model.opset_imports.get(node.domain, OPSET))
+    if known is None or node.op_identifier() in model.functions:
+        return
+    given = [value is not None for value in node.inputs]
+    if len(given) < known.fewest_inputs or not all(there or not known.needs(at) for at, there in enumerate(given)):
+        raise ModelError(
+            f"the node {node.name!r} ({node.op_type}) of a function lacks an input, which a call of the function "
+            "leaves out; export the model again"
+        )
 
 
 def name_bodies(model: ir.Model) -> None:

@@ -343,7 +343,7 @@ def again(seed: int, number: int, folder: Path) -> int:
             _watch(task)
             time.sleep(0.01)
     for name in ("out", "err"):
-        print((place / "log" / name).read_text(errors="replace"), end="")
+        print((place / "log" / name).read_text(errors="replace"), end="", flush=True)
     print(f"{outcome.word}: {outcome.detail}")
     return 1 if outcome.bad else 0
 

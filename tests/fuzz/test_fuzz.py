@@ -19,7 +19,7 @@ PARTS, EACH = 4, 75
 @pytest.mark.parametrize("part", range(PARTS))
 def test_no_case_is_bad(part: int, tmp_path: Path) -> None:
     words = ["--first", str(part * EACH), "--count", str(EACH), "--jobs", "1", "--keep", str(tmp_path)]
-    command = [sys.executable, ROOT / "tests" / "fuzz" / "run.py", *words]
+    command = [sys.executable, str(ROOT / "tests" / "fuzz" / "run.py"), *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
     assert ran.returncode == 0, ran.stdout + ran.stderr

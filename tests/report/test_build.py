@@ -192,6 +192,20 @@ def test_bfloat16_is_compared_as_a_processor_that_has_it_would_compute() -> None
     assert 40 < told.outputs["y"]["sqnr_db"] < 70
 
 
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_weights_that_stay_are_pictured_without_what_is_no_number(odd: float) -> None:
+    weights = [np.full((16, 16), odd, np.float32), np.eye(16, dtype=np.float32)]
+    weights[1][3, 3] = odd
+    model = tiny.build(
+        "g (float[M,16] x, float[16,16] V, float[16,16] W) => (float[M,16] y) { h = MatMul(x, V) y = MatMul(h, W) }",
+        V=weights[0],
+        W=weights[1],
+    )
+    pictures = qcompiler.compile(model, "w8", exclude=["*"]).report.pictures
+    assert pictures is not None
+    assert [(picture.site, picture.absmax, sum(picture.histogram)) for picture in pictures.weights] == [("y", 1.0, 255)]
+
+
 def test_versions_are_of_what_is_installed() -> None:
     found = versions()
     assert found["numpy"] == version("numpy")

@@ -116,6 +116,19 @@ def test_functions_are_inlined_but_not_those_of_qcompiler() -> None:
     assert [name for _, name, _ in model.functions] == ["Half"]
 
 
+def test_a_call_may_not_leave_out_what_its_function_needs() -> None:
+    functions = """<domain: "mine", opset_import: ["" : 21]> times (a, w) => (b) { b = MatMul(a, w) }
+                   <domain: "mine", opset_import: ["" : 21, "mine" : 1]> both (a, w) => (b) { b = mine.times(a, w) }
+                   <domain: "mine", opset_import: ["" : 21]> cut (a, least) => (b) { b = Clip(a, least) }"""
+    for call in ("times", "both"):
+        model = parse(f"g (float[A,4] x) => (float[A,4] y) {{ y = mine.{call}(x) }}", functions=functions,
+                      imports=', "mine" : 1')  # fmt: skip
+        with pytest.raises(ModelError, match=r"\(MatMul\) of a function lacks an input, which a call .* leaves out"):
+            canonicalize(model)
+    text = "g (float[A,4] x) => (float[A,4] y) { y = mine.cut(x) }"
+    assert ops(canonical(parse(text, functions=functions, imports=', "mine" : 1'))) == ["Clip"]
+
+
 def test_identities_go() -> None:
     text = """g (float[A,4] x, float[4] w) => (float[A,4] y, float[A,4] z, float[A,4] u) {
         v = Identity(w) a = Identity(x) b = Mul(a, v)
