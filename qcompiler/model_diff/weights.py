@@ -79,7 +79,7 @@ def _sizes(shape: tuple[int, ...], outputs_first: bool) -> tuple[int, ...]:
 
 
 def _rows(data: Array | None, outputs_first: bool) -> Array | None:
-    if data is None or data.ndim < 2:
+    if data is None or data.ndim < 2 or not data.size:
         return None
     if outputs_first:
         return data.reshape(data.shape[0], -1)

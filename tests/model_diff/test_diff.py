@@ -179,6 +179,16 @@ def test_empty_inputs_at_the_end_are_none() -> None:
     assert diff(model("low"), model("", "low")).nodes
 
 
+def test_weights_without_numbers() -> None:
+    def model(name: str) -> ir.Model:
+        return build(
+            [helper.make_node("MatMul", ["x", "w"], ["y"], name=name)], {"w": np.ones((0, 3), np.float32)}, width=0
+        )
+
+    assert not diff(model("fc"), model("fc"))
+    assert [(story.before, story.after) for story in diff(model("fc"), model("out")).layers]
+
+
 def test_what_is_fused_is_told_by_the_operator_that_is_new() -> None:
     """And not by what stands between it and the nodes that stayed."""
     chain = [("Neg", "x", "a"), ("Softmax", "a", "p"), ("Exp", "p", "q"), ("Relu", "q", "y")]
