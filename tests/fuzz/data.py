@@ -154,7 +154,7 @@ def python(folder: Path, shape: Shape, rng: Rng) -> str:
         "yield {1: 2}",
         "yield {'x': [[1], [2, 3]]}", "raise KeyboardInterrupt", "import sys; sys.exit()", "yield {'x': object()}",
         "raise BaseException('no')", "yield from ()", "return iter([])", "yield {'x': 'a' * 10}",
-        
+
     )  # fmt: skip
     (folder / "mine.py").write_text(f"def f():\n    {bodies[int(rng.integers(len(bodies)))]}\n")
     return str(
