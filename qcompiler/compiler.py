@@ -24,6 +24,7 @@ from qcompiler.report.facts import inventory
 from qcompiler.report.speed import with_speed
 from qcompiler.statistics import StatisticsStore
 from qcompiler.targets import Target
+from qcompiler.targets.kernels import CPU
 
 
 def compile(
@@ -70,7 +71,7 @@ def compile(
     plan = inputs.plan(recipe, target, options, exclude, samples, sequence_length, dtype, has_data)
     graph, source = inputs.load(model)
     inputs.check_plan(plan, graph)
-    opening.check_input(model)
+    runs_here = opening.check_input(model)
     hashes, store, measured_on, held_out = {"model": model_hash(graph)}, StatisticsStore(), None, None
     if calibration is not None:
         measured_on, held_out = inputs.samples(calibration, graph, plan.recipe, tokenizer)
@@ -91,16 +92,15 @@ def compile(
     portable = snapshots.of(graph)
     runs += pipeline.run(graph, plan.lowering, store, calibrator, observers)
     inputs.finish(graph, plan.recipe)
-    with opening.written(graph, work_dir, lean=memory_limit is not None) as opened:
+    on = Target.load(plan.recipe.target)
+    expected = runs_here and on.providers[0] == CPU
+    with opening.written(graph, work_dir, lean=memory_limit is not None, runs_here=expected) as opened:
         comparison = build.comparison(
-            reference, graph, portable, held_out, facts, runs, Target.load(plan.recipe.target), opened, memory_limit,
-            progress,
-        )  # fmt: skip
+            reference, graph, portable, held_out, facts, runs, on, opened, memory_limit, progress
+        )
         timed: Speedup | str = speed.NOT_ASKED
         if measure_speed:
-            timed = speed.measured(
-                model, graph, opened, held_out, Target.load(plan.recipe.target), memory_limit, progress
-            )
+            timed = speed.measured(model, graph, opened, held_out, on, memory_limit, progress)
     report = build.report(plan.recipe, graph, facts, runs, comparison, before, hashes,
                           None if measured_on is None else measured_on.rows())  # fmt: skip
     report.gates, report.strict = check_gates(plan.recipe.gates, report.outputs), strict

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
 
 
-def check_input(model: str | Path | ir.Model) -> None:
-    """Raise ModelError where onnxruntime refuses the model as it comes; that it has no kernel here is no refusal."""
+def check_input(model: str | Path | ir.Model) -> bool:
+    """Raise ModelError where onnxruntime refuses the model as it comes; returns whether it has all its kernels here."""
     options = lean_options()
     options.graph_optimization_level = onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
@@ -29,9 +29,10 @@ def check_input(model: str | Path | ir.Model) -> None:
         else:
             open_file(model_io.find_model(model), options, RecordedOptions())
     except NoKernelError:
-        return
+        return False
     except ModelError as error:
         raise ModelError(f"the model does not run as it comes: {error}; repair or export it again") from error
+    return True
 
 
 def float_session(model: str | Path | ir.Model, options: SessionOptions) -> InferenceSession:
@@ -49,10 +50,13 @@ class Opened(Protocol):
 
 
 @contextlib.contextmanager
-def written(model: ir.Model, work_dir: str | Path | None, *, lean: bool) -> Iterator[Opened | None]:
+def written(
+    model: ir.Model, work_dir: str | Path | None, *, lean: bool, runs_here: bool = False
+) -> Iterator[Opened | None]:
     """What opens the model as its users do, from a written copy; None where onnxruntime has no kernel here for it.
 
-    Raises PassError where it does not open, OutputError where there is no room for the copy.
+    Raises PassError where it does not open, ModelError where it `runs_here` as it came and has no kernel here now,
+    OutputError where there is no room for the copy.
     """
     recorded = session_options_of(model)
     with model_io.written(model, work_dir) as file:
@@ -64,7 +68,12 @@ def written(model: ir.Model, work_dir: str | Path | None, *, lean: bool) -> Iter
 
         try:
             opened()
-        except NoKernelError:
+        except NoKernelError as error:
+            if runs_here:
+                raise ModelError(
+                    f"the compiled model does not open, though the float model does: {error}, as it is of opset "
+                    f"{model.opset_imports['']} now; export the model in float32, or with that opset"
+                ) from error
             yield None
             return
         except ModelError as error:

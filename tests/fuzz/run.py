@@ -34,6 +34,7 @@ if str(ROOT) not in sys.path:
 from tests.fuzz import judge  # noqa: E402
 from tests.fuzz.cases import Case, make  # noqa: E402
 
+KERNELS = ROOT / "qcompiler" / "targets"
 SECONDS, BYTES = 20.0, 2 << 30
 WARM = """
 import json, os, sys
@@ -87,13 +88,21 @@ def _keep_what_is_read_once() -> None:
 
     from passes import PASSES
     from qcompiler.cli import app
+    from qcompiler.graph.definitions import definition
     from qcompiler.recipes.registry import options_of, pass_class
+    from qcompiler.report.html import environment
     from qcompiler.targets import Target, target_names
+    from qcompiler.targets.kernels import read
 
     click = typer.main.get_command(app.app)
     app.app = lambda **named: click(**named)  # type: ignore[assignment]
     for name in target_names():
         Target.load(name)
+    for path in KERNELS.glob("kernels-*.json"):
+        read(path)
+    for name in environment().list_templates():
+        environment().get_template(name)
+    definition("FusedMatMul", "com.microsoft", 1)
     for name in PASSES:
         options_of(pass_class(name))
 
