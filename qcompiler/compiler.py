@@ -100,7 +100,9 @@ def compile(
         )
         timed: Speedup | str = speed.NOT_ASKED
         if measure_speed:
-            timed = speed.measured(model, graph, opened, held_out, on, memory_limit, progress)
+            timed = speed.measured(
+                model, graph, opened, held_out, on, sum(before.values()), memory_limit, progress
+            )  # fmt: skip
     report = build.report(plan.recipe, graph, facts, runs, comparison, before, hashes,
                           None if measured_on is None else measured_on.rows())  # fmt: skip
     report.gates, report.strict = check_gates(plan.recipe.gates, report.outputs), strict

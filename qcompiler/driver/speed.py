@@ -21,20 +21,27 @@ from qcompiler.targets.kernels import CPU
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
 
+LARGEST_BYTES = 768 << 20
+"""Of a float model that is opened beside the compiled one, each with copies of its weights as its kernels want them."""
 NOT_ASKED = "not asked for; `qcompiler bench FLOAT OUT` does it later"
 
 
 def measured(
     model: str | Path | ir.Model, graph: ir.Model, opened: Callable[[SessionOptions], InferenceSession] | None,
-    held_out: Samples | None, target: Target, memory_limit: int | None, progress: bool,
+    held_out: Samples | None, target: Target, float_bytes: int, memory_limit: int | None, progress: bool,
 ) -> Speedup | str:  # fmt: skip
-    """How fast `graph`, as `opened` opens it, is beside the `model` that it was made of; or why that is not known."""
+    """How fast `graph`, as `opened` opens it, is beside the `model` that it was made of; or why that is not known.
+
+    `float_bytes` are those of the float model's constants.
+    """
     if held_out is None:
         return "there are no samples to run on (--calibration, two or more)"
     if memory_limit is not None:
         return "under a memory limit both models are not opened at once"
     if target.providers[0] != CPU:
         return f"it runs on {target.providers[0]}, and only CPUs are timed"
+    if float_bytes > LARGEST_BYTES:
+        return "models of this size are not opened at once beside a compilation; `qcompiler bench FLOAT OUT` does that"
     if opened is None:
         return "ONNX Runtime has no kernel for it on this machine"
     try:

@@ -84,7 +84,10 @@ def test_what_cannot_be_timed_says_why() -> None:
 def test_what_has_no_kernel_here_or_does_not_open_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model = layer()
     samples = from_python(tiny.feeds(model), model=model)
-    args = (samples, Target.load("ort-cpu"), None, False)
+    args = (samples, Target.load("ort-cpu"), 0, None, False)
+    large = (samples, Target.load("ort-cpu"), speed.LARGEST_BYTES + 1, None, False)
+    told = speed.measured(model, model, lambda _: pytest.fail("it was opened"), *large)
+    assert str(told).startswith("models of this size are not opened at once")
     assert speed.measured(model, model, None, *args) == "ONNX Runtime has no kernel for it on this machine"
 
     def refuses(*_: object) -> None:
