@@ -58,6 +58,12 @@ def definition(op_type: str, domain: str, version: int) -> Definition | None:
     return _of(onnx.defs.get_schema(op_type, max_inclusive_version=version, domain=domain), closed=True)
 
 
+def is_operator(name: str, domain: str, versions: Mapping[str, int]) -> bool:
+    """Whether ONNX Runtime has an operator of that name, which it runs where a model has a function of it, too."""
+    domain = "" if domain == "ai.onnx" else domain
+    return definition(name, domain, versions.get(domain, 1)) is not None
+
+
 def _of(schema: Any, *, closed: bool) -> Definition:
     """From a schema of onnx, or one of onnxruntime, which looks the same."""
     attributes = {

@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompiler.errors import ModelError
-from qcompiler.graph.definitions import definition
+from qcompiler.graph.definitions import definition, is_operator
 from qcompiler.graph.texts import check_texts
 
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
@@ -60,13 +60,16 @@ def check_given(model: onnx.ModelProto, file: object) -> bool:
     """Raise ModelError where the model is none that can be worked on; returns whether its nodes need to be sorted."""
     check_texts(model, file)
     versions = {entry.domain: entry.version for entry in model.opset_import}
-    functions = {(function.domain, function.name, function.overload): function for function in model.functions}
+    functions = {
+        (function.domain, function.name, function.overload): function for function in model.functions
+        if not is_operator(function.name, function.domain, versions)
+    }  # fmt: skip
     _check_recursion(functions, str(file))
     scope = _Scope(str(file), versions, functions, None)
     _, sorted_ = _check_graph(model.graph, frozenset(), scope)
     if not model.graph.output:
         raise ModelError(f"{file} has no outputs, so there is nothing to compute; {AGAIN}")
-    for function in model.functions:
+    for function in functions.values():
         own = replace(
             scope, place=f"the function {function.name!r} of {file}", references=frozenset(_attributes(function)),
             versions=versions | {entry.domain: entry.version for entry in function.opset_import},

@@ -12,7 +12,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from qcompiler.graph.edit import constant, remove_node_if_unused
-from qcompiler.sites.activations import Dynamic, Static
+from qcompiler.sites.activations import Dynamic, Float, Static, activation_of
 
 
 def static_obstacle(activation: Static, takes: Collection[ir.DataType], kernel: str) -> str | None:
@@ -34,7 +34,8 @@ def static_obstacle(activation: Static, takes: Collection[ir.DataType], kernel: 
 def read_float(layer: ir.Node, activation: Static | Dynamic) -> None:
     """Let a layer read what was quantized, and take the pair away where nothing else reads it."""
     quantized = layer.inputs[0]
-    layer.replace_input_with(0, activation.source)
+    now = activation_of(quantized)  # the kernel of another layer may have taken the place of what gave the source
+    layer.replace_input_with(0, activation.source if isinstance(now, Float) else now.source)
     producer = quantized.producer() if quantized is not None else None
     if producer is not None:
         remove_node_if_unused(producer)

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.errors import ModelError
-from qcompiler.graph.definitions import definition
+from qcompiler.graph.definitions import definition, is_operator
 from qcompiler.graph.edit import Names, insert_before, new_node, remove_unused_constant
 from qcompiler.graph.lazy import read
 from qcompiler.graph.opset import OPSET, upgrade
@@ -42,6 +42,8 @@ def canonicalize(model: ir.Model) -> None:
     if model.opset_imports.get("", OPSET) < OPSET:
         upgrade(model)
     model.opset_imports.setdefault("", OPSET)
+    if "com.microsoft" in model.opset_imports:
+        model.opset_imports["com.microsoft"] = 1  # there is no other, and a model without such nodes may say anything
     model.ir_version = max(model.ir_version, 10)  # the first one with 4-bit types
     name_everything(model.graph)
     lift_constants(model)
@@ -54,6 +56,8 @@ def canonicalize(model: ir.Model) -> None:
 
 def inline_functions(model: ir.Model) -> None:
     """Replace calls of the model's functions by their bodies; functions of qcompiler stay, a diff shows them as one."""
+    for key in [key for key in model.functions if is_operator(key[1], key[0], model.opset_imports)]:
+        del model.functions[key]  # ONNX Runtime does not call it
     if all(domain == "qcompiler" for domain, _, _ in model.functions):
         return
     name_bodies(model)

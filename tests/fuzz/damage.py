@@ -7,9 +7,13 @@ from pathlib import Path
 import numpy as np
 from google.protobuf.message import DecodeError
 from onnx import ModelProto
+from onnx.checker import ValidationError
 
 from tests.fuzz import damage_data, damage_nodes  # noqa: F401  (they fill the table)
 from tests.fuzz.messages import DAMAGE, Rng
+
+NOTHING_TO_CHANGE = (ValueError, TypeError, OverflowError, OSError, DecodeError, ValidationError)
+"""An earlier change left nothing that this one could work on."""
 
 
 def damaged(model: ModelProto, rng: Rng) -> list[str]:
@@ -19,7 +23,7 @@ def damaged(model: ModelProto, rng: Rng) -> list[str]:
         change = DAMAGE[int(rng.integers(len(DAMAGE)))]
         try:
             change(model, rng)
-        except (ValueError, TypeError, OverflowError, DecodeError):  # an earlier one left nothing to change here
+        except NOTHING_TO_CHANGE:
             continue
         done.append(change.__name__)
     return done

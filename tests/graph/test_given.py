@@ -271,6 +271,9 @@ TAKEN: dict[str, Change] = {
     "an attribute that a tool noted": attribute("__note", type=3, s=b"x"),
     "an If": body(relu("Relu", ["h0"], ["q"])),
     "an optional input left out": node("Clip", ["h0", "", ""]),
+    "a function that has the name of an operator": lambda model: model.functions.append(
+        helper.make_function("", "Relu", ["a"], ["b"], [relu("Identity", ["a"], ["b"])], [helper.make_opsetid("", 21)])
+    ),
     "a function in any order": calling(function("F", relu("Relu", ["q"], ["b"]), relu("Abs", ["a"], ["q"]))),
 }  # fmt: skip
 

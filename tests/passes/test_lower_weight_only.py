@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+import qcompiler
 from passes.lower_weight_only import LowerWeightOnly
 from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
@@ -213,6 +214,22 @@ def test_a_layer_that_reads_another_layer(first: str) -> None:
     portable, lowered, changes = lower(model, accuracy_level=0)
     assert {changed.site for changed in changes.changed} == {"first", "second"}
     assert_same(portable, lowered, tiny.feeds(model), 1e-5)
+
+
+def test_a_layer_that_rounds_what_another_layer_gives() -> None:
+    """The pair between them reads what the first one's kernel gives by then."""
+    model = tiny.build(
+        """g (float[M,32] x, float[32,64] W, float[64,32] V, float[32,16] U) => (float[M,16] y) {
+        [first] a = MatMul(x, W) [second] b = MatMul(a, V) [third] y = MatMul(b, U) }""",
+        W="normal", V="normal", U="normal",
+    )  # fmt: skip
+    compiled = qcompiler.compile(model, "w4a8", calibration=tiny.feeds(model, 6))
+    assert {site.name: site.kernel for site in compiled.report.sites} == dict.fromkeys(
+        ("first", "second", "third"), "MatMulNBits"
+    )
+    for sample in tiny.feeds(model):
+        (got,), (wanted,) = tiny.run(compiled.model, sample), tiny.run(model, sample)
+        assert tiny.relative_error(got, wanted) < 0.4
 
 
 @pytest.mark.parametrize(("features", "block"), [(32, 32), (192, 64), (256, 128), (2880, 128)])

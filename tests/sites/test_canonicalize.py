@@ -116,6 +116,26 @@ def test_functions_are_inlined_but_not_those_of_qcompiler() -> None:
     assert [name for _, name, _ in model.functions] == ["Half"]
 
 
+@pytest.mark.parametrize("function", ["MatMul", "Relu"])
+def test_an_operator_comes_before_a_function_of_its_name(function: str) -> None:
+    """As in ONNX Runtime, which `canonical` compares with."""
+    operands = {"MatMul": "a, b", "Relu": "a"}[function]
+    functions = f'<domain: "", opset_import: ["" : 21]> {function} ({operands}) => (c) {{ c = Identity(a) }}'
+    text = "g (float[A,4] x, float[4,4] w) => (float[A,4] y) { h = MatMul(x, w) y = Relu(h) }"
+    model = canonical(parse(text, functions=functions, w=np.eye(4, dtype=np.float32)[::-1]))
+    assert ops(model) == ["MatMul", "Relu"]
+    assert not model.functions
+
+
+@pytest.mark.parametrize("version", [-1, 0, 7])
+def test_there_is_one_version_of_the_runtimes_operators(version: int) -> None:
+    text = "g (float[A,4] x) => (float[A,4] y) { y = Relu(x) }"
+    model = parse(text)
+    model.opset_imports["com.microsoft"] = version
+    canonicalize(model)
+    assert model.opset_imports["com.microsoft"] == 1
+
+
 def test_a_call_may_not_leave_out_what_its_function_needs() -> None:
     functions = """<domain: "mine", opset_import: ["" : 21]> times (a, w) => (b) { b = MatMul(a, w) }
                    <domain: "mine", opset_import: ["" : 21, "mine" : 1]> both (a, w) => (b) { b = mine.times(a, w) }
