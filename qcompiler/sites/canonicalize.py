@@ -7,7 +7,7 @@ Afterwards
 - model-local functions are inlined, except for those of qcompiler itself;
 - the standard opset is 21 or newer (blocked DequantizeLinear and 4-bit types);
 - a weight that is the embedding table, or its transpose, is that table (tied weights are stored once);
-- shapes and types are filled in as far as ONNX can tell.
+- shapes and types are filled in as far as ONNX can tell, and a size of -1, as old exporters write it, is any size.
 
 No weights are read, except where a weight has the size of an embedding table: these are compared tile by tile.
 """
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 def canonicalize(model: ir.Model) -> None:
     """Rewrite the model in place; ModelError where it holds what cannot be brought into this form."""
     model.graph.name = model.graph.name or "graph"  # ONNX wants one, and some tools leave it out
+    open_dimensions(model.graph)
     inline_functions(model)
     if model.opset_imports.get("", OPSET) < OPSET:
         upgrade(model)
@@ -52,6 +53,13 @@ def canonicalize(model: ir.Model) -> None:
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     infer_shapes(model)
     tie_embeddings(model)
+
+
+def open_dimensions(graph: ir.Graph) -> None:
+    """Let negative sizes be unknown ones, as which onnxruntime takes them."""
+    for value in {*graph.inputs, *graph.outputs, *(value for node in graph for value in node.outputs)}:
+        if value.shape is not None and any(isinstance(size, int) and size < 0 for size in value.shape):
+            value.shape = ir.Shape([None if isinstance(size, int) and size < 0 else size for size in value.shape])
 
 
 def inline_functions(model: ir.Model) -> None:

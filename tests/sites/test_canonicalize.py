@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
+import qcompiler
 from qcompiler.errors import ModelError, PassError
 from qcompiler.graph.check import check_structure
 from qcompiler.graph.files import load
 from qcompiler.graph.session import session
 from qcompiler.sites.canonicalize import _same_table, canonicalize
 from qcompiler.sites.find import find_sites
+from tests.there import dims
 
 GENERATOR = np.random.default_rng(0)
 
@@ -321,3 +325,17 @@ def test_a_graph_without_a_name_gets_one() -> None:
         check_structure(model)
     canonicalize(model)
     check_structure(model)
+
+
+def test_a_negative_size_is_any_size(tmp_path: Path) -> None:
+    weight = numpy_helper.from_array(np.eye(16, 8, dtype=np.float32), "w")
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], name="fc")
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [-1, size]) for name, size in (("x", 16), ("y", 8)))
+    proto = helper.make_model(helper.make_graph([node], "g", [x], [y], [weight]), ir_version=10,
+                              opset_imports=[helper.make_opsetid("", 21)])  # fmt: skip
+    onnx.save(proto, tmp_path / "model.onnx")
+    samples = [{"x": np.ones((2, 16), np.float32)}] * 4
+    for data in (samples, "random"):
+        result = qcompiler.compile(tmp_path / "model.onnx", "int8-static", calibration=data)
+        assert [site.status for site in result.report.sites] == ["quantized"]
+        assert dims(result.model.graph.inputs[0])[1] == 16
