@@ -94,7 +94,8 @@ def compile(
     inputs.finish(graph, plan.recipe)
     on = Target.load(plan.recipe.target)
     expected = runs_here and on.providers[0] == CPU
-    with opening.written(graph, work_dir, lean=memory_limit is not None, runs_here=expected) as opened:
+    lean = memory_limit is not None
+    with opening.written(graph, work_dir, lean=lean, came=model, runs_here=expected) as opened:
         comparison = build.comparison(
             reference, graph, portable, held_out, facts, runs, on, opened, memory_limit, progress
         )

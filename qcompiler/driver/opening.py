@@ -43,6 +43,16 @@ def float_session(model: str | Path | ir.Model, options: SessionOptions) -> Infe
     return open_file(file, options, session_options_of(model_io.load(file)))
 
 
+def _check_optimized(model: str | Path | ir.Model) -> None:
+    """Raise ModelError where only onnxruntime's optimizer sees why the model as it comes cannot be opened."""
+    try:
+        float_session(model, lean_options())
+    except NoKernelError:
+        return
+    except ModelError as error:
+        raise ModelError(f"the model does not run as it comes: {error}; repair or export it again") from error
+
+
 class Opened(Protocol):
     """Opens a model; with `options` in the place of those that spare memory or are onnxruntime's own."""
 
@@ -51,12 +61,13 @@ class Opened(Protocol):
 
 @contextlib.contextmanager
 def written(
-    model: ir.Model, work_dir: str | Path | None, *, lean: bool, runs_here: bool = False
-) -> Iterator[Opened | None]:
+    model: ir.Model, work_dir: str | Path | None, *, lean: bool, came: str | Path | ir.Model | None = None,
+    runs_here: bool = False,
+) -> Iterator[Opened | None]:  # fmt: skip
     """What opens the model as its users do, from a written copy; None where onnxruntime has no kernel here for it.
 
-    Raises PassError where it does not open, ModelError where it `runs_here` as it came and has no kernel here now,
-    OutputError where there is no room for the copy.
+    Raises PassError where it does not open, ModelError where the one that `came` does not open so either, or where that
+    `runs_here` and the compiled one has no kernel here, OutputError where there is no room for the copy.
     """
     recorded = session_options_of(model)
     with model_io.written(model, work_dir) as file:
@@ -77,6 +88,8 @@ def written(
             yield None
             return
         except ModelError as error:
+            if came is not None:
+                _check_optimized(came)
             raise PassError(
                 f"the compiled model does not open, though the float model does: {error} "
                 "(--dump-dir shows the graph after each pass)"

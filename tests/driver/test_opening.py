@@ -85,6 +85,26 @@ def test_the_copy_is_gone_afterwards_and_one_of_a_killed_run_is_in_nobodys_way(t
     assert not (tmp_path / "work").exists()
 
 
+def test_what_only_the_optimizer_refuses_is_no_defect_of_ours(tmp_path: Path) -> None:
+    bodies = [
+        helper.make_graph(
+            [helper.make_node("Identity", ["h"], [name])], name, [], [helper.make_empty_tensor_value_info(name)]
+        )
+        for name in ("a", "b")
+    ]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("If", ["c"], ["y"], then_branch=bodies[0], else_branch=bodies[1]),
+    ]
+    constants = [onnx.numpy_helper.from_array(array, name)
+                 for name, array in (("w", np.eye(4, dtype=np.float32)), ("c", np.zeros(0, bool)))]  # fmt: skip
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in "xy")
+    graph = helper.make_graph(nodes, "g", [x], [y], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match=r"does not run as it comes: .*single boolean element; repair"):
+        qcompiler.compile(tmp_path / "m.onnx", "rtn-w4")
+
+
 def test_a_kernel_that_only_the_older_opset_has(tmp_path: Path) -> None:
     """LeakyRelu in double is a function of ONNX's, which onnxruntime has no body of in opset 21."""
     w = onnx.numpy_helper.from_array(np.eye(4), "w")
