@@ -19,10 +19,10 @@ CASES: dict[str, tuple[str, str, list[tuple[str, float | None, int | None]]]] = 
     "QLinearMatMul": ("", "x s1 z2 w s4 z5 s6 z7", [("A", 1, 2), ("B", 4, 5), ("Y", 6, 7)]),
     "QLinearConv": ("", "x s1 z2 w s4 z5 s6 z7", [("X", 1, 2), ("W", 4, 5), ("Y", 6, 7)]),
     "QGemm": (RUNTIME, "x s1 z2 w s4 z5 - s7 z8", [("A", 1, 2), ("B", 4, 5), ("Y", 7, 8)]),
-    "QAttention": (RUNTIME, "x w - s3 s4 - z6 z7", [("input", 3, 6), ("weight", 4, 7)]),
+    "QAttention": (RUNTIME, "x w x s3 s4 - z6 z7", [("input", 3, 6), ("weight", 4, 7)]),
     "DynamicQuantizeMatMul": (RUNTIME, "x w s2 z3", [("B", 2, 3)]),
     "MatMulIntegerToFloat": (RUNTIME, "x w s2 s3 z4 z5", [("A", 2, 4), ("B", 3, 5)]),
-    "MatMulNBits": (RUNTIME, "x w s2 z3", [("B", 2, 3)]),
+    "MatMulNBits": (RUNTIME, "x w S2 Z3", [("B", 2, 3)]),
     "MatMulBnb4": (RUNTIME, "x w s2", [("B", 2, None)]),
     "MatMulBlockQuantizedFp8Weight": (RUNTIME, "x w s2", [("B", 2, None)]),
     "GemmFloat8": (RUNTIME, "x w - s3 s4", [("A", 3, None), ("B", 4, None)]),
@@ -40,8 +40,15 @@ CASES: dict[str, tuple[str, str, list[tuple[str, float | None, int | None]]]] = 
     "QMoE": (RUNTIME, "x x w s3 - w s6 - w s9", [(f"fc{i}_experts_weights", i * 3, None) for i in (1, 2, 3)]),
     "QuantizeLinear": ("", "x s1 z2", [("", 1, 2)]),
     "DequantizeLinear": ("", "w s1 z2", [("", 1, 2)]),
-    "GroupQueryAttention": (RUNTIME, "x x x x x - - - - - - - s12 s13",
+    "GroupQueryAttention": (RUNTIME, "x x x x x x x - - - - - s12 s13",
                             [("past_key", 12, None), ("past_value", 13, None)]),
+}  # fmt: skip
+# What the definitions of operators want beside their inputs.
+ATTRIBUTES: dict[str, dict[str, object]] = {
+    "QAttention": {"num_heads": 1}, "GroupQueryAttention": {"num_heads": 1, "kv_num_heads": 1},
+    "MatMulNBits": {"K": 4, "N": 4, "bits": 8, "block_size": 16},
+    "MatMulBnb4": {"K": 4, "N": 4, "block_size": 16, "quant_type": 1},
+    "QLinearAveragePool": {"kernel_shape": [1]}, "QLinearSoftmax": {"opset": 13}, "QLinearConcat": {"axis": 0},
 }  # fmt: skip
 
 
@@ -59,7 +66,8 @@ def model(op_type: str, domain: str, text: str) -> ir.Model:
                                   shape=ir.Shape(data.shape)))  # fmt: skip
         return constants[-1]
 
-    node = ir.Node(domain, op_type, [value(*item) for item in enumerate(text.split())], name="kernel")
+    attributes = ir.convenience.convert_attributes(ATTRIBUTES.get(op_type, {}))
+    node = ir.Node(domain, op_type, [value(*item) for item in enumerate(text.split())], attributes, name="kernel")
     node.outputs[0].name = "y"
     graph = ir.Graph([x], node.outputs, nodes=[node], initializers=constants, name="g",
                      opset_imports={"": 21, RUNTIME: 1})  # fmt: skip
