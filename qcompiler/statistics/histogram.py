@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 Counts = npt.NDArray[np.int64]
 
+TURNS = 2  # of the search for each end of a range
 # The width of bins before anything but 0 was seen: finer than float32 ever needs.
 FINEST_EXPONENT = -200
 
@@ -98,20 +99,19 @@ def _divergence(kept: Counts, beyond: int, levels: int) -> float:
 def least_error_range(
     lo: float, hi: float, symmetric: bool, error: Callable[[float, float], float]
 ) -> tuple[float, float]:
-    """The part of lo ≤ 0 ≤ hi whose `error(lo, hi)` is least: both ends shrunk together, then each end by itself."""
-    lo, hi = _line_search(lo, hi, error, shrink_lo=True, shrink_hi=True)
-    if symmetric:
-        return lo, hi
-    lo, hi = _line_search(lo, hi, error, shrink_lo=False, shrink_hi=True)
-    return _line_search(lo, hi, error, shrink_lo=True, shrink_hi=False)
+    """The part of lo ≤ 0 ≤ hi whose `error(lo, hi)` is least: both ends shrunk together, then in turns by themselves.
+
+    Each turn looks at all of its end again: where one side alone is loud, both together are shrunk too far.
+    """
+    ratio = _least(lambda ratio: error(lo * ratio, hi * ratio))
+    best_lo, best_hi = lo * ratio, hi * ratio
+    for _ in range(0 if symmetric else TURNS):
+        best_hi = hi * _least(lambda ratio, lo=best_lo: error(lo, hi * ratio))  # type: ignore[misc]
+        best_lo = lo * _least(lambda ratio, hi=best_hi: error(lo * ratio, hi))  # type: ignore[misc]
+    return best_lo, best_hi
 
 
-def _line_search(
-    lo: float, hi: float, error: Callable[[float, float], float], *, shrink_lo: bool, shrink_hi: bool
-) -> tuple[float, float]:
-    def ends(ratio: float) -> tuple[float, float]:
-        return (lo * ratio if shrink_lo else lo), (hi * ratio if shrink_hi else hi)
-
-    best = min(_COARSE_RATIOS, key=lambda ratio: error(*ends(ratio)))
-    best = min(np.minimum(best * _FINE_RATIOS, 1.0), key=lambda ratio: error(*ends(ratio)))
-    return ends(float(best))
+def _least(error: Callable[[float], float]) -> float:
+    """The ratio of least error, to 1/64 octave around the best 1/8."""
+    best = min(_COARSE_RATIOS, key=error)
+    return float(min(np.minimum(best * _FINE_RATIOS, 1.0), key=error))
