@@ -15,6 +15,7 @@ from qcompiler.calibration.samples import Samples, write_samples
 from qcompiler.driver.inputs import load
 from qcompiler.errors import DataError, OutputError, PassError, QCompilerError
 from qcompiler.evaluation.compare import check_structure, compare
+from qcompiler.graph.check import forget_checked
 from qcompiler.graph.files import save
 from qcompiler.graph.model_inputs import Signature
 from qcompiler.recipes import Recipe, Step
@@ -41,6 +42,7 @@ class Snapshots:
         """A copy that nobody may change."""
         if self._copy is None:
             self._copy = model.clone()
+            forget_checked(self._copy)
             let_go(self._copy)  # what was found in the model, whose weights would live as long as the copy
         return self._copy
 

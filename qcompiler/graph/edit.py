@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph.metadata import PROVENANCE
+from qcompiler.graph.walk import all_nodes, bodies
 
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -32,24 +33,33 @@ class Names:
     """Hands out names that no value or node of a graph has. Make one for each edit session of a graph."""
 
     def __init__(self, graph: ir.Graph) -> None:
+        self._counts: dict[str, int] = {}
         self._taken: set[str] = {value.name for value in graph.inputs if value.name}
         self._taken.update(graph.initializers)
-        for node in graph.all_nodes():
+        for node in all_nodes(graph):
             self._taken.add(node.name or "")
             self._taken.update(value.name for value in node.outputs if value.name)
-            for attribute in node.attributes.values():  # the initializers and inputs of bodies of If and Loop
-                if attribute.type == ir.AttributeType.GRAPH:
-                    self._taken.update(attribute.as_graph().initializers)
-                    self._taken.update(value.name for value in attribute.as_graph().inputs if value.name)
+            for body in bodies(node):  # the initializers and inputs of bodies of If and Loop
+                self._taken.update(body.initializers)
+                self._taken.update(value.name for value in body.inputs if value.name)
 
     def fresh(self, base: str) -> str:
         """`base` itself where it is free, else `base@2`, `base@3`, …"""
-        name, count = base, 1
-        while name in self._taken:
-            count += 1
-            name = f"{base}@{count}"
-        self._taken.add(name)
-        return name
+        return unique(base, self._taken, self._counts)
+
+
+def unique(base: str, taken: set[str], counts: dict[str, int]) -> str:
+    """`base`, or with the lowest number that makes it free, which is taken then.
+
+    `counts` is where the search goes on for a base: thousands of nodes may want the same.
+    """
+    name, count = base, counts.get(base, 1)
+    while name in taken:
+        count += 1
+        name = f"{base}@{count}"
+    counts[base] = count
+    taken.add(name)
+    return name
 
 
 def add_constant(graph: ir.Graph, name: str, data: np.ndarray | ir.TensorProtocol) -> ir.Value:

@@ -7,7 +7,7 @@ and read where they are known, nodes as their operators are defined, functions t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 
@@ -66,7 +66,7 @@ def check_given(model: onnx.ModelProto, file: object) -> bool:
     }  # fmt: skip
     _check_recursion(functions, str(file))
     scope = _Scope(str(file), versions, functions, None)
-    _, sorted_ = _check_graph(model.graph, frozenset(), scope)
+    _, sorted_ = _check_graph(model.graph, (), scope)
     if not model.graph.output:
         raise ModelError(f"{file} has no outputs, so there is nothing to compute; {AGAIN}")
     for function in functions.values():
@@ -74,8 +74,8 @@ def check_given(model: onnx.ModelProto, file: object) -> bool:
             scope, place=f"the function {function.name!r} of {file}", references=frozenset(_attributes(function)),
             versions=versions | {entry.domain: entry.version for entry in function.opset_import},
         )  # fmt: skip
-        known = frozenset(function.input)
-        sorted_ &= _check_nodes(function.node, known, set(known), own)[1]
+        known = set(function.input)
+        sorted_ &= _check_nodes(function.node, (), known, own)[1]
         written = known.union(*(node.output for node in function.node))
         for name in function.output:
             if name not in written:
@@ -122,7 +122,11 @@ def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
 # ---------------------------------------------------------------------------------------------------- graphs
 
 
-def _check_graph(graph: onnx.GraphProto, outer: frozenset[str], scope: _Scope) -> tuple[set[str], bool]:
+_Outer = tuple[Collection[str], ...]
+"""The names that a body may read, of each graph around it: not joined, as there may be as many bodies as names."""
+
+
+def _check_graph(graph: onnx.GraphProto, outer: _Outer, scope: _Scope) -> tuple[set[str], bool]:
     """(names that it reads from outside, whether all its nodes stand behind what they read)."""
     place = scope.place
     known: set[str] = set()
@@ -144,16 +148,17 @@ def _check_graph(graph: onnx.GraphProto, outer: frozenset[str], scope: _Scope) -
     for value in (*graph.input, *graph.output, *graph.value_info):
         if value.type.HasField("tensor_type"):
             _check_type(value.type.tensor_type.elem_type, f"the value {value.name!r} of {place}", absent=True)
-    read, sorted_ = _check_nodes(graph.node, outer, known | constants, scope)
-    written = {name for node in graph.node for name in node.output}
+    own = known | constants
+    read, sorted_ = _check_nodes(graph.node, outer, own, scope)
+    own.update(name for node in graph.node for name in node.output)
     given: set[str] = set()
     for value in graph.output:
         if not value.name or value.name in given:
             raise ModelError(f"{place} has {_named('output', value.name)}; {AGAIN}")
         given.add(value.name)
-        if value.name not in written and value.name not in known | constants | outer:
+        if value.name not in own and not _is_in(value.name, outer):
             raise ModelError(f"{place} should give {value.name!r}, which nothing writes; {AGAIN}")
-    return read | (given & outer - written - known - constants), sorted_
+    return read | (given - own), sorted_
 
 
 def _named(what: str, name: str) -> str:
@@ -161,7 +166,7 @@ def _named(what: str, name: str) -> str:
 
 
 def _check_nodes(
-    nodes: Sequence[onnx.NodeProto], outer: frozenset[str], known: set[str], scope: _Scope
+    nodes: Sequence[onnx.NodeProto], outer: _Outer, known: set[str], scope: _Scope
 ) -> tuple[set[str], bool]:
     """As `_check_graph`; `known` are the graph's inputs and constants."""
     writers: dict[str, int] = {}
@@ -171,7 +176,7 @@ def _check_nodes(
                 raise ModelError(f"{_where(node, scope)} writes {name!r}, which something else writes, too; {AGAIN}")
             if name:
                 writers[name] = index
-    visible = outer.union(known, writers)
+    visible = (writers, known, *outer)
     from_outside: set[str] = set()
     sorted_, misplaced = True, False
     reads: list[set[str]] = []
@@ -180,18 +185,22 @@ def _check_nodes(
         _check_node(node, where, scope)
         read = {name for name in node.input if name}
         for name in read:
-            if name not in visible:
+            if not _is_in(name, visible):
                 raise ModelError(f"{where} reads {name!r}, which nothing writes; {AGAIN}")
         for body in _bodies(node):
             inner, fine = _check_graph(body, visible, scope)
             read |= inner
             sorted_ &= fine
-        from_outside |= read - known - writers.keys()
+        from_outside.update(name for name in read if name not in known and name not in writers)
         misplaced |= any(writers.get(name, -1) >= index for name in read)
         reads.append(read)
     if misplaced:
         _check_cycle(nodes, reads, writers, scope)
-    return from_outside & outer, sorted_ and not misplaced
+    return from_outside, sorted_ and not misplaced
+
+
+def _is_in(name: str, graphs: _Outer) -> bool:
+    return any(name in names for names in graphs)
 
 
 def _check_cycle(

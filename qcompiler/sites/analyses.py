@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 import onnx_ir as ir
 
 from qcompiler.graph.metadata import PROVENANCE
+from qcompiler.graph.state import state_of
 from qcompiler.sites.caches import Cache, find_caches
 from qcompiler.sites.find import Sites, decodes_weight, find_sites
 from qcompiler.sites.kinds import Linear, NormGroup, Unsupported
@@ -78,23 +79,5 @@ def _kept(model: ir.Model, find: Callable[[ir.Model], Found]) -> Found:
 
 
 def _state(model: ir.Model) -> list[Any]:
-    """Two states that compare equal are the same to every recogniser.
-
-    Nodes and values are compared by identity; as the state holds them, no new one takes the place of one that is gone.
-    """
-    state: list[Any] = [dict(model.opset_imports)]
-    for graph in model.graphs():
-        for values in (graph.inputs, graph.outputs, graph.initializers.values()):
-            state.append([_said_of(value) for value in values])
-    for node in model.graph.all_nodes():
-        noted = {key: text for key, text in node.metadata_props.items() if key != PROVENANCE}
-        said = (node.name, node.op_type, node.domain, noted, *node.attributes.values())
-        state.append((node, node.inputs, said, [_said_of(value) for value in node.outputs]))
-    return state
-
-
-def _said_of(value: ir.Value) -> tuple[Any, ...]:
-    """A value, and what is said of it; sizes as they are now, as some shapes can be changed in place."""
-    shapes = (value.shape, None if value.const_value is None else value.const_value.shape)
-    sizes = [None if shape is None else tuple(shape) for shape in shapes]
-    return value, value.name, type(value.type), value.dtype, sizes
+    """Two states that compare equal are the same to every recogniser."""
+    return state_of(model, leave_out=(PROVENANCE,))

@@ -24,9 +24,10 @@ from onnx_ir.passes import common
 
 from qcompiler.errors import ModelError
 from qcompiler.graph.definitions import definition, is_operator
-from qcompiler.graph.edit import Names, insert_before, new_node, remove_unused_constant
+from qcompiler.graph.edit import Names, insert_before, new_node, remove_unused_constant, unique
 from qcompiler.graph.lazy import read
 from qcompiler.graph.opset import OPSET, upgrade
+from qcompiler.graph.walk import all_nodes
 from qcompiler.sites.analyses import sites_of
 from qcompiler.sites.find import Embedding, Linear
 
@@ -116,32 +117,24 @@ def name_everything(graph: ir.Graph) -> None:
             inner.update((value, None) for value in (*body.inputs, *body.initializers.values(), *body.outputs))
             inner.update((value, None) for node in body for value in node.outputs)
     taken: set[str] = set()
+    counts: dict[str, int] = {}
     for value in (*main, *(value for value in inner if value not in main)):
         if not value.name and not value.uses() and not value.is_graph_output():
             continue  # an optional output that is left out
         producer = value.producer()
         base = value.name or (f"{producer.op_type}_{value.index()}" if producer is not None else "value")
-        unique = _unique(base, taken)
-        if unique != value.name:
-            value.name = unique
-    taken = set()
-    for node in graph.all_nodes():
+        name = unique(base, taken, counts)
+        if name != value.name:
+            value.name = name
+    taken, counts = set(), {}
+    for node in all_nodes(graph):
         written = next((value.name for value in node.outputs if value.name), "")
-        node.name = _unique(node.name or f"{node.op_type}_{written}", taken)
-
-
-def _unique(base: str, taken: set[str]) -> str:
-    name, count = base, 1
-    while name in taken:
-        count += 1
-        name = f"{base}@{count}"
-    taken.add(name)
-    return name
+        node.name = unique(node.name or f"{node.op_type}_{written}", taken, counts)
 
 
 def lift_constants(model: ir.Model) -> None:
     """Make every Constant node an initializer, and every initializer that a caller could feed a plain one."""
-    for node in model.graph.all_nodes():
+    for node in all_nodes(model.graph):
         if node.op_type == "Constant" and node.domain == "" and "sparse_value" in node.attributes:
             raise ModelError(
                 f"the constant {node.name!r} is sparse, which no pass can read; export it as a dense tensor"
@@ -152,7 +145,7 @@ def lift_constants(model: ir.Model) -> None:
 
 def remove_identities(graph: ir.Graph) -> None:
     """Let readers of an Identity read what it reads; one that gives a graph output its name stays where it must."""
-    for node in graph.all_nodes():
+    for node in all_nodes(graph):
         if node.op_type != "Identity" or node.domain or node.graph is None:
             continue
         source, copy = node.inputs[0], node.outputs[0]

@@ -17,6 +17,7 @@ from qcompiler.graph.edit import constant
 from qcompiler.graph.metadata import PART_OF
 from qcompiler.graph.module_path import block_of, module_path
 from qcompiler.graph.operators import has, weight, weights
+from qcompiler.graph.walk import all_nodes
 from qcompiler.sites.activations import activation_of
 from qcompiler.sites.kinds import (
     Convolution,
@@ -48,7 +49,7 @@ def find_sites(model: ir.Model) -> Sites:
     """Every quantizable site of the graph, and every node that would be one if its form were another."""
     found: list[Site] = []
     derived = _derived(model.graph)
-    for node in model.graph.all_nodes():
+    for node in all_nodes(model.graph):
         site = _recognise(node, derived)
         if site is not None and node.graph is not model.graph:
             site = _unsupported(node, "it is inside the body of an If, Loop or Scan")
@@ -141,7 +142,7 @@ def _swaps(node: ir.Node) -> bool:
 def _derived(graph: ir.Graph) -> Derived:
     """The values that are computed from constants alone. What functions of qcompiler give is quantized, not derived."""
     derived: set[ir.Value] = set()
-    for node in graph.all_nodes():
+    for node in all_nodes(graph):
         inputs = [value for value in node.inputs if value is not None]
         has_body = any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values())
         if not inputs or has_body or node.domain == DOMAIN:
@@ -288,12 +289,14 @@ def _embedding(node: ir.Node, derived: Derived) -> Embedding | Unsupported | Non
 
 def _is_rotary(gather: ir.Node) -> bool:
     """Whether what is gathered is cosines or sines that rotate other values, not features of tokens."""
-    reached = [gather.outputs[0]]
+    reached = {gather.outputs[0]}
     readers: list[bool] = []
-    for value in reached:  # which grows
-        for reader, index in value.uses():
+    waiting = list(reached)
+    while waiting:
+        for reader, index in waiting.pop().uses():
             if has(reader, "moves") and not has(reader, "picks"):
-                reached += [output for output in reader.outputs if output not in reached]
+                waiting += [output for output in reader.outputs if output not in reached]
+                reached.update(reader.outputs)
                 continue
             rotates = _is(reader, "RotaryEmbedding", "GroupQueryAttention", "MultiHeadAttention")
             scales = _is(reader, "Mul") and constant(reader.inputs[1 - index]) is None
