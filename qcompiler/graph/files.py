@@ -21,6 +21,7 @@ from qcompiler.graph.check import without_weights
 from qcompiler.graph.given import check_given
 from qcompiler.graph.model_folder import copy_companions, is_companion
 from qcompiler.graph.places import check_place, exists, is_file
+from qcompiler.graph.walk import all_nodes, graphs_of
 
 if TYPE_CHECKING:
     pass
@@ -119,12 +120,12 @@ def _check_versions(model: onnx.ModelProto, file: Path) -> None:
 
 
 def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    for graph in model.graphs():
+    for graph in graphs_of(model):
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 yield value.const_value
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
-        for node in graph.all_nodes():
+        for node in all_nodes(graph):
             for attribute in node.attributes.values():
                 yield from _external_in(attribute)
 
@@ -255,7 +256,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
 
 
 def write_model(model: ir.Model, folder: Path) -> None:
-    constants = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    constants = [value.const_value for graph in graphs_of(model) for value in graph.initializers.values()]
     total = sum(tensor.nbytes for tensor in constants if tensor is not None)
     limit = INLINE_TENSOR if total > INLINE_MODEL else INLINE_MODEL
     with _strings_inline(model):
@@ -275,7 +276,7 @@ class _InlineStrings(ir.StringTensor):
 
 @contextlib.contextmanager
 def _strings_inline(model: ir.Model) -> Iterator[None]:
-    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    values = [value for graph in graphs_of(model) for value in graph.initializers.values()]
     strings = {value: value.const_value for value in values if isinstance(value.const_value, ir.StringTensor)}
     for value, tensor in strings.items():
         value.const_value = _InlineStrings(tensor.string_data(), shape=tensor.shape, name=tensor.name)

@@ -12,6 +12,7 @@ from qcompiler.errors import ModelError, NoKernelError, OutputError
 from qcompiler.graph.files import MODEL_FILE, external_tensors, first_line, write_model
 from qcompiler.graph.runtime_library import SILENT
 from qcompiler.graph.runtime_library import onnxruntime as onnxruntime_library
+from qcompiler.graph.walk import graphs_of
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -55,5 +56,5 @@ def session(
 
 
 def _bytes_in_memory(model: ir.Model) -> int:
-    tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    tensors = [value.const_value for graph in graphs_of(model) for value in graph.initializers.values()]
     return sum(t.nbytes for t in tensors if t is not None and not isinstance(t, ir.ExternalTensor))

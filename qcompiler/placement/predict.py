@@ -21,7 +21,7 @@ from qcompiler.graph.operators import has
 from qcompiler.placement.lookup import Kernels, operator
 from qcompiler.placement.placed import Copy, PlacedNode, Placement, Role
 from qcompiler.placement.prepared import prepared
-from qcompiler.placement.rules import path_of
+from qcompiler.placement.rules import Path, path_of
 from qcompiler.targets import FOLDER, Target
 from qcompiler.targets.kernels import CPU, CPU_TABLE, RegisteredKernel, read
 
@@ -41,6 +41,8 @@ class _Placing:
     """Of those that it does not run: role and reason."""
     expanded: set[ir.Node] = field(default_factory=set)
     """Of the nodes in `kernels`: those without one, of whose parts the first provider is taken to run all."""
+    paths: dict[ir.Node, Path] = field(default_factory=dict)
+    """Of the nodes that a rule of the target is about."""
     skipped: set[ir.Node] = field(default_factory=set)
     """Constants, and what the runtime computes once."""
 
@@ -66,7 +68,7 @@ def predict(model: ir.Model, target: Target, *, optimized: bool = True) -> Place
             if node in placing.skipped:
                 continue
             role, reason = placing.elsewhere.get(node, ("expanded" if node in placing.expanded else "", ""))
-            if role == "" and (path := path_of(node, target)) is not None and path.fails:
+            if role == "" and (path := placing.paths.get(node)) is not None and path.fails:
                 role, reason = "fails", path.text()
             where = {"": provider, "fails": provider, "expanded": provider, "none": ""}.get(role, _short(CPU))
             nodes.append(PlacedNode(node.name or "", operator(node), where, role, reason))
@@ -96,6 +98,8 @@ def _place(graph: ir.Graph, first: Kernels, cpu: Kernels, target: Target, optimi
         if node in placing.skipped:
             continue
         kernel, path = first.find(node, widened=first is cpu), path_of(node, target)
+        if path is not None:
+            placing.paths[node] = path
         declined = path is not None and path.unmet and path.rule.effect == "declined"
         if kernel is not None and not declined:
             placing.kernels[node] = kernel

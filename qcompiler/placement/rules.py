@@ -35,12 +35,14 @@ class Path:
 
 def path_of(node: ir.Node, target: Target) -> Path | None:
     """The first rule of the target that is about this node; None where there is none."""
+    shown = operator(node)
+    about = [rule for rule in target.rules if rule.operator == shown]
+    if not about:
+        return None
     call = call_of(node, target.session_options)
-    for rule in target.rules:
-        if (
-            rule.operator == operator(node)
-            and all(call.attributes.get(name) == value for name, value in rule.when.items())
-            and (not rule.outputs or type_name(node.outputs[0]) in rule.outputs)
+    for rule in about:
+        if all(call.attributes.get(name) == value for name, value in rule.when.items()) and (
+            not rule.outputs or type_name(node.outputs[0]) in rule.outputs
         ):
             fallback = rule.fallback
             taken = fallback is not None and not _unmet(fallback.requires, call)

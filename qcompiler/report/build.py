@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from qcompiler.report.looks import looks
 from qcompiler.report.pictures import Pictures
 from qcompiler.report.report import CacheSizes, PassReport, PassSkip, Report, SiteReport, Sizes
 from qcompiler.report.speed import speed_classes
-from qcompiler.rewriting.contract import PassRun
+from qcompiler.rewriting.contract import Changed, PassRun, Skipped
 from qcompiler.statistics import StatisticsStore
 from qcompiler.targets import Target
 from qcompiler.targets.kernels import CPU, missing_on_cpu
@@ -49,7 +50,8 @@ def report(
     measured = comparison.values if comparison is not None else {}
     facts = _worked_on(facts, runs)
     in_float = float_inputs(runs)
-    sites = [_site_report(item, runs, measured.get(item.output), item.name in in_float) for item in facts]
+    told = _told(runs)
+    sites = [_site_report(item, runs, told, measured.get(item.output), item.name in in_float) for item in facts]
     target, after = Target.load(recipe.target), constant_bytes(graph)
     placement = predict(graph, target)
     said = warnings(facts, recipe, target, sites, runs, comparison, placement)
@@ -120,8 +122,33 @@ def _divided(runs: Sequence[PassRun]) -> dict[str, np.ndarray]:
     return found
 
 
+@dataclass(frozen=True)
+class _Told:
+    """What a run says of one site."""
+
+    changed: list[Changed] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    excluded: list[Skipped] = field(default_factory=list)
+
+
+def _told(runs: Sequence[PassRun]) -> list[dict[str, _Told]]:
+    """Of each run, by site."""
+    found: list[dict[str, _Told]] = []
+    for run in runs:
+        sites: dict[str, _Told] = defaultdict(_Told)
+        for changed in run.changes.changed:
+            sites[changed.site].changed.append(changed)
+        for skipped in run.changes.skipped:
+            sites[skipped.site].skipped.append(skipped)
+        for excluded in run.changes.excluded:
+            sites[excluded.site].excluded.append(excluded)
+        found.append(dict(sites))
+    return found
+
+
 def _site_report(
-    item: SiteFacts, runs: Sequence[PassRun], measures: Measures | None, float_input: bool
+    item: SiteFacts, runs: Sequence[PassRun], told: Sequence[Mapping[str, _Told]], measures: Measures | None,
+    float_input: bool,
 ) -> SiteReport:  # fmt: skip
     weight: Scheme | None = None
     activation: Scheme | None = None
@@ -131,22 +158,20 @@ def _site_report(
     undone: dict[str, str] = {}
     left_out: dict[str, str] = {}
     cache = None
-    for run in runs:
-        for changed in run.changes.changed:
-            if changed.site == item.name:
-                cache = changed.cache or cache
-                weight, activation = changed.weight or weight, changed.activation or activation
-                if changed.scheme:
-                    pass_name = pass_name or run.step.name
-                kernel = changed.kernel or kernel
-                if changed.detail:
-                    details[run.step.name] = changed.detail
-        for skipped in run.changes.skipped:
-            if skipped.site == item.name:
-                (undone if skipped.undone == "layer" else reasons)[run.step.name] = skipped.reason
-        for excluded in run.changes.excluded:
-            if excluded.site == item.name:
-                left_out[run.step.name] = excluded.reason
+    for run, by_site in zip(runs, told, strict=True):
+        said = by_site.get(item.name, _Told())
+        for changed in said.changed:
+            cache = changed.cache or cache
+            weight, activation = changed.weight or weight, changed.activation or activation
+            if changed.scheme:
+                pass_name = pass_name or run.step.name
+            kernel = changed.kernel or kernel
+            if changed.detail:
+                details[run.step.name] = changed.detail
+        for skipped in said.skipped:
+            (undone if skipped.undone == "layer" else reasons)[run.step.name] = skipped.reason
+        for excluded in said.excluded:
+            left_out[run.step.name] = excluded.reason
     rounding = [run.step for run in runs if run.step.kind == "rounding" and run.step.works_on == item.works_on]
     if float_input:
         activation = None

@@ -32,7 +32,7 @@ class Matching:
     changed: frozenset[ir.Node]
     """Of both models: those that differ from their twins."""
     paths: Mapping[ir.Node, str] = field(default_factory=dict)
-    """What nodes of the second model are called, where their own names are not to be asked."""
+    """What nodes are called, where that is known already, or their own names are not to be asked."""
 
     @cached_property
     def matched(self) -> frozenset[ir.Node]:
@@ -47,13 +47,15 @@ def by_name(reference: ir.Model, graph: ir.Model, quantized: Iterable[str]) -> M
     """Nodes of one name are the same, as after a compilation; `quantized` are the names of the sites that were."""
     names = frozenset(quantized)
     paths = {path for node in reference.graph if node.name in names and (path := path_of(node))}
+    found = {node: path_of(node) for model in (reference, graph) for node in model.graph}
     others = {node.name: node for node in graph.graph}
     twins = {node: others[node.name] for node in reference.graph if node.name in others}
-    sites = [node for node in (*reference.graph, *graph.graph) if node.name in names or path_of(node) in paths]
+    sites = [node for node in (*reference.graph, *graph.graph) if node.name in names or found[node] in paths]
     return Matching(
         twins=twins,
         quantized=frozenset((*sites, *readers_of(reference, names), *readers_of(graph, names))),
         changed=frozenset(node for pair in twins.items() if not _alike(*pair) for node in pair),
+        paths=found,
     )
 
 
@@ -177,6 +179,12 @@ class _Block:
                 if producer in places:
                     self.readers[places[producer]].add(place)
         self.of = list(range(len(nodes)))
+        self.edges: dict[int, set[int]] = {place: readers - {place} for place, readers in enumerate(self.readers)}
+        """Of each unit, those that read it."""
+        self._sources: list[set[int]] = [set() for _ in nodes]
+        for place, readers in self.edges.items():
+            for reader in readers:
+                self._sources[reader].add(place)
         for place in range(len(nodes)):
             self._join_readers(place)
 
@@ -188,11 +196,21 @@ class _Block:
         for reader in sorted(readers):
             mine, theirs = self.of[place], self.of[reader]
             if mine != theirs and not self._detour(mine, theirs):
-                self.of = [mine if unit == theirs else unit for unit in self.of]
+                self._join(mine, theirs)
+
+    def _join(self, mine: int, theirs: int) -> None:
+        self.of = [mine if unit == theirs else unit for unit in self.of]
+        readers, sources = self.edges.pop(theirs), self._sources[theirs]
+        for reader in readers:
+            self._sources[reader] = self._sources[reader] - {theirs} | {mine}
+        for source in sources:
+            self.edges[source] = self.edges[source] - {theirs} | {mine}
+        self.edges[mine] = (self.edges[mine] | readers) - {mine, theirs}
+        self._sources[mine] = (self._sources[mine] | sources) - {mine, theirs}
 
     def _detour(self, start: int, end: int) -> bool:
         """Whether a way from one unit to the other leads through a third, so that joining them would make a circle."""
-        edges = self.edges()
+        edges = self.edges
         pending = [unit for unit in edges[start] if unit != end]
         seen = set(pending)
         while pending:
@@ -204,12 +222,6 @@ class _Block:
                     pending.append(unit)
         return False
 
-    def edges(self) -> dict[int, set[int]]:
-        found: dict[int, set[int]] = defaultdict(set)
-        for place, readers in enumerate(self.readers):
-            found[self.of[place]] |= {self.of[reader] for reader in readers} - {self.of[place]}
-        return found
-
     def graph(self) -> tuple[dict[int, list[ir.Node]], DrawnGraph]:
         """The nodes of each unit, and the drawing: units in order, then where values come from and go to."""
         members: dict[int, list[ir.Node]] = defaultdict(list)
@@ -217,7 +229,7 @@ class _Block:
             members[self.of[place]].append(node)
         index = {unit: number for number, unit in enumerate(members)}
         units = [self._unit(unit, nodes) for unit, nodes in members.items()]
-        edges = {(index[a], index[b]) for a, readers in self.edges().items() for b in readers}
+        edges = {(index[a], index[b]) for a, readers in self.edges.items() for b in readers}
         inside = set(self.nodes)
         outside: dict[str, int] = {}
         for unit, nodes in members.items():

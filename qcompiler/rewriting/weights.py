@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import onnx
@@ -61,7 +62,7 @@ class WeightConstant:
         """The scheme as it is told: a group that holds all inputs is a channel."""
         return self.scheme.over(self.linears[0].in_features) if self.linears else self.scheme
 
-    @property
+    @cached_property
     def linears(self) -> tuple[Linear, ...]:
         return tuple(reader for reader in self.readers if isinstance(reader, Linear))
 

@@ -27,7 +27,7 @@ from qcompiler.graph.definitions import definition, is_operator
 from qcompiler.graph.edit import Names, insert_before, new_node, remove_unused_constant, unique
 from qcompiler.graph.lazy import read
 from qcompiler.graph.opset import OPSET, upgrade
-from qcompiler.graph.walk import all_nodes
+from qcompiler.graph.walk import all_nodes, bodies
 from qcompiler.sites.analyses import sites_of
 from qcompiler.sites.find import Embedding, Linear
 
@@ -112,10 +112,9 @@ def name_everything(graph: ir.Graph) -> None:
     main: dict[ir.Value, None] = dict.fromkeys((*graph.inputs, *graph.initializers.values(), *graph.outputs))
     main.update((value, None) for node in graph for value in node.outputs)
     inner: dict[ir.Value, None] = {}
-    for body in graph.subgraphs():
-        if body is not graph:
-            inner.update((value, None) for value in (*body.inputs, *body.initializers.values(), *body.outputs))
-            inner.update((value, None) for node in body for value in node.outputs)
+    for body in (body for node in all_nodes(graph) for body in bodies(node)):
+        inner.update((value, None) for value in (*body.inputs, *body.initializers.values(), *body.outputs))
+        inner.update((value, None) for node in body for value in node.outputs)
     taken: set[str] = set()
     counts: dict[str, int] = {}
     for value in (*main, *(value for value in inner if value not in main)):

@@ -125,7 +125,9 @@ def _is(node: ir.Node, *op_types: str) -> bool:
 
 def decodes_weight(node: ir.Node) -> bool:
     """Whether a node makes numbers of codes, as the weights of quantized layers are made."""
-    return _is(node, "DequantizeLinear") or codebook_format(node) is not None or is_binary(node)
+    if node.domain == DOMAIN:
+        return codebook_format(node) is not None or is_binary(node)
+    return _is(node, "DequantizeLinear")
 
 
 def _swaps(node: ir.Node) -> bool:
