@@ -202,7 +202,7 @@ class LowerWeightOnly(Pass):
         graph, base = node_graph(site.node), str(site.weight.name)
         name = rw.fresh(f"{base}.pairs")
         codes = add_constant(graph, name, bnb4.packed(tensor, name))
-        absmax = scales.astype(dtype.numpy()) if self.half_precision else scales
+        absmax = scales.astype(dtype.numpy()) if self.half_precision and dtype != ir.DataType.DOUBLE else scales
         attributes: dict[str, object] = {
             "K": site.in_features, "N": site.out_features, "block_size": block,
             "quant_type": bnb4.QUANT_TYPES[str(format)],

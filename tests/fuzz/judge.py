@@ -142,7 +142,7 @@ def nearness(reference: list[np.ndarray], other: list[np.ndarray]) -> float:
         if not np.isfinite(b[sound]).all():
             return -float("inf")
         signal, noise = float(np.square(a[sound]).sum()), float(np.square(a[sound] - b[sound]).sum())
-        if noise > max(signal * 1e-30, 1e-40):
+        if noise > max(signal * 1e-30, 1e-20):
             worst = min(worst, 10 * float(np.log10(max(signal, 1e-300) / noise)))
     return worst
 

@@ -110,19 +110,21 @@ def one_sentence(code: int, said: str) -> str:
 def kills(folder: Path, count: int, seed: int) -> Iterator[str]:
     """Each of `count` runs is stopped once, then gone on with."""
     prepare(folder)
-    begun = time.monotonic()
-    code, said = finish(start(folder, *RECIPE))
-    whole = time.monotonic() - begun
-    if code:
-        yield f"the run that was left alone ended with {code}: {said}"
-        return
+    whole = float("inf")
+    for more in ((), ("--overwrite",), ("--overwrite",)):
+        begun = time.monotonic()
+        code, said = finish(start(folder, *RECIPE, *more))
+        whole = min(whole, time.monotonic() - begun)
+        if code:
+            yield f"the run that was left alone ended with {code}: {said}"
+            return
     wanted = content(folder / "out")
     draw, ends, resumed = random.Random(seed), dict[str, int](), 0
     for number in range(count):
         shutil.rmtree(folder / "out")
         process = start(folder, *RECIPE)
         # most of the time goes into imports: moments are drawn from what comes behind them
-        time.sleep(draw.uniform(0.35, 1.0) * whole)
+        time.sleep(draw.uniform(0.4, 1.0) * whole)
         how = (signal.SIGKILL, signal.SIGTERM)[number % 2]
         process.send_signal(how)
         code, said = finish(process)

@@ -59,6 +59,15 @@ def test_half_precision(half_precision: bool) -> None:
         assert_same(portable, lowered, tiny.feeds(model), 2e-3)
 
 
+@pytest.mark.parametrize("half_precision", [False, True])
+def test_double_precision_runs_in_float(half_precision: bool) -> None:
+    """No operator takes double."""
+    model = tiny.build("g (double[M,64] x, double[64,6] W) => (double[M,6] y) { y = MatMul(x, W) }", W="normal")
+    portable, lowered, _ = lower(model, half_precision)
+    assert tiny.operators(lowered) == ["Cast", "MatMulBnb4", "Cast"]
+    assert_same(portable, lowered, tiny.feeds(model), 1e-5)
+
+
 def test_the_first_code_is_in_the_high_half() -> None:
     codes = ir.Tensor(np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]], np.uint8), dtype=ir.DataType.UINT4)
     np.testing.assert_array_equal(packed(codes, "pairs").numpy(), [0x12, 0x34, 0x56, 0x78, 0x90])
