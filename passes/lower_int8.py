@@ -41,7 +41,7 @@ from qcompiler.lowering.integer_weights import (
     weight_obstacle,
     zero_point,
 )
-from qcompiler.lowering.layer_inputs import read_float, static_obstacle
+from qcompiler.lowering.layer_inputs import is_the_models_own, read_float, static_obstacle
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
 from qcompiler.sites.activations import Static
 from qcompiler.sites.analyses import quantized_linears_of
@@ -75,6 +75,8 @@ class LowerInt8(Pass):
                 changes.changed.append(Changed(site.name, kernel=KERNEL))
                 continue
             if is_blocked(site):
+                if is_the_models_own(activation):
+                    continue  # its weight alone is lowered, by lower-weight-only
                 read_float(site.node, activation)
                 changes.skipped.append(Skipped(site.name, f"{obstacle}, {FLOAT_INPUT}", undone="activation"))
                 continue

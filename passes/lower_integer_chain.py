@@ -47,7 +47,7 @@ from qcompiler.lowering.integer_weights import (
     weight_obstacle,
     zero_point,
 )
-from qcompiler.lowering.layer_inputs import read_float, static_obstacle
+from qcompiler.lowering.layer_inputs import is_the_models_own, read_float, static_obstacle
 from qcompiler.rewriting.contract import OPTIONS, Changed, Changes, Kind, Pass, Skipped
 from qcompiler.sites.activations import Dynamic, Float, Static
 from qcompiler.sites.analyses import quantized_linears_of
@@ -96,6 +96,8 @@ class LowerIntegerChain(Pass):
                 changes.changed.append(Changed(site.name, kernel=KERNEL, detail=_padding(site)))
                 continue
             if is_blocked(site) and isinstance(pair, Static):
+                if is_the_models_own(pair):
+                    continue  # its weight alone is lowered, by lower-weight-only
                 read_float(site.node, pair)
                 changes.skipped.append(Skipped(site.name, f"{obstacle}, {FLOAT_INPUT}", undone="activation"))
                 continue

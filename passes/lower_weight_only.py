@@ -121,7 +121,7 @@ class LowerWeightOnly(Pass):
         for site in self.selected(quantized_linears_of(model)):
             found = site.activation
             pair = found if isinstance(found, Dynamic) else None
-            if site.dequantize is None or (not is_blocked(site) if pair is not None else is_quantized(site.input)):
+            if site.dequantize is None or (is_quantized(site.input) and not is_blocked(site)):
                 continue  # codes on both sides are other passes' business
             # Two layers can read one square constant in both directions.
             key = site.weight, site.transposed, *site.dequantize.inputs[1:]

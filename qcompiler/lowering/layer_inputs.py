@@ -12,6 +12,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from qcompiler.graph.edit import constant, remove_node_if_unused
+from qcompiler.graph.metadata import PROVENANCE
 from qcompiler.sites.activations import Dynamic, Float, Static, activation_of
 
 
@@ -29,6 +30,11 @@ def static_obstacle(activation: Static, takes: Collection[ir.DataType], kernel: 
     if scale is None or scale.size != 1:
         return "its activation has no constant scale for the whole tensor"
     return None
+
+
+def is_the_models_own(activation: Static) -> bool:
+    """Whether the pair came with the model, which computes what is rounded, and saturates, then: it has to stay."""
+    return activation.quantize is not None and PROVENANCE not in activation.quantize.metadata_props
 
 
 def read_float(layer: ir.Node, activation: Static | Dynamic) -> None:

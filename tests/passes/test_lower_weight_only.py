@@ -404,3 +404,22 @@ def test_zero_points_in_another_shape_than_scales_are_skipped() -> None:
     points.const_value = ir.tensor(np.zeros(5, np.uint8), name=points.name)
     changes = LowerWeightOnly().apply(portable, StatisticsStore())
     assert tiny.reasons(changes) == {"fc": "the zero points of its weight do not have the shape of its scales"}
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
+def test_a_pair_that_came_with_the_model_stays(target: str) -> None:
+    """What it rounds, and where it saturates, is part of what the model computes."""
+    model = tiny.build(
+        """g (float[B,32] x, float[32,16] W, float s, uint8 z) => (float[B,16] y) {
+            q = QuantizeLinear (x, s, z)
+            d = DequantizeLinear (q, s, z)
+            [fc] y = MatMul (d, W) }""",
+        W="normal", s=np.float32(0.01), z=np.uint8(128),
+    )  # fmt: skip
+    feed = {"x": (3 * np.random.default_rng(0).normal(size=(4, 32))).astype(np.float32)}  # most of it saturates
+    result = qcompiler.compile(model, "w8", target=target)
+    (site,) = result.report.sites
+    assert (site.status, site.kernel) == ("quantized", "MatMulNBits")
+    assert [node.op_type for node in result.model.graph][:2] == ["QuantizeLinear", "DequantizeLinear"]
+    expected, got = tiny.run(model, feed)[0], tiny.run(result.model, feed, optimized=True)[0]
+    assert tiny.relative_error(got, expected) < 0.03
