@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.calibration.samples import Sample, Samples
+from qcompiler.calibration.samples import Sample
 from qcompiler.functions.cache import PACK, QUANTIZE, add_cache_function, is_cache_function
 from qcompiler.functions.library import DOMAIN
 from qcompiler.graph.edit import add_constant, constant, new_node
@@ -77,7 +77,8 @@ class Adapted:
 
     def __init__(self, samples: Iterable[Sample], model: ir.Model) -> None:
         self._samples, self._signature, self._pasts = samples, Signature(model), StoredPasts(model)
-        self.count = samples.count if isinstance(samples, Samples) else None
+        count = getattr(samples, "count", None)  # of a list it is a method
+        self.count = count if isinstance(count, int) else None
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         for index, sample in enumerate(self._samples):

@@ -138,17 +138,28 @@ def compare(
 
         large = sum(constant.nbytes for constant in _constants(reference)) > PIECE_BYTES
         most = 0 if large and memory_limit is None else GROUP_BYTES
+        size = 1 if most == 0 else None  # of a group
         run_pieces = partial(segments.run, memory_limit=memory_limit, budget=PIECE_BYTES)
         garbage = Garbage()
-        for group in _groups(_limited(samples, limit), kept, most):
+        for group in _groups(_limited(samples, limit), kept, most, size):
             run_pieces(
-                reference, tokens.watching(group), set(pairs), remember, first=group.first, progress=steps.next()
+                reference,
+                tokens.watching(group),
+                set(pairs),
+                remember,
+                first=group.first,
+                progress=steps.next(group.count),
             )
             run_pieces(
-                candidate, Adapted(group, candidate), set(originals), measure, first=group.first, progress=steps.next()
+                candidate,
+                Adapted(group, candidate),
+                set(originals),
+                measure,
+                first=group.first,
+                progress=steps.next(group.count),
             )
             if opened is not None:
-                _run_whole(opened, Adapted(group, candidate), run, measure_opened, group.first, steps.next())
+                _run_whole(opened, Adapted(group, candidate), run, measure_opened, group.first, steps.next(group.count))
             garbage.left(kept.bytes)
             kept.drop_all_but(())
     either = {name: [found[name] for found in (meters, as_opened) if name in found] for name in meters}
@@ -213,8 +224,9 @@ def _limited(samples: Samples, limit: int | None) -> Samples:
 class _Group:
     """Samples that all models run on before the next are read; none is drawn once the reference's values are many."""
 
-    def __init__(self, first: int, rest: Iterator[Sample], kept: Kept, most: int) -> None:
-        self.first, self.count = first, None
+    def __init__(self, first: int, rest: Iterator[Sample], kept: Kept, most: int, count: int | None) -> None:
+        """`count` is how many samples there will be, where that is known before they are drawn."""
+        self.first, self.count = first, count
         self._rest, self._kept, self._most = rest, kept, most
         self.drawn: list[Sample] = []
 
@@ -229,11 +241,11 @@ class _Group:
                 return
 
 
-def _groups(samples: Samples, kept: Kept, most: int) -> Iterator[_Group]:
+def _groups(samples: Samples, kept: Kept, most: int, count: int | None) -> Iterator[_Group]:
     """One after another, of so many bytes of kept values; the next is begun when the last is done with."""
     rest, done = iter(samples), 0
     while (first := next(rest, None)) is not None:
-        group = _Group(done, itertools.chain([first], rest), kept, most)
+        group = _Group(done, itertools.chain([first], rest), kept, most, count)
         yield group
         done += len(group.drawn)
 
@@ -245,15 +257,15 @@ class _Steps:
         self._report, self._done, self._shown = report, 0.0, 0.0
         self._total = None if count is None else count * (2 if opened is None else 3)
 
-    def next(self) -> Progress:
-        """For the next run, which tells how many samples of how many it has done."""
+    def next(self, size: int | None) -> Progress:
+        """For the next run, of so many samples if that is known; it may tell pieces of samples."""
         self._done += self._shown
         self._shown = 0.0
 
         def told(done: int, total: int | None) -> None:
-            self._shown = done
+            self._shown = done if total is None or size is None else size * done / total
             if self._report is not None:
-                self._report(int(self._done + done), self._total)
+                self._report(int(self._done + self._shown), self._total)
 
         return told
 
@@ -280,7 +292,7 @@ class _Tokens:
 
 class _Watched:
     def __init__(self, samples: _Group, notes: dict[int, tuple[np.ndarray, np.ndarray | None]]) -> None:
-        self._samples, self._notes, self.count = samples, notes, None
+        self._samples, self._notes, self.count = samples, notes, samples.count
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         for index, sample in enumerate(self._samples, self._samples.first):

@@ -1,6 +1,8 @@
 """Errors are told per token, so that one loud token hides nothing; feature maps are taken whole."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from qcompiler.evaluation import compare as comparing
 from qcompiler.evaluation import difference
 from qcompiler.evaluation.compare import Comparison, compare
 from qcompiler.evaluation.difference import Difference, feature_maps
+from qcompiler.progress import Progress
 from qcompiler.sessions import segments
 from tests import tiny
 from tests.oracles.difference import sqnr_db
@@ -141,3 +144,20 @@ def test_outputs_are_those_of_the_opened_model_and_the_others_stand_beside() -> 
     assert found.unoptimized["y"].sqnr_db == pytest.approx(20, abs=0.01)
     assert found.values["a"].sqnr_db == pytest.approx(20, abs=0.01)
     assert compared().unoptimized == {}
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_progress_ends_where_it_said(monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
+    """Also where each sample goes through in pieces."""
+    told: list[tuple[int, int | None]] = []
+
+    @contextmanager
+    def bar(title: str, shown: bool) -> Iterator[Progress]:
+        yield lambda done, total: told.append((done, total))
+
+    monkeypatch.setattr(comparing, "progress_bar", bar)
+    if large:
+        monkeypatch.setattr(comparing, "PIECE_BYTES", 1)
+    compared(opened=lambda: tiny.session(scaled(1.01)))
+    assert told[-1] == (15, 15)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
